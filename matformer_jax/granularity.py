@@ -1,0 +1,311 @@
+"""Granularities: names, parsing, widths, sampling, Mix'n'Match, counts. NumPy only.
+
+A granularity says how wide every layer is. People write it as text:
+
+  `"M"`            every layer at M
+  `"M*8+L*8"`      8 layers at M, then 8 at L
+  `"M/XL"`         FFNs at M, attention heads at XL (nested_heads configs only)
+
+Code passes it around as a `Granularity`, a hashable value that is a static
+argument of every jitted function. It is never a global or a module's state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from typing import Sequence, Union
+
+import numpy as np
+
+from matformer_jax.config import ModelConfig, Run
+from matformer_jax.errors import UserError
+
+# The rows of Table 6, p_S/p_M/p_L/p_XL. The third is the paper's default.
+SAMPLING_PRESETS = {
+    "uniform": (0.25, 0.25, 0.25, 0.25),
+    "table6_1": (0.44, 0.31, 0.15, 0.10),
+    "table6_2": (0.31, 0.27, 0.22, 0.20),
+    "table6_3": (0.25, 0.25, 0.25, 0.25),
+    "table6_4": (0.20, 0.22, 0.24, 0.34),
+    "table6_5": (0.17, 0.20, 0.22, 0.41),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Granularity:
+  """Granularity index of every layer, 0 (narrowest) to g-1.
+
+  Attributes:
+    ffn: FFN index per layer, length L.
+    heads: attention-head index per layer, length L; all g-1 where heads are
+      not nested.
+  """
+
+  ffn: tuple[int, ...]
+  heads: tuple[int, ...]
+
+
+GranularityLike = Union[str, int, Sequence[int], Granularity]
+
+
+def names(config: ModelConfig) -> tuple[str, ...]:
+  """The g names, narrowest first: S M L XL for g = 4, else G1..Gg."""
+  g = config.num_granularities
+  return ("S", "M", "L", "XL") if g == 4 else tuple(f"G{i + 1}" for i in range(g))
+
+
+def parse(value: GranularityLike, config: ModelConfig) -> Granularity:
+  """Reads a granularity from text, an index, or one index per layer.
+
+  Args:
+    value: `"M"`, `"M*8+L*8"`, `"M/XL"`, an int index, a sequence of L ints, or
+      a `Granularity` (checked and returned).
+    config: gives the names, the number of layers and the stored widths.
+
+  Raises:
+    UserError: for an unknown name, a wrong number of layers, or a layer wider
+      than the model stores.
+  """
+  if isinstance(value, Granularity):
+    ffn, heads = value.ffn, value.heads
+  elif isinstance(value, str):
+    ffn_text, slash, heads_text = value.partition("/")
+    if slash and not config.nested_heads:
+      raise UserError(f"granularity {value!r} names attention heads, but the model has "
+                      "nested_heads=False; write only the FFN part")
+    ffn = _parse_runs(ffn_text, value, config)
+    heads = _parse_runs(heads_text, value, config) if slash else ffn
+  elif isinstance(value, (int, np.integer)):
+    ffn = heads = (int(value),) * config.num_layers
+  else:
+    ffn = heads = tuple(int(i) for i in value)
+  if not config.nested_heads:
+    heads = (config.num_granularities - 1,) * config.num_layers
+  result = Granularity(ffn, heads)
+  _check(result, value, config)
+  return result
+
+
+def to_text(granularity: Granularity, config: ModelConfig) -> str:
+  """Canonical text; `parse` inverts it."""
+  text = _runs_text(granularity.ffn, config)
+  if config.nested_heads and granularity.heads != granularity.ffn:
+    text += "/" + _runs_text(granularity.heads, config)
+  return text
+
+
+def uniform(config: ModelConfig) -> list[Granularity]:
+  """The explicitly trained granularities that the stored widths hold, narrowest first."""
+  top = min(min(r.ffn for r in config.runs), min(r.heads for r in config.runs))
+  return [parse(i, config) for i in range(top + 1)]
+
+
+def full(config: ModelConfig) -> Granularity:
+  """Every layer as wide as stored: XL for a universal model."""
+  ffn = tuple(r.ffn for r in config.runs for _ in range(r.num_layers))
+  heads = tuple(r.heads for r in config.runs for _ in range(r.num_layers))
+  return parse(Granularity(ffn, heads), config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """Where one run of a granularity lies: layers [start, stop) of stored run `source`."""
+
+  source: int
+  start: int
+  stop: int
+  run: Run
+
+
+def slices(config: ModelConfig, granularity: Granularity) -> list[Slice]:
+  """The longest stretches of layers with equal widths, within each stored run."""
+  result = []
+  first = 0
+  for source, stored in enumerate(config.runs):
+    layers = range(first, first + stored.num_layers)
+    key = lambda layer: (granularity.ffn[layer], granularity.heads[layer])
+    for (ffn, heads), group in itertools.groupby(layers, key):
+      group = list(group)
+      result.append(Slice(source, group[0] - first, group[-1] + 1 - first,
+                          Run(len(group), ffn, heads)))
+    first += stored.num_layers
+  return result
+
+
+def submodel_config(config: ModelConfig, granularity: Granularity) -> ModelConfig:
+  """The config of the submodel as a model of its own, with narrower stored runs."""
+  return dataclasses.replace(config, runs=tuple(s.run for s in slices(config, granularity)))
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def sampling_probabilities(value: str | Sequence[float], config: ModelConfig) -> tuple[float, ...]:
+  """Sampling distribution over the g granularities, narrowest first.
+
+  Args:
+    value: a preset (`uniform`, `table6_1` .. `table6_5`), numbers as text
+      (`"0.2/0.22/0.24/0.34"`), or a sequence of g numbers.
+
+  Raises:
+    UserError: if it is not a distribution over g granularities.
+  """
+  g = config.num_granularities
+  if value == "uniform":
+    return (1.0 / g,) * g
+  if isinstance(value, str) and value in SAMPLING_PRESETS:
+    value = SAMPLING_PRESETS[value]
+  elif isinstance(value, str):
+    try:
+      value = tuple(float(p) for p in value.split("/"))
+    except ValueError:
+      raise UserError(f"sampling={value!r} is neither a preset ({', '.join(SAMPLING_PRESETS)}) "
+                      "nor probabilities like '0.2/0.22/0.24/0.34'") from None
+  value = tuple(float(p) for p in value)
+  if len(value) != g or min(value) < 0 or abs(sum(value) - 1) > 1e-6:
+    raise UserError(f"sampling={value} must be {g} non-negative probabilities "
+                    f"({'/'.join(names(config))}) that add up to 1; they add up to {sum(value):g}")
+  return value
+
+
+def sample_index(seed: int, step: int, probabilities: Sequence[float]) -> int:
+  """Index of the granularity of one step (Eq. 2): a pure function of (seed, step).
+
+  Every host computes the same value, and a resumed run repeats it.
+  """
+  bits = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
+  u = float(bits >> np.uint64(11)) * 2.0**-53
+  index = int(np.searchsorted(np.cumsum(probabilities), u, side="right"))
+  last = max(i for i, p in enumerate(probabilities) if p > 0)
+  return min(index, last)
+
+
+# ------------------------------------------------------------ Mix'n'Match
+
+
+def mix_n_match_ladder(config: ModelConfig) -> list[Granularity]:
+  """All non-decreasing least-slope granularities, smallest first (Section 3.3).
+
+  Adjacent entries differ in one layer; each mixes at most two neighbouring
+  sizes, the larger one in the deeper layers. Length (g-1) * L + 1.
+  """
+  layers, top = config.num_layers, len(uniform(config)) - 1
+  ladder = [parse((low,) * (layers - high) + (low + 1,) * high, config)
+            for low in range(top) for high in range(layers)]
+  return ladder + [parse(top, config)]
+
+
+def mix_n_match(config: ModelConfig, *, params: float) -> Granularity:
+  """The largest Mix'n'Match granularity with at most `params` total parameters.
+
+  Raises:
+    UserError: if the budget is below the smallest granularity.
+  """
+  fitting = [g for g in mix_n_match_ladder(config) if count(config, g).params <= params]
+  if not fitting:
+    low, high = (count(config, g).params for g in (uniform(config)[0], uniform(config)[-1]))
+    raise UserError(f"budget of {params:,.0f} parameters is below the smallest granularity; "
+                    f"give {low:,} (S) to {high:,} (XL)")
+  return fitting[-1]
+
+
+# ----------------------------------------------------------------- counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """Sizes of one granularity.
+
+  Attributes:
+    params: all parameters, the tied embedding once.
+    non_embedding_params: without the embedding (Table 4's second column).
+    ffn_params: FFN matrices only (Table 4's third column).
+    matmul_params: parameters that take part in a matmul for every token; the
+      embedding counts as the output head, RMSNorm scales do not count.
+    flops_per_token: forward FLOPs per token at the training context.
+  """
+
+  params: int
+  non_embedding_params: int
+  ffn_params: int
+  matmul_params: int
+  flops_per_token: int
+
+  @property
+  def train_flops_per_token(self) -> int:
+    """Forward and backward: three times the forward."""
+    return 3 * self.flops_per_token
+
+
+def count(config: ModelConfig, granularity: GranularityLike, seq_len: int | None = None) -> Counts:
+  """Exact parameter counts, and FLOPs by PaLM's convention (its Appendix B).
+
+  Forward FLOPs per token = 2 x matmul parameters + 4 x L x N x H x T: the
+  attention's two T x T products are counted in full, without a causal discount.
+  """
+  granularity = parse(granularity, config)
+  seq_len = seq_len or config.seq_len
+  d, h = config.d_model, config.head_dim
+  heads = [config.head_counts[i] for i in granularity.heads]
+  ffn = sum((3 if config.gated else 2) * d * config.ffn_widths[i] for i in granularity.ffn)
+  attention = sum(4 * d * n * h for n in heads)
+  norms = (2 * config.num_layers + 1) * d
+  embedding = config.vocab_size * d
+  matmul = ffn + attention + embedding
+  return Counts(
+      params=embedding + ffn + attention + norms,
+      non_embedding_params=ffn + attention + norms,
+      ffn_params=ffn,
+      matmul_params=matmul,
+      flops_per_token=2 * matmul + sum(4 * n * h * seq_len for n in heads))
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _parse_runs(text: str, whole: str, config: ModelConfig) -> tuple[int, ...]:
+  known = names(config)
+  layers: list[int] = []
+  parts = text.split("+")
+  for part in parts:
+    name, star, repeat = (s.strip() for s in part.partition("*"))
+    if name not in known:
+      near = difflib.get_close_matches(name.upper(), known, n=1)
+      raise UserError(f"granularity {whole!r}: {name!r} is not a size; use one of "
+                      f"{', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else "")
+                      + ", or runs such as 'M*8+L*8'")
+    if star and not (repeat.isdecimal() and int(repeat) > 0):
+      raise UserError(f"granularity {whole!r}: {repeat!r} is not a number of layers; "
+                      "write runs such as 'M*8+L*8'")
+    if star:
+      layers += [known.index(name)] * int(repeat)
+    elif len(parts) == 1:
+      layers = [known.index(name)] * config.num_layers
+    else:
+      layers.append(known.index(name))
+  return tuple(layers)
+
+
+def _runs_text(indices: tuple[int, ...], config: ModelConfig) -> str:
+  runs = [(names(config)[i], len(list(group))) for i, group in itertools.groupby(indices)]
+  if len(runs) == 1:
+    return runs[0][0]
+  return "+".join(f"{name}*{length}" for name, length in runs)
+
+
+def _check(granularity: Granularity, value: GranularityLike, config: ModelConfig) -> None:
+  stored_ffn = [r.ffn for r in config.runs for _ in range(r.num_layers)]
+  stored_heads = [r.heads for r in config.runs for _ in range(r.num_layers)]
+  for part, stored in ((granularity.ffn, stored_ffn), (granularity.heads, stored_heads)):
+    if len(part) != config.num_layers:
+      raise UserError(f"granularity {value!r} has {len(part)} layers; the model has "
+                      f"num_layers={config.num_layers}")
+    for layer, (index, top) in enumerate(zip(part, stored)):
+      if not 0 <= index < config.num_granularities:
+        raise UserError(f"granularity {value!r}: index {index} at layer {layer} is not in "
+                        f"0..{config.num_granularities - 1}")
+      if index > top:
+        raise UserError(f"granularity {value!r}: layer {layer} is stored only up to "
+                        f"{names(config)[top]}; ask for {names(config)[top]} or less")

@@ -1,0 +1,1 @@
+"""Flax modules. `layers` is shared by every model; `matlm` is the decoder."""

@@ -1,0 +1,67 @@
+"""MatLM: the decoder-only MatFormer language model (Section 4.1)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from matformer_jax import granularity as gran
+from matformer_jax import sharding
+from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.models import layers
+
+
+class MatLM(nn.Module):
+  """Pre-norm decoder with rotary positions and tied input/output embedding.
+
+  Parameter tree (float32; axes in sharding.LOGICAL_AXES):
+    embedding                        [V, D]
+    blocks/<run>/attention/qkv, out  [L, 3, A, N, H, D], [L, A, N, H, D]
+    blocks/<run>/ffn/in, (gate), out [L, G, K, D]
+    blocks/<run>/attention_norm, ffn_norm, final_norm   scale [L, D], [D]
+  """
+
+  config: ModelConfig
+  execution: Execution = Execution()
+
+  @nn.compact
+  def __call__(self, tokens_BxT, *, granularity: gran.Granularity | None = None,
+               return_hidden: bool = False):
+    """Runs the submodel `granularity` (default: everything stored).
+
+    Args:
+      tokens_BxT: int32 token ids in [0, V).
+      granularity: static; every value compiles its own program.
+      return_hidden: return what the chunked loss needs instead of logits.
+
+    Returns:
+      float32 logits [B, T, V], or (hidden [B, T, D], embedding [V, D]) in the
+      compute dtype.
+    """
+    cfg, exe = self.config, self.execution
+    granularity = granularity or gran.full(cfg)
+    embedding_VxD = self.param("embedding", layers.scaled_normal(cfg.d_model),
+                               (cfg.vocab_size, cfg.d_model))
+    embedding_VxD = sharding.gather(embedding_VxD, sharding.LOGICAL_AXES["embedding"],
+                                    exe.mesh, exe.dtype)
+    x_BxTxD = jnp.take(embedding_VxD, tokens_BxT, axis=0) * jnp.asarray(
+        cfg.d_model**0.5, exe.dtype)
+    x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe.mesh)
+    x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity)
+    x_BxTxD = layers.RMSNorm(cfg.norm_eps, name="final_norm")(x_BxTxD)
+    if return_hidden:
+      return x_BxTxD, embedding_VxD
+    return jnp.einsum("btd,vd->btv", x_BxTxD, embedding_VxD,
+                      preferred_element_type=jnp.float32)
+
+
+def init_params(config: ModelConfig, rng: jax.Array):
+  """The universal parameter tree, float32. Independent of mesh and platform."""
+  model = MatLM(config)
+  return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def slice_params(params, config: ModelConfig, granularity: gran.Granularity):
+  """The submodel's own parameter tree, for `granularity.submodel_config`."""
+  return {**params, "blocks": layers.slice_blocks(params["blocks"], config, granularity)}
