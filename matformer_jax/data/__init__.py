@@ -1,0 +1,1 @@
+"""Index-addressed data: the state of a data source is the step number."""

@@ -1,0 +1,349 @@
+"""Text: sources of documents, the token store, and batches addressed by step.
+
+  source  -> documents -> token store (train.bin, validation.bin) -> [B, T+1] windows
+
+A store is made once per (source, tokenizer) under the cache directory, and
+verified by checksum at every opening.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import sysconfig
+import time
+from typing import Any, Callable, Iterator
+
+import grain
+import numpy as np
+import tqdm
+
+from matformer_jax import runtime
+from matformer_jax.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_jax.errors import UserError
+
+STORE_VERSION = 1
+SPLITS = ("train", "validation")
+DOCUMENT_CHARS = 16_384  # longer files are cut at line ends into documents of this size
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+# ------------------------------------------------------------------- sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Documents in a fixed order.
+
+  Attributes:
+    name: the source as the user wrote it.
+    identity: what changes when the corpus does; part of the store's key.
+    documents: opens a fresh iterator.
+    size: bytes, for the progress bar; 0 where unknown.
+  """
+
+  name: str
+  identity: str
+  documents: Callable[[], Iterator[str]]
+  size: int = 0
+
+
+def open_corpus(source: str, data_dir: str | None = None) -> Corpus:
+  """Opens `stdlib`, `text:GLOB` or `tfds:NAME[/CONFIG]:FEATURE`.
+
+  Args:
+    source: `stdlib` is the running interpreter's own library sources.
+    data_dir: where TFDS datasets were prepared.
+
+  Raises:
+    UserError: for an unknown kind, or where nothing is found.
+  """
+  kind, _, rest = source.partition(":")
+  if source == "stdlib":
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(p for p in root.rglob("*.py") if not _NOT_LIBRARY & set(p.relative_to(root).parts))
+    return _file_corpus(source, files, root)
+  if kind == "text" and rest:
+    files = sorted(pathlib.Path(p) for p in glob.glob(os.path.expanduser(rest), recursive=True)
+                   if os.path.isfile(p))
+    if not files:
+      raise UserError(f"data.source={source!r}: no file matches {rest!r}; quote the pattern, and "
+                      "use ** for subdirectories")
+    return _file_corpus(source, files, pathlib.Path("/"))
+  if kind == "tfds" and rest:
+    return _tfds_corpus(source, rest, data_dir)
+  raise UserError(f"data.source={source!r} is not a source; use stdlib, text:GLOB or "
+                  "tfds:NAME[/CONFIG]:FEATURE")
+
+
+def _file_corpus(name: str, files: list[pathlib.Path], root: pathlib.Path) -> Corpus:
+  stats = [(str(p.relative_to(root)) if p.is_absolute() else str(p), s.st_size, s.st_mtime_ns)
+           for p, s in ((p, p.stat()) for p in files)]
+  size = sum(s for _, s, _ in stats)
+  if size == 0:
+    raise UserError(f"data.source={name!r}: the {len(files)} matching files are empty")
+
+  def documents():
+    for path in files:
+      # Undecodable bytes (some test data in real corpora) become U+FFFD.
+      yield from _cut(path.read_text(encoding="utf-8", errors="replace"))
+
+  return Corpus(name, json.dumps(stats), documents, size)
+
+
+def _cut(text: str) -> Iterator[str]:
+  """Documents of at most about DOCUMENT_CHARS, cut after a newline; joined they are `text`."""
+  start = 0
+  while len(text) - start > DOCUMENT_CHARS:
+    stop = text.rfind("\n", start, start + DOCUMENT_CHARS) + 1 or start + DOCUMENT_CHARS
+    yield text[start:stop]
+    start = stop
+  if start < len(text):
+    yield text[start:]
+
+
+def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  import tensorflow_datasets as tfds
+  name, colon, feature = rest.rpartition(":")
+  if not colon or not name:
+    raise UserError(f"data.source={source!r} names no feature; write tfds:NAME:FEATURE, "
+                    "e.g. tfds:c4/en:text")
+  try:
+    builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+  except Exception as e:
+    raise UserError(f"data.source={source!r}: no prepared dataset {name!r} under data.data_dir="
+                    f"{data_dir!r}; prepare it with the tfds command line, or correct data_dir "
+                    f"({' '.join(str(e).split())[:160]})") from e
+  if feature not in (builder.info.features or {}):
+    raise UserError(f"data.source={source!r}: dataset has no feature {feature!r}; it has "
+                    f"{', '.join(builder.info.features or {})}")
+  if "train" not in builder.info.splits:
+    raise UserError(f"data.source={source!r}: dataset has no split 'train'; it has "
+                    f"{', '.join(builder.info.splits)}")
+  split = builder.info.splits["train"]
+  file_format = builder.info.file_format.value
+  if file_format == "array_record":
+    def examples():
+      # The data source keeps its split's examples in order and reads without TensorFlow.
+      yield from builder.as_data_source(split="train")
+  elif file_format == "tfrecord":
+    def examples():
+      for path in split.filepaths:
+        records = grain.experimental.TFRecordIterDataset(os.fspath(path))
+        yield from records.map(builder.info.features.deserialize_example_np)
+  else:
+    raise UserError(f"data.source={source!r}: file format {file_format!r} is not supported; "
+                    "prepare the dataset as array_record or tfrecord")
+
+  def documents():
+    for example in examples():
+      text = example[feature]
+      if isinstance(text, np.ndarray):
+        text = text.item()
+      yield from _cut(text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text))
+
+  identity = json.dumps([str(builder.info.full_name), file_format, split.num_examples,
+                         split.shard_lengths, split.num_bytes, os.fspath(builder.data_dir)])
+  return Corpus(source, identity, documents, int(split.num_bytes or 0))
+
+
+# --------------------------------------------------------------- token store
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+  """Tokens of both splits, as read-only memory maps.
+
+  Attributes:
+    tokens: split -> int array; documents one after the other, each closed by the
+      tokenizer's end-of-text id.
+    manifest: version, source, tokenizer hash, counts, file checksums.
+    path: the store's directory.
+  """
+
+  tokens: dict[str, np.ndarray]
+  manifest: dict[str, Any]
+  path: pathlib.Path
+
+  @property
+  def fingerprint(self) -> str:
+    """Changes when any token does; equal on every machine with the same tokens."""
+    files = self.manifest["files"]
+    return hashlib.sha256("".join(files[s]["sha256"] for s in SPLITS).encode()).hexdigest()[:16]
+
+
+def get_tokenizer(corpus: Corpus, vocab_size: int, model_type: str, sample_bytes: int,
+                  cache_dir: str | None = None) -> Tokenizer:
+  """A tokenizer trained on the corpus, from the cache when already trained."""
+  key = _key("tokenizer", corpus.identity, vocab_size, model_type, sample_bytes)
+  path = _cache(cache_dir) / f"tokenizer-{key}.model"
+  with _locked(path):
+    if path.exists():
+      try:
+        return Tokenizer.from_file(path)
+      except UserError:
+        path.unlink()  # a cache entry, remade below
+    started = time.perf_counter()
+    _say(f"training a {model_type} tokenizer of {vocab_size:,} pieces on {corpus.name}")
+    tokenizer = train_tokenizer(corpus.documents(), vocab_size, model_type, sample_bytes)
+    _say(f"tokenizer trained in {time.perf_counter() - started:.1f} s")
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    temporary.write_bytes(tokenizer.model)
+    temporary.rename(path)
+  return tokenizer
+
+
+def get_store(corpus: Corpus, tokenizer: Tokenizer, validation_fraction: float,
+              cache_dir: str | None = None) -> TokenStore:
+  """The corpus as tokens; made once, then opened from the cache.
+
+  Two processes may call this at once (one waits), and a killed one leaves nothing
+  that is mistaken for a store. A store that fails its checksum is remade.
+
+  Raises:
+    UserError: if the corpus is empty or too small to split.
+  """
+  if not 0 < validation_fraction < 1:
+    raise UserError(f"data.validation_fraction={validation_fraction} must be between 0 and 1")
+  key = _key(STORE_VERSION, corpus.identity, tokenizer.sha256, validation_fraction)
+  path = _cache(cache_dir) / f"tokens-{key}"
+  with _locked(path):
+    for leftover in path.parent.glob(f"{path.name}.tmp*"):
+      shutil.rmtree(leftover)
+    if path.exists():
+      try:
+        return open_store(path)
+      except UserError as e:
+        _say(f"{e}; tokenising again")
+        shutil.rmtree(path)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.mkdir()
+    _write_store(temporary, corpus, tokenizer, validation_fraction)
+    temporary.rename(path)
+  return open_store(path)
+
+
+def open_store(path: str | os.PathLike) -> TokenStore:
+  """Opens and verifies a store. Raises UserError naming the damaged file."""
+  path = pathlib.Path(path)
+  try:
+    manifest = json.loads((path / "manifest.json").read_text())
+    files, dtype = manifest["files"], np.dtype(manifest["dtype"])
+    if manifest["version"] != STORE_VERSION:
+      raise UserError(f"token store {path} has version {manifest['version']}, this program "
+                      f"writes {STORE_VERSION}")
+    for split in SPLITS:
+      if _sha256(path / f"{split}.bin") != files[split]["sha256"]:
+        raise UserError(f"token store file {path / split}.bin fails its checksum")
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    if isinstance(e, UserError):
+      raise
+    raise UserError(f"token store {path} is incomplete ({e})") from e
+  tokens = {split: np.memmap(path / f"{split}.bin", dtype, "r", shape=(files[split]["tokens"],))
+            if files[split]["tokens"] else np.zeros(0, dtype) for split in SPLITS}
+  return TokenStore(tokens, manifest, path)
+
+
+def _write_store(path: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer,
+                 validation_fraction: float) -> None:
+  dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+  counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
+  # Every k-th document is held out; k // 2 first, so that small corpora have one.
+  every = max(2, round(1 / validation_fraction))
+  bar = tqdm.tqdm(total=corpus.size or None, unit="B", unit_scale=True, file=sys.stderr,
+                  desc=f"tokenising {corpus.name}", mininterval=1.0)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(bar)
+    out = {s: stack.enter_context(open(path / f"{s}.bin", "wb")) for s in SPLITS}
+    for index, text in enumerate(corpus.documents()):
+      split = "validation" if index % every == every // 2 else "train"
+      ids = np.asarray(tokenizer.encode(text) + [tokenizer.eos_id], dtype)
+      out[split].write(ids.tobytes())
+      size = len(text.encode("utf-8", "replace"))
+      for name, amount in (("documents", 1), ("bytes", size), ("tokens", len(ids))):
+        counts[split][name] += amount
+      bar.update(size)
+  for split in SPLITS:
+    if not counts[split]["documents"]:
+      raise UserError(
+          f"data.source={corpus.name!r} has {sum(c['documents'] for c in counts.values())} "
+          f"documents, which leaves the {split} split empty; use more text or raise "
+          "data.validation_fraction")
+    counts[split]["sha256"] = _sha256(path / f"{split}.bin")
+  (path / "manifest.json").write_text(json.dumps({
+      "version": STORE_VERSION, "source": corpus.name, "tokenizer": tokenizer.sha256,
+      "dtype": dtype.name, "validation_fraction": validation_fraction, "files": counts}, indent=1))
+
+
+def _cache(cache_dir: str | None) -> pathlib.Path:
+  path = pathlib.Path(cache_dir or os.path.join(runtime.cache_dir(), "data"))
+  path.mkdir(parents=True, exist_ok=True)
+  return path
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path):
+  """Holds a file lock beside `path`; the kernel releases it if the process dies."""
+  with open(path.with_name(path.name + ".lock"), "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+
+
+def _key(*parts: Any) -> str:
+  return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, "rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _say(message: str) -> None:
+  print(message, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------- batches
+
+
+class Windows:
+  """Batches of [B, T+1] token windows, a pure function of the step.
+
+  Window i is tokens[i*T : i*T + T+1], so every token is predicted once. Epochs are
+  shuffled anew by `seed`; with seed None windows come in order.
+  """
+
+  def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int | None,
+               process_index: int = 0, process_count: int = 1):
+    self.num_windows = (len(tokens) - 1) // seq_len
+    if self.num_windows < 1:
+      raise UserError(f"the corpus has {len(tokens)} tokens in this split, fewer than one window "
+                      f"of model.seq_len={seq_len} + 1; use more text or a shorter seq_len")
+    if batch_size % process_count:
+      raise UserError(f"batch_size={batch_size} is not divisible by the {process_count} processes")
+    self._tokens, self._seq_len, self._batch_size = tokens, seq_len, batch_size
+    share = batch_size // process_count
+    self._mine = range(process_index * share, (process_index + 1) * share)
+    order = grain.MapDataset.range(self.num_windows)
+    if seed is not None:
+      order = order.seed(seed).shuffle()
+    self._order = order.repeat()
+
+  def window_ids(self, step: int) -> list[int]:
+    """Which windows this process reads at `step`."""
+    first = step * self._batch_size
+    return [int(self._order[first + i]) for i in self._mine]
+
+  def batch(self, step: int) -> np.ndarray:
+    """int32 [B / processes, T+1]."""
+    length = self._seq_len
+    rows = [self._tokens[i * length:i * length + length + 1] for i in self.window_ids(step)]
+    return np.stack(rows).astype(np.int32)

@@ -1,0 +1,1 @@
+"""Evaluations. `lm`: loss and consistency of granularities; `bigram`: a baseline."""

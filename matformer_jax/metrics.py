@@ -1,0 +1,143 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, the progress line."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any, Mapping
+
+import tensorboardX
+
+# Peak dense bf16 FLOP/s of one JAX device, from the vendors' published figures.
+# A TPU v2/v3 device is one core, half a chip.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
+}
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The complete objects of a .jsonl file; a line cut by a kill is left out."""
+  rows = []
+  if os.path.exists(path):
+    for line in pathlib.Path(path).read_text().splitlines():
+      try:
+        row = json.loads(line)
+      except ValueError:
+        continue
+      if isinstance(row, dict):
+        rows.append(row)
+  return rows
+
+
+class JsonLines:
+  """An append-only .jsonl file that holds each step once, in order.
+
+  Opening it for a run that resumes at `step` drops later lines, which that run
+  will write again.
+  """
+
+  def __init__(self, path: pathlib.Path, step: int):
+    rows = {row["step"]: row for row in read_jsonl(path) if row.get("step", step + 1) <= step}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(rows[s]) + "\n" for s in sorted(rows)))
+    temporary.rename(path)
+    self._file = open(path, "a", buffering=1)
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+              for k, v in row.items()}
+    self._file.write(json.dumps(finite) + "\n")
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class RunLog:
+  """Records every step, and prints a progress line every `every` steps.
+
+  Args:
+    workdir: gets metrics.jsonl, eval.jsonl and tensorboard/.
+    step: steps already done.
+    total_steps: of the whole run.
+    every: steps between progress lines and TensorBoard points.
+    examples_per_step, unit: for throughput.
+    flops: granularity name -> FLOPs of one training step over all devices.
+    peak_flops: of all devices together, or None where unknown.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int, total_steps: int, every: int,
+               examples_per_step: int, unit: str, flops: Mapping[str, int],
+               peak_flops: float | None):
+    self._steps = JsonLines(workdir / "metrics.jsonl", step)
+    self._evals = JsonLines(workdir / "eval.jsonl", step)
+    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+    self._total, self._every = total_steps, every
+    self._examples, self._unit = examples_per_step, unit
+    self._flops, self._peak = flops, peak_flops
+    self._recent = {name: collections.deque(maxlen=10) for name in flops}
+    self._window = collections.defaultdict(list)
+    self._durations = collections.deque(maxlen=4 * every)
+    self.skipped = collections.Counter()
+
+  def step(self, step: int, granularity: str, loss: float, grad_norm: float,
+           learning_rate: float, finite: bool, duration: float) -> None:
+    """Records one finished step; `duration` in seconds."""
+    rate = self._examples / duration
+    row = {"step": step, "granularity": granularity, "loss": loss, "grad_norm": grad_norm,
+           "learning_rate": learning_rate, "step_time_s": duration,
+           "tokens_per_s" if self._unit == "tok" else "examples_per_s": rate}
+    if self._peak:
+      row["mfu"] = self._flops[granularity] / duration / self._peak
+    if not finite:
+      self.skipped[granularity] += 1
+      row["skipped"] = True
+      print(f"step {step}: loss or gradient of {granularity} is not finite; update skipped "
+            f"({sum(self.skipped.values())} so far)", flush=True)
+    self._steps.write(row)
+    self._durations.append(duration)
+    if finite:
+      self._recent[granularity].append(loss)
+      for name in row.keys() - {"step", "granularity"}:
+        self._window[f"{name}/{granularity}"].append(row[name])
+    if step % self._every == 0 or step == self._total:
+      self._report(step)
+
+  def _report(self, step: int) -> None:
+    for name, values in self._window.items():
+      self._board.add_scalar(name, sum(values) / len(values), step)
+    for name, count in self.skipped.items():
+      self._board.add_scalar(f"skipped/{name}", count, step)
+    self._window.clear()
+    losses = "  ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in self._recent.items() if v)
+    mean = sum(self._durations) / len(self._durations)
+    print(f"step {step:,}/{self._total:,}  {losses}  {self._examples / mean:,.0f} {self._unit}/s  "
+          f"ETA {_clock((self._total - step) * mean)}", flush=True)
+
+  def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+    """Records validation losses."""
+    self._evals.write({"step": step, "loss": dict(losses)})
+    for name, loss in losses.items():
+      self._board.add_scalar(f"validation_loss/{name}", loss, step)
+    print(f"step {step:,}/{self._total:,}  validation  " +
+          "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()), flush=True)
+
+  def flush(self) -> None:
+    self._board.flush()
+
+  def close(self) -> None:
+    self._steps.close()
+    self._evals.close()
+    self._board.close()
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(int(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

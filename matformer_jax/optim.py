@@ -1,0 +1,71 @@
+"""Learning-rate schedules and optimizers, all from optax."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from matformer_jax.config import did_you_mean
+from matformer_jax.errors import UserError
+from matformer_jax.sharding import path_names
+
+OPTIMIZERS = ("adamw", "adafactor")
+SCHEDULES = ("cosine", "rsqrt", "constant")
+
+
+def make_schedule(config, total_steps: int) -> optax.Schedule:
+  """Learning rate by step.
+
+  Args:
+    config: `config.optim`: schedule, peak_lr, warmup_steps, final_lr_ratio.
+    total_steps: length of the run; the cosine ends there.
+
+  Returns:
+    cosine: linear warm-up, then cosine to final_lr_ratio * peak_lr.
+    rsqrt: linear warm-up, then peak_lr * sqrt(warmup / step) (Adafactor, T5).
+    constant: linear warm-up, then peak_lr.
+  """
+  warmup = max(1, int(config.warmup_steps))
+  if config.schedule == "cosine":
+    if warmup >= total_steps:
+      raise UserError(f"optim.warmup_steps={warmup} must be below steps={total_steps}")
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.peak_lr, warmup, total_steps, config.peak_lr * config.final_lr_ratio)
+  rise = optax.linear_schedule(0.0, config.peak_lr, warmup)
+  if config.schedule == "rsqrt":
+    fall = lambda step: config.peak_lr * (warmup / (step + warmup)) ** 0.5
+    return optax.join_schedules([rise, fall], [warmup])
+  if config.schedule == "constant":
+    return optax.join_schedules([rise, optax.constant_schedule(config.peak_lr)], [warmup])
+  raise UserError(f"optim.schedule={config.schedule!r} is unknown"
+                  f"{did_you_mean(str(config.schedule), SCHEDULES)}")
+
+
+def is_matrix(params):
+  """True for matrices, False for norm scales: what weight decay applies to."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path)[-1] != "scale", params)
+
+
+def make_optimizer(config, total_steps: int) -> optax.GradientTransformation:
+  """Global-norm clipping, then AdamW or Adafactor, decaying matrices only.
+
+  Args:
+    config: `config.optim`, see configs/matlm.py for its keys.
+    total_steps: length of the run.
+
+  Raises:
+    UserError: for an unknown optimizer or schedule.
+  """
+  schedule = make_schedule(config, total_steps)
+  if config.name == "adamw":
+    update = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps,
+                         weight_decay=config.weight_decay, mask=is_matrix)
+  elif config.name == "adafactor":
+    # optax decays by weight_decay_rate per step, not times the learning rate.
+    update = optax.adafactor(schedule, weight_decay_rate=config.weight_decay or None,
+                             weight_decay_mask=is_matrix)
+  else:
+    raise UserError(f"optim.name={config.name!r} is unknown"
+                    f"{did_you_mean(str(config.name), OPTIMIZERS)}")
+  clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+  return optax.chain(*clip, update)

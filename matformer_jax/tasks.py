@@ -1,0 +1,132 @@
+"""A task is a model, a loss and a data source; the training loop knows none of them."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, Callable, Mapping, Protocol
+
+import jax
+import numpy as np
+
+from matformer_jax import granularity as gran
+from matformer_jax import losses
+from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.data import text
+from matformer_jax.data.tokenizer import Tokenizer
+from matformer_jax.errors import UserError
+from matformer_jax.evals import lm
+from matformer_jax.models import matlm
+
+TOKENIZER_FILE = "tokenizer.model"
+
+
+class Task(Protocol):
+  """What the training loop needs.
+
+  Attributes:
+    model_config: of the universal model.
+    examples_unit: what `examples_per_step` counts, e.g. tokens.
+    examples_per_step: over all processes.
+  """
+
+  model_config: ModelConfig
+  examples_unit: str
+  examples_per_step: int
+
+  def init(self, rng: jax.Array) -> Any:
+    """Universal parameters."""
+
+  def slice(self, params, granularity: gran.Granularity) -> Any:
+    """The submodel's own parameter tree."""
+
+  def loss(self, sub_config: ModelConfig, execution: Execution, sub_params, batch,
+           shards: int) -> tuple[jax.Array, jax.Array]:
+    """(objective to differentiate, loss to report) of a submodel on one batch."""
+
+  def batch(self, step: int) -> np.ndarray:
+    """This process's share of the batch of `step`; a pure function of it."""
+
+  def evaluate(self, execution: Execution, params, put: Callable,
+               should_stop: Callable[[], bool]) -> dict[str, float] | None:
+    """{granularity: validation loss}, or None if stopped."""
+
+  def identity(self) -> Mapping[str, Any]:
+    """JSON that must not change in the course of a run."""
+
+  def save_files(self, workdir: pathlib.Path) -> None:
+    """Writes what a checkpoint needs beside the weights, such as a tokenizer."""
+
+
+class LanguageModeling:
+  """Next-token prediction with a MatLM."""
+
+  examples_unit = "tok"
+
+  def __init__(self, config, workdir: pathlib.Path | None = None):
+    self.model_config = ModelConfig.from_dict(config.model)
+    data = config.data
+    corpus = text.open_corpus(data.source, data.data_dir or None)
+    given = data.tokenizer or _existing(workdir)
+    if given:
+      self.tokenizer = Tokenizer.from_file(given)
+    else:
+      self.tokenizer = text.get_tokenizer(corpus, self.model_config.vocab_size,
+                                          data.tokenizer_type, data.tokenizer_sample_bytes,
+                                          data.cache_dir or None)
+    if self.tokenizer.vocab_size > self.model_config.vocab_size:
+      raise UserError(f"model.vocab_size={self.model_config.vocab_size} is smaller than the "
+                      f"tokenizer's {self.tokenizer.vocab_size} pieces ({given}); raise it")
+    self.store = text.get_store(corpus, self.tokenizer, data.validation_fraction,
+                                data.cache_dir or None)
+    seq_len = self.model_config.seq_len
+    self._train = text.Windows(self.store.tokens["train"], seq_len, config.batch_size,
+                               config.seed, jax.process_index(), jax.process_count())
+    self._validation = text.Windows(self.store.tokens["validation"], seq_len,
+                                    config.eval.batch_size, None, jax.process_index(),
+                                    jax.process_count())
+    self._eval_batches = max(1, min(config.eval.batches,
+                                    self._validation.num_windows // config.eval.batch_size))
+    self._z_loss = config.z_loss
+    self.examples_per_step = config.batch_size * seq_len
+
+  def init(self, rng):
+    return matlm.init_params(self.model_config, rng)
+
+  def slice(self, params, granularity):
+    return matlm.slice_params(params, self.model_config, granularity)
+
+  def loss(self, sub_config, execution, sub_params, batch, shards):
+    model = matlm.MatLM(sub_config, execution)
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    hidden, embedding = model.apply({"params": sub_params}, inputs, return_hidden=True)
+    chunks = losses.num_chunks(inputs.size, inputs.shape[1], sub_config.vocab_size, shards)
+    return losses.chunked_cross_entropy(hidden, embedding, targets, chunks, shards, self._z_loss)
+
+  def batch(self, step):
+    return self._train.batch(step)
+
+  def evaluate(self, execution, params, put, should_stop=lambda: False):
+    batches = (put(self._validation.batch(i)) for i in range(self._eval_batches))
+    results = lm.evaluate(self.model_config, execution, params, gran.uniform(self.model_config),
+                          batches, consistency=False, should_stop=should_stop)
+    return None if results is None else {r.granularity: r.loss for r in results}
+
+  def identity(self):
+    return {"tokenizer": self.tokenizer.sha256, "tokens": self.store.fingerprint}
+
+  def save_files(self, workdir):
+    path = workdir / TOKENIZER_FILE
+    if not path.exists() or path.read_bytes() != self.tokenizer.model:
+      path.write_bytes(self.tokenizer.model)
+
+
+def _existing(workdir: pathlib.Path | None) -> pathlib.Path | None:
+  path = workdir / TOKENIZER_FILE if workdir else None
+  return path if path is not None and path.exists() else None
+
+
+def make_task(config, workdir: pathlib.Path | None = None) -> Task:
+  """The task named by `config.task`. Raises UserError for an unknown one."""
+  if config.task != "matlm":
+    raise UserError(f"task={config.task!r} is unknown; use 'matlm'")
+  return LanguageModeling(config, workdir)
