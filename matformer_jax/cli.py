@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import warnings
 from typing import Callable, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from matformer_jax.errors import UserError
@@ -35,7 +36,8 @@ def read_config(flag):
     try:
       config.model
     except Exception as e:
-      raise UserError(f"--config cannot be read: {' '.join(str(e).split())}") from None
+      raise UserError(f"--config cannot be read: {str(e).strip().splitlines()[-1]}; give for "
+                      "example --config=configs/matlm.py:quickstart") from None
   return config
 
 
@@ -51,13 +53,11 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
   def parse(argv):
     try:
       return flags.FLAGS(argv)
-    except (flags.Error, UserError) as e:
-      fail(str(e))
-    except (AttributeError, KeyError, TypeError, ValueError, ImportError, OSError) as e:
-      # config_flags raises these for an unknown key or an unreadable file.
-      text = e.args[0] if e.args else str(e)
-      text = str(text).replace('\\n', ' ')
-      fail(f"in the --config flags: {text.strip(chr(39))}")
+    except flags.Error as e:
+      # A config file that raises reaches us as its whole traceback: its last line says why.
+      fail(str(e).strip().splitlines()[-1] if "Traceback" in str(e) else str(e))
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+      fail(_unknown_key(argv, e))
 
   def guarded(argv):
     try:
@@ -71,7 +71,18 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
            "that can be written")
 
   warnings.showwarning = _print_warning
+  logging.set_verbosity(logging.WARNING)
   app.run(guarded, flags_parser=parse)
+
+
+def _unknown_key(argv: list[str], e: Exception) -> str:
+  """One line for what config_flags raises at an override it does not know."""
+  near = re.search(r'Did you mean "([^"]+)" instead of "([^"]+)"', str(e))
+  if near:
+    flag = next((a for a in argv if near.group(2) in a), "--config.*")
+    return (f"unknown config key {near.group(2)!r} in {flag}; did you mean {near.group(1)!r}?")
+  names = [a for a in argv if a.startswith("--config.")]
+  return f"unknown config key in {' '.join(names)} ({' '.join(str(e).split())})"
 
 
 def _print_warning(message, category, filename, lineno, file=None, line=None):

@@ -12,12 +12,11 @@ from matformer_jax import granularity as gran
 from matformer_jax import losses
 from matformer_jax.config import Execution, ModelConfig
 from matformer_jax.data import text
-from matformer_jax.data.tokenizer import Tokenizer
+from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from matformer_jax.errors import UserError
 from matformer_jax.evals import lm
 from matformer_jax.models import matlm
 
-TOKENIZER_FILE = "tokenizer.model"
 
 
 class Task(Protocol):

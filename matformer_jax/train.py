@@ -30,8 +30,9 @@ import optax
 from matformer_jax import checkpoint, cli, metrics, optim, runtime, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError
-from matformer_jax.tasks import TOKENIZER_FILE, Task, make_task
+from matformer_jax.tasks import Task, make_task
 
 VERSIONED = ("matformer_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
              "numpy", "sentencepiece")

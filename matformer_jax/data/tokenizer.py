@@ -12,6 +12,7 @@ import sentencepiece
 
 from matformer_jax.errors import UserError
 
+TOKENIZER_FILE = "tokenizer.model"  # in a run's directory
 TYPES = ("bpe", "unigram")
 _SPACE = "\u2581"  # SentencePiece's space marker; literal ones go through byte pieces
 _MAX_PIECE_BYTES = 8192  # a training sentence; longer lines are cut, never dropped

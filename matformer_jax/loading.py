@@ -1,0 +1,163 @@
+"""Loading a trained model in a notebook or a program."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from typing import Any, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matformer_jax import checkpoint, losses, tables
+from matformer_jax import granularity as gran
+from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from matformer_jax.errors import UserError
+from matformer_jax.models import matlm
+
+
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Model:
+  """A trained model and everything needed to use it at any granularity.
+
+  Attributes:
+    params: the universal parameter tree, float32.
+    config: what the model is.
+    tokenizer: text to tokens and back.
+    step: training steps of these weights.
+    card: config.json: full training config, data and library versions.
+    workdir: where it was loaded from.
+    execution: how it runs on this machine.
+  """
+
+  params: Any
+  config: ModelConfig
+  tokenizer: Tokenizer
+  step: int
+  card: dict[str, Any]
+  workdir: pathlib.Path
+  execution: Execution
+
+  def logits(self, tokens, granularity: gran.GranularityLike | None = None) -> jax.Array:
+    """Next-token logits.
+
+    Args:
+      tokens: int ids [T] or [B, T], each in [0, V).
+      granularity: e.g. "M" or "M*2+L*2"; default: everything stored.
+
+    Returns:
+      float32 [T, V] or [B, T, V].
+
+    Raises:
+      UserError: for ids outside the vocabulary or a granularity that does not parse.
+    """
+    tokens = self._check(tokens)
+    batch = tokens if tokens.ndim == 2 else tokens[None]
+    out = _logits(self.params, batch, self.config, self.execution, self._parse(granularity))
+    return out if tokens.ndim == 2 else out[0]
+
+  def loss(self, text_or_tokens, granularity: gran.GranularityLike | None = None) -> float:
+    """Mean cross-entropy of each token given those before it, nats.
+
+    Args:
+      text_or_tokens: a string, or int ids [T] or [B, T] with T >= 2.
+      granularity: as in `logits`.
+    """
+    tokens = text_or_tokens
+    if isinstance(tokens, str):
+      tokens = self.tokenizer.encode(tokens)
+    tokens = self._check(tokens)
+    batch = tokens if tokens.ndim == 2 else tokens[None]
+    if batch.shape[1] < 2:
+      raise UserError(f"loss needs at least 2 tokens, got {batch.shape[1]}; give more text")
+    return float(_loss(self.params, batch, self.config, self.execution, self._parse(granularity)))
+
+  def _parse(self, granularity):
+    return gran.full(self.config) if granularity is None else gran.parse(granularity, self.config)
+
+  def _check(self, tokens) -> jax.Array:
+    array = np.asarray(tokens)
+    if array.ndim not in (1, 2) or array.size == 0 or array.dtype.kind not in "iu":
+      raise UserError(f"tokens must be integers of shape [T] or [B, T], got {array.dtype} of "
+                      f"shape {array.shape}; model.tokenizer.encode(text) makes them")
+    if array.min() < 0 or array.max() >= self.config.vocab_size:
+      raise UserError(f"token ids must be in 0..{self.config.vocab_size - 1}, got "
+                      f"{array.min()}..{array.max()}; use model.tokenizer")
+    return jnp.asarray(array, jnp.int32)
+
+  def __repr__(self) -> str:
+    c = self.config
+    rows = []
+    for g in gran.uniform(c):
+      n = gran.count(c, g)
+      rows.append((gran.to_text(g, c), f"{n.params:,}", f"{n.non_embedding_params:,}",
+                   tables.si(n.flops_per_token)))
+    sizes = tables.table(("granularity", "parameters", "non-embedding", "FLOPs/token"), rows)
+    return (f"MatLM from {self.workdir}, step {self.step:,}: {c.num_layers} layers, d_model "
+            f"{c.d_model}, {c.num_heads} heads, vocabulary {c.vocab_size:,}, context "
+            f"{c.seq_len}\n{sizes}\nplus every Mix'n'Match of them, such as "
+            f"{gran.to_text(_example_mix(c), c)!r}")
+
+
+def load(workdir: str | os.PathLike, step: int | None = None) -> Model:
+  """Loads a trained model. Reads local files only; unpickles nothing.
+
+  Args:
+    workdir: directory of a training run.
+    step: which checkpoint; default the newest that verifies.
+
+  Raises:
+    UserError: if there is no such run or step.
+    checkpoint.DamagedCheckpoint: (a UserError) if `step` fails verification,
+      naming the leaf.
+  """
+  workdir = pathlib.Path(workdir)
+  card = checkpoint.read_card(workdir)
+  config = ModelConfig.from_dict(card["model"])
+  shapes = jax.eval_shape(lambda: matlm.init_params(config, jax.random.key(0)))
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
+  if step is None:
+    found = checkpoint.restore_newest(workdir, {"params": abstract}, repair=False)
+    if found is None:
+      raise UserError(f"{workdir} holds no checkpoint that verifies; train there first")
+  else:
+    if step not in checkpoint.steps(workdir):
+      raise UserError(f"{workdir} has no checkpoint of step {step}; it has "
+                      f"{', '.join(map(str, checkpoint.steps(workdir))) or 'none'}")
+    found = checkpoint.restore(workdir, step, {"params": abstract})
+  items, meta, _ = found
+  tokenizer = Tokenizer.from_file(workdir / TOKENIZER_FILE)
+  if tokenizer.sha256 != card["identity"]["tokenizer"]:
+    raise UserError(f"{workdir / TOKENIZER_FILE} is not the tokenizer this model was trained with "
+                    "(its checksum differs); restore the file, or run train there again")
+  execution = Execution.for_platform(jax.devices()[0].platform, dtype="float32", remat="none")
+  return Model(items["params"], config, tokenizer, meta["step"], card, workdir, execution)
+
+
+def _example_mix(config: ModelConfig) -> gran.Granularity:
+  ladder = gran.mix_n_match_ladder(config)
+  return ladder[len(ladder) // 2 + config.num_layers // 2 - 1]
+
+
+def _jit(f):
+  return jax.jit(f, static_argnums=(2, 3, 4))
+
+
+@_jit
+def _logits(params, tokens, config, execution, granularity):
+  return matlm.MatLM(config, execution).apply({"params": params}, tokens, granularity=granularity)
+
+
+@_jit
+def _loss(params, tokens, config, execution, granularity):
+  hidden, embedding = matlm.MatLM(config, execution).apply(
+      {"params": params}, tokens[:, :-1], granularity=granularity, return_hidden=True)
+  targets = tokens[:, 1:]
+  chunks = losses.num_chunks(targets.size, targets.shape[1], config.vocab_size)
+  return losses.chunked_cross_entropy(hidden, embedding, targets, chunks)[1]
