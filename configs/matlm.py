@@ -132,7 +132,7 @@ def _table_4(config, d_model: int, billion_tokens: int) -> None:
 
 def _quickstart(config) -> None:
   """About 5 minutes on 2 CPU cores; see README.md for the table it ends with."""
-  config.model.update(dict(vocab_size=2048, num_layers=4, d_model=192, num_heads=6, seq_len=128))
+  config.model.update(dict(vocab_size=2048, num_layers=4, d_model=192, num_heads=4, seq_len=128))
   config.batch_size = 16
   config.steps = 1200
   config.optim.update(dict(peak_lr=3e-3, warmup_steps=60, final_lr_ratio=0.05))

@@ -1,0 +1,67 @@
+"""Shared fixtures. In-process tests see 8 virtual CPU devices; programs see one."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CACHE = ROOT / "build" / "test-cache"  # token stores and compiled programs, kept between runs
+os.environ["MATFORMER_CACHE"] = str(CACHE)
+os.environ["JAX_PLATFORMS"] = "cpu"
+PROGRAM_ENV = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+from matformer_jax import runtime
+from matformer_jax.config import ModelConfig
+
+runtime.enable_compilation_cache()
+
+
+def get_config(row: str):
+  """A row of configs/matlm.py, as --config would load it."""
+  spec = importlib.util.spec_from_file_location("matlm_configs", ROOT / "configs" / "matlm.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(row)
+
+
+def command(module: str, *args) -> list[str]:
+  return [sys.executable, "-u", "-m", f"matformer_jax.{module}", *map(str, args)]
+
+
+def run_program(module: str, *args, timeout: int = 300, env=None) -> subprocess.CompletedProcess:
+  """Runs a command-line program from the repository root, as a user would."""
+  return subprocess.run(command(module, *args), cwd=ROOT, env={**PROGRAM_ENV, **(env or {})},
+                        capture_output=True, text=True, timeout=timeout)
+
+
+def train_args(workdir, **overrides) -> list[str]:
+  """Arguments that train the tiny row; overrides as `optim__peak_lr=1e-3`."""
+  return ["--config=configs/matlm.py:tiny", f"--workdir={workdir}"] + [
+      f"--config.{k.replace('__', '.')}={v}" for k, v in overrides.items()]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> pathlib.Path:
+  """One tiny model, trained by the real command; shared, never written to."""
+  workdir = tmp_path_factory.mktemp("tiny_run") / "run"
+  result = run_program("train", *train_args(workdir))
+  assert result.returncode == 0, result.stderr
+  return workdir
+
+
+@pytest.fixture(scope="session")
+def small() -> ModelConfig:
+  """A universal model small enough to compare with anything."""
+  return ModelConfig(vocab_size=64, num_layers=4, d_model=32, num_heads=4, seq_len=16)
+
+
+@pytest.fixture(scope="session")
+def small_params(small):
+  from matformer_jax.models import matlm
+  return matlm.init_params(small, jax.random.key(0))

@@ -1,0 +1,168 @@
+"""Names, parsing, counts (Table 4), sampling (Table 6), Mix'n'Match (Table 5)."""
+
+import collections
+import dataclasses
+
+import conftest
+import jax
+import numpy as np
+import pytest
+
+from matformer_jax import UserError
+from matformer_jax import granularity as gran
+from matformer_jax.config import ModelConfig
+from matformer_jax.models import matlm
+
+
+def model_config(row: str) -> ModelConfig:
+  return ModelConfig.from_dict(conftest.get_config(row).model)
+
+
+# Table 4, in millions: total, non-embedding (XL, L, M, S) and FFN (XL).
+TABLE_4 = {
+    "78M": ((78, 74, 72, 71), (12.6, 8.4, 6.3, 5.3), 8.4),
+    "180M": ((180, 164, 157, 152), (50, 33.7, 25.3, 21.1), 33.6),
+    "310M": ((310, 272, 253, 244), (113, 75, 56, 47), 75.6),
+    "463M": ((463, 397, 363, 346), (201, 134, 100, 84), 134),
+    "850M": ((850, 696, 620, 582), (453, 302, 227, 189), 302),
+}
+
+
+@pytest.mark.parametrize("row", TABLE_4)
+def test_counts_match_table_4(row):
+  total, non_embedding, ffn = TABLE_4[row]
+  counts = [gran.count(model_config(row), name) for name in ("XL", "L", "M", "S")]
+  # Half a printed unit, or 1.2%: the paper rounds some figures up, some down, and
+  # its non-embedding column exceeds 4 d^2 + 2 d d_ff per layer by up to 0.15M.
+  close = lambda ours, printed: abs(ours / 1e6 - printed) <= max(0.012 * printed, 0.06)
+  for n, t, e in zip(counts, total, non_embedding):
+    assert close(n.params, t), (n.params, t)
+    assert close(n.non_embedding_params, e), (n.non_embedding_params, e)
+  assert close(counts[0].ffn_params, ffn)
+
+
+def test_counts_of_the_2_6b_model():
+  config = model_config("2.6B")
+  assert round(gran.count(config, "XL").params / 1e9, 1) == 2.6
+  assert round(gran.count(config, "S").params / 1e9, 1) == 1.5
+
+
+@pytest.mark.parametrize("row", [*TABLE_4, "2.6B", "quickstart", "tiny"])
+@pytest.mark.parametrize("change", [{}, {"gated": True}, {"nested_heads": True, "head_groups": 1}])
+def test_counts_equal_the_real_tree(row, change):
+  config = dataclasses.replace(model_config(row), **change)
+  params = jax.eval_shape(lambda: matlm.init_params(config, jax.random.key(0)))
+  for g in gran.uniform(config):
+    sub = jax.eval_shape(lambda p: matlm.slice_params(p, config, g), params)
+    n = gran.count(config, g)
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    assert size(sub) == n.params
+    assert size(sub) - sub["embedding"].size == n.non_embedding_params
+    assert sum(size(run["ffn"]) for run in sub["blocks"].values()) == n.ffn_params
+
+
+def test_table_4_rows_are_the_papers_setup():
+  for row in TABLE_4:
+    config = conftest.get_config(row)
+    assert config.batch_size * config.model.seq_len == 2**20
+    tokens = config.steps * config.batch_size * config.model.seq_len
+    published = {"78M": 10, "180M": 20, "310M": 30, "463M": 40, "850M": 80}[row]
+    assert tokens == pytest.approx(4 * published * 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("text,ffn", [
+    ("S", (0,) * 4), ("XL", (3,) * 4), ("M*2+L*2", (1, 1, 2, 2)), ("S+M+L+XL", (0, 1, 2, 3)),
+    (" M * 3 + XL ", (1, 1, 1, 3))])
+def test_parse(small, text, ffn):
+  g = gran.parse(text, small)
+  assert g.ffn == ffn and g.heads == (3,) * 4
+  assert gran.parse(gran.to_text(g, small), small) == g
+  assert gran.parse(ffn, small) == g and gran.parse(g, small) == g
+
+
+def test_parse_heads(small):
+  nested = dataclasses.replace(small, nested_heads=True)
+  g = gran.parse("M*2+L*2/XL", nested)
+  assert g.ffn == (1, 1, 2, 2) and g.heads == (3,) * 4
+  assert gran.parse(gran.to_text(g, nested), nested) == g
+  assert gran.parse("M", nested).heads == (1,) * 4
+
+
+@pytest.mark.parametrize("bad,words", [
+    ("Q", "'Q' is not a size"), ("m", "did you mean M"), ("M*3", "3 layers"), ("M*5", "5 layers"),
+    ("M*x", "'x' is not a number"), ("", "is not a size"), ("M*0+L*4", "'0'"), ((0, 1), "2 layers"),
+    (7, "index 7"), ("M/XL", "nested_heads=False")])
+def test_parse_errors_name_the_value(small, bad, words):
+  with pytest.raises(UserError, match="granularity") as e:
+    gran.parse(bad, small)
+  assert words in str(e.value)
+
+
+def test_sampling_is_a_pure_function_with_the_right_frequencies(small):
+  for preset, row in gran.SAMPLING_PRESETS.items():
+    p = gran.sampling_probabilities(preset, small)
+    assert p == pytest.approx(row)
+    draws = [gran.sample_index(3, step, p) for step in range(4000)]
+    assert draws == [gran.sample_index(3, step, p) for step in range(4000)]
+    counts = collections.Counter(draws)
+    for i in range(4):
+      # Five standard deviations of a binomial: a false alarm in 2e6.
+      assert abs(counts[i] - 4000 * p[i]) < 5 * (4000 * p[i] * (1 - p[i])) ** 0.5
+  assert [gran.sample_index(4, s, p) for s in range(50)] != [gran.sample_index(3, s, p) for s in range(50)]
+
+
+def test_a_zero_probability_is_never_drawn(small):
+  p = gran.sampling_probabilities("0/0.5/0.5/0", small)
+  assert {gran.sample_index(0, s, p) for s in range(500)} == {1, 2}
+
+
+@pytest.mark.parametrize("bad", ["nope", "0.5/0.5", "0.5/0.5/0.5/0.5", (-1, 1, 0.5, 0.5)])
+def test_sampling_errors(small, bad):
+  with pytest.raises(UserError, match="sampling"):
+    gran.sampling_probabilities(bad, small)
+
+
+def test_ladder_is_non_decreasing_and_least_slope(small):
+  ladder = gran.mix_n_match_ladder(small)
+  assert len(ladder) == 3 * 4 + 1
+  sizes = [gran.count(small, g).params for g in ladder]
+  assert sizes == sorted(set(sizes))
+  for g in ladder:
+    assert list(g.ffn) == sorted(g.ffn) and g.ffn[-1] - g.ffn[0] <= 1
+
+
+@pytest.mark.parametrize("non_embedding,expected", [
+    (226.6e6, "M"), (245.5e6, "M*12+L*4"), (278.5e6, "M*5+L*11"), (377.6e6, "L*8+XL*8")])
+def test_mix_n_match_reproduces_table_5(non_embedding, expected):
+  config = model_config("850M")
+  embedding = config.vocab_size * config.d_model
+  g = gran.mix_n_match(config, params=non_embedding + embedding)
+  assert gran.to_text(g, config) == expected
+
+
+def test_mix_n_match_below_the_smallest(small):
+  with pytest.raises(UserError, match="below the smallest"):
+    gran.mix_n_match(small, params=10)
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"num_heads": 5}, "num_heads=5"), ({"ffn_ratios": (2, 1)}, "ffn_ratios"),
+    ({"ffn_ratios": (0.3, 1)}, "0.3"), ({"ffn_groups": 3}, "ffn_groups=3"),
+    ({"activation": "tanh"}, "tanh"), ({"vocab_size": 0}, "vocab_size=0"),
+    ({"nested_heads": True, "num_heads": 2}, "head ratio 0.25"), ({"num_heads": 32}, "even")])
+def test_model_config_errors_name_the_value(small, change, words):
+  with pytest.raises(UserError) as e:
+    dataclasses.replace(small, runs=None, **change)
+  assert words in str(e.value)
+
+
+def test_unknown_model_key_suggests_the_near_one(small):
+  with pytest.raises(UserError, match="did you mean 'num_layers'"):
+    ModelConfig.from_dict({**small.to_dict(), "num_layer": 3})
+
+
+def test_config_round_trips(small):
+  assert ModelConfig.from_dict(small.to_dict()) == small
+  sub = gran.submodel_config(small, gran.parse("S*1+M*3", small))
+  assert ModelConfig.from_dict(sub.to_dict()) == sub
+  assert np.sum([r.num_layers for r in sub.runs]) == 4
