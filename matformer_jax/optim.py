@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from matformer_jax.config import did_you_mean
@@ -33,7 +34,7 @@ def make_schedule(config, total_steps: int) -> optax.Schedule:
         0.0, config.peak_lr, warmup, total_steps, config.peak_lr * config.final_lr_ratio)
   rise = optax.linear_schedule(0.0, config.peak_lr, warmup)
   if config.schedule == "rsqrt":
-    fall = lambda step: config.peak_lr * (warmup / (step + warmup)) ** 0.5
+    fall = lambda step: config.peak_lr * jnp.sqrt(warmup / jnp.maximum(step + warmup, 1))
     return optax.join_schedules([rise, fall], [warmup])
   if config.schedule == "constant":
     return optax.join_schedules([rise, optax.constant_schedule(config.peak_lr)], [warmup])
@@ -62,8 +63,9 @@ def make_optimizer(config, total_steps: int) -> optax.GradientTransformation:
                          weight_decay=config.weight_decay, mask=is_matrix)
   elif config.name == "adafactor":
     # optax decays by weight_decay_rate per step, not times the learning rate.
-    update = optax.adafactor(schedule, weight_decay_rate=config.weight_decay or None,
-                             weight_decay_mask=is_matrix)
+    # Attention matrices are stored per head, so their inner dimensions are small.
+    update = optax.adafactor(schedule, min_dim_size_to_factor=32, weight_decay_mask=is_matrix,
+                             weight_decay_rate=config.weight_decay or None)
   else:
     raise UserError(f"optim.name={config.name!r} is unknown"
                     f"{did_you_mean(str(config.name), OPTIMIZERS)}")

@@ -74,7 +74,7 @@ def make_train_step(task: Task, execution: Execution, optimizer: optax.GradientT
       (_, loss), sub_grads = gradient(sub_params, batch)
     else:
       loss, sub_grads = _accumulate(gradient, sub_params, batch, grad_accum)
-    grad_norm = optax.global_norm(sub_grads)
+    grad_norm = optax.tree.norm(sub_grads)
     (grads,) = unslice(sub_grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updated = TrainState(optax.apply_updates(state.params, updates), opt_state)

@@ -108,9 +108,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, model_type: str,
     if limit and "too high" in str(e):
       raise UserError(f"model.vocab_size={vocab_size} is larger than this corpus supports; set "
                       f"model.vocab_size to at most {limit.group(1)}, or use more text") from e
-    if "smaller than required_chars" in str(e) or "too small" in str(e).lower():
+    needed = re.search(r"required_chars\. \d+ vs (\d+)", str(e))
+    if needed:
       raise UserError(f"model.vocab_size={vocab_size} is too small for the characters of this "
-                      f"corpus ({' '.join(str(e).split())})") from e
+                      f"corpus; set model.vocab_size to at least {needed.group(1)}") from e
     raise
   return Tokenizer(out.getvalue())
 

@@ -1,0 +1,306 @@
+"""Sources, tokenizer, token store, windows."""
+
+import json
+import multiprocessing
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import conftest
+import numpy as np
+import pytest
+
+from matformer_jax import UserError
+from matformer_jax.data import text
+from matformer_jax.data.tokenizer import Tokenizer, train_tokenizer
+
+SAMPLE = [p.read_text(encoding="utf-8", errors="replace") for p in
+          sorted(pathlib.Path(json.__file__).parent.glob("*.py"))]
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def tokenizer(request):
+  return train_tokenizer(SAMPLE, 600, request.param, 10**6)
+
+
+# ----------------------------------------------------------------- tokenizer
+
+
+@pytest.mark.parametrize("string", [
+    "", " ", "  two  spaces ", "\ttab\n\n newline\r\n", "é à ü 漢字 😀 \u2028 \ufeff", "\x00\x01\x7f",
+    "\u2581 literal \u2581\u2581", "</s> <unk> <0x41>", "a\u0301 vs \u00e1", "x" * 10_000])
+def test_lossless(tokenizer, string):
+  assert tokenizer.decode(tokenizer.encode(string)) == string
+
+
+def test_lossless_on_random_unicode(tokenizer):
+  rng = np.random.default_rng(0)
+  points = [c for c in rng.integers(0, 0x110000, 3000) if not 0xD800 <= c < 0xE000]
+  string = "".join(map(chr, points))
+  assert tokenizer.decode(tokenizer.encode(string)) == string
+
+
+def test_lossless_on_real_text_and_compresses(tokenizer):
+  for document in SAMPLE:
+    ids = tokenizer.encode(document)
+    assert tokenizer.decode(ids) == document
+    assert tokenizer.eos_id not in ids
+  tokens = sum(len(tokenizer.encode(d)) for d in SAMPLE)
+  assert tokens < 0.6 * sum(map(len, SAMPLE))
+
+
+def test_training_is_reproducible():
+  a, b = (train_tokenizer(SAMPLE, 400, "bpe", 10**6) for _ in range(2))
+  assert a.sha256 == b.sha256
+
+
+def test_sample_is_bounded():
+  documents = (f"document {i} " * 50 for i in range(2000))
+  assert train_tokenizer(documents, 280, "bpe", 20_000).vocab_size == 280
+
+
+def test_vocabulary_larger_than_the_corpus_supports():
+  with pytest.raises(UserError, match=r"vocab_size=5000 .* at most \d+"):
+    train_tokenizer(["a few words"], 5000, "bpe", 10**6)
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda: train_tokenizer([], 400, "bpe", 10), "corpus is empty"),
+    (lambda: train_tokenizer(SAMPLE, 300, "word", 10), "tokenizer_type='word'"),
+    (lambda: train_tokenizer(SAMPLE, 300, "bpe", 10**6), r"vocab_size=300 is too small .* at least \d+"),
+    (lambda: Tokenizer(b"junk"), "not a SentencePiece model"),
+    (lambda: Tokenizer.from_file("/nowhere.model"), "/nowhere.model")])
+def test_tokenizer_errors(make, words):
+  with pytest.raises(UserError, match=words):
+    make()
+
+
+# ------------------------------------------------------------------- sources
+
+
+def test_stdlib_is_real_python():
+  corpus = text.open_corpus("stdlib")
+  documents = list(corpus.documents())
+  assert sum(map(len, documents)) > 5e6
+  assert any("def dumps(" in d for d in documents)
+  assert all(0 < len(d) <= text.DOCUMENT_CHARS for d in documents)
+
+
+def test_files_are_cut_into_documents_without_loss(tmp_path):
+  content = "".join(f"line {i}\n" for i in range(10_000)) + "y" * 40_000
+  (tmp_path / "a.txt").write_text(content)
+  (tmp_path / "b.txt").write_text("short")
+  documents = list(text.open_corpus(f"text:{tmp_path}/*.txt").documents())
+  assert documents[-1] == "short" and "".join(documents[:-1]) == content
+  assert max(map(len, documents)) <= text.DOCUMENT_CHARS
+
+
+@pytest.mark.parametrize("source,words", [
+    ("text:/nowhere/*.txt", "no file matches"), ("nope", "is not a source"), ("text:", "not a source"),
+    ("tfds:mnist", "names no feature"), ("tfds:nope/nope:text", "no prepared dataset")])
+def test_source_errors(source, words, tmp_path):
+  with pytest.raises(UserError, match=words) as e:
+    text.open_corpus(source, str(tmp_path))
+  assert source in str(e.value)
+
+
+def test_empty_files(tmp_path):
+  (tmp_path / "empty.txt").write_text("")
+  with pytest.raises(UserError, match="are empty"):
+    text.open_corpus(f"text:{tmp_path}/*.txt")
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_tfds(tmp_path, file_format):
+  """A dataset in TFDS's own on-disk format, written here and read without TensorFlow."""
+  write_tfds(tmp_path, file_format, SAMPLE)
+  corpus = text.open_corpus("tfds:sources/plain:text", str(tmp_path))
+  assert "".join(corpus.documents()) == "".join(SAMPLE)
+  assert "tensorflow" not in sys.modules
+  with pytest.raises(UserError, match="no feature 'words'"):
+    text.open_corpus("tfds:sources/plain:words", str(tmp_path))
+
+
+def write_tfds(root: pathlib.Path, file_format: str, documents: list[str]) -> None:
+  import tensorflow_datasets as tfds
+  from array_record.python.array_record_module import ArrayRecordWriter
+  folder = root / "sources" / "plain" / "1.0.0"
+  folder.mkdir(parents=True)
+  features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+  lengths = [len(documents) // 2, len(documents) - len(documents) // 2]
+  serialized = [example_proto(d) for d in documents]
+  shards = [serialized[:lengths[0]], serialized[lengths[0]:]]
+  for i, shard in enumerate(shards):
+    path = folder / f"sources-train.{file_format}-{i:05d}-of-00002"
+    if file_format == "array_record":
+      writer = ArrayRecordWriter(str(path), "group_size:1")
+      for record in shard:
+        writer.write(record)
+      writer.close()
+    else:
+      path.write_bytes(b"".join(tfrecord(r) for r in shard))
+  split = tfds.core.SplitInfo(
+      name="train", shard_lengths=lengths, num_bytes=sum(map(len, serialized)),
+      filename_template=tfds.core.ShardedFileTemplate(
+          data_dir=folder, dataset_name="sources", split="train", filetype_suffix=file_format,
+          template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"))
+  tfds.folder_dataset.write_metadata(
+      data_dir=folder, features=features, split_infos=[split], check_data=False,
+      description="test", homepage=None, citation=None)
+  info = json.loads((folder / "dataset_info.json").read_text())
+  info |= {"name": "sources", "configName": "plain", "version": "1.0.0", "fileFormat": file_format}
+  (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def example_proto(value: str) -> bytes:
+  """A tf.train.Example {"text": [bytes]}, encoded by hand."""
+
+  def field(number: int, payload: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + varint(len(payload)) + payload
+
+  def varint(n: int) -> bytes:
+    out = b""
+    while n > 127:
+      out, n = out + bytes([n & 127 | 128]), n >> 7
+    return out + bytes([n])
+
+  feature = field(1, field(1, value.encode()))
+  return field(1, field(1, field(1, b"text") + field(2, feature)))
+
+
+def tfrecord(payload: bytes) -> bytes:
+  """One TFRecord frame: length, its masked CRC-32C, payload, its masked CRC-32C."""
+  table = []
+  for n in range(256):
+    for _ in range(8):
+      n = n >> 1 ^ (0x82F63B78 if n & 1 else 0)
+    table.append(n)
+
+  def masked(data: bytes) -> bytes:
+    crc = 0xFFFFFFFF
+    for byte in data:
+      crc = crc >> 8 ^ table[(crc ^ byte) & 255]
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF).to_bytes(4, "little")
+
+  length = len(payload).to_bytes(8, "little")
+  return length + masked(length) + payload + masked(payload)
+
+
+# --------------------------------------------------------------- token store
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  for i, document in enumerate(SAMPLE):
+    (tmp_path / f"{i}.txt").write_text(document)
+  return text.open_corpus(f"text:{tmp_path}/*.txt")
+
+
+def test_store_holds_every_document_once(corpus, tokenizer, tmp_path):
+  store = text.get_store(corpus, tokenizer, 0.2, str(tmp_path / "cache"))
+  documents = list(corpus.documents())
+  decoded = []
+  for split in text.SPLITS:
+    tokens = store.tokens[split]
+    assert tokens[-1] == tokenizer.eos_id
+    ends = np.flatnonzero(tokens == tokenizer.eos_id)
+    for start, stop in zip([0, *(ends[:-1] + 1)], ends):
+      decoded.append(tokenizer.decode(tokens[start:stop]))
+  assert sorted(decoded) == sorted(documents)
+  assert store.manifest["files"]["validation"]["documents"] == pytest.approx(0.2 * len(documents), abs=1)
+
+
+def test_store_is_made_once_and_remade_when_damaged(corpus, tmp_path, capfd):
+  tokenizer = train_tokenizer(SAMPLE, 400, "bpe", 10**6)
+  get = lambda: text.get_store(corpus, tokenizer, 0.2, str(tmp_path / "cache"))
+  first = get()
+  made = (first.path / "train.bin").stat().st_mtime_ns
+  assert get().fingerprint == first.fingerprint
+  assert (first.path / "train.bin").stat().st_mtime_ns == made
+  content = bytearray((first.path / "train.bin").read_bytes())
+  content[100] ^= 1
+  (first.path / "train.bin").write_bytes(content)
+  with pytest.raises(UserError, match="train.bin fails its checksum"):
+    text.open_store(first.path)
+  assert get().fingerprint == first.fingerprint
+  assert "tokenising again" in capfd.readouterr().err
+
+
+def _open_store(directory, cache, results):
+  corpus = text.open_corpus(f"text:{directory}/*.txt")
+  tokenizer = text.get_tokenizer(corpus, 400, "bpe", 10**6, cache)
+  results.put(text.get_store(corpus, tokenizer, 0.2, cache).fingerprint)
+
+
+def test_two_processes_make_one_store(corpus, tmp_path):
+  context = multiprocessing.get_context("spawn")
+  results, cache = context.Queue(), str(tmp_path / "cache")
+  workers = [context.Process(target=_open_store, args=(tmp_path, cache, results)) for _ in range(2)]
+  for w in workers:
+    w.start()
+  for w in workers:
+    w.join(timeout=120)
+    assert w.exitcode == 0
+  found = {results.get() for _ in workers}
+  assert len(found) == 1
+  assert len(list(pathlib.Path(cache).glob("tokens-*/manifest.json"))) == 1
+
+
+def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
+  """SIGKILL in the middle of tokenising; the next call makes a whole store."""
+  cache = tmp_path / "cache"
+  program = ("from matformer_jax.data import text; c = text.open_corpus('stdlib');"
+             f"t = text.get_tokenizer(c, 400, 'bpe', 10**5, {str(cache)!r});"
+             f"text.get_store(c, t, 0.1, {str(cache)!r})")
+  process = subprocess.Popen([sys.executable, "-c", program], cwd=conftest.ROOT,
+                             stderr=subprocess.DEVNULL)
+  deadline = time.time() + 120
+  while not [p for p in cache.glob("tokens-*.tmp*/train.bin") if p.stat().st_size > 0]:
+    assert time.time() < deadline and process.poll() is None
+    time.sleep(0.005)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert not list(cache.glob("tokens-*/manifest.json"))
+  corpus = text.open_corpus("stdlib")
+  tokenizer = text.get_tokenizer(corpus, 400, "bpe", 10**5, str(cache))
+  store = text.get_store(corpus, tokenizer, 0.1, str(cache))
+  assert store.manifest["files"]["train"]["bytes"] > 4e6
+  assert not list(cache.glob("*.tmp*"))
+
+
+@pytest.mark.parametrize("fraction,words", [(0.0, "between 0 and 1"), (0.001, "validation split empty")])
+def test_split_errors(corpus, fraction, words, tmp_path):
+  with pytest.raises(UserError, match=words):
+    text.get_store(corpus, train_tokenizer(SAMPLE, 400, "bpe", 10**6), fraction, str(tmp_path / "c"))
+
+
+# ------------------------------------------------------------------- windows
+
+
+def test_windows_visit_everything_once_per_epoch_and_predict_every_token():
+  tokens = np.arange(10 * 40 + 1)
+  windows = text.Windows(tokens, 10, 8, seed=1)
+  assert windows.num_windows == 40
+  epochs = [np.concatenate([windows.batch(s) for s in range(e * 5, e * 5 + 5)]) for e in range(2)]
+  for rows in epochs:
+    assert sorted(rows[:, 1:].ravel()) == list(range(1, 401))
+    assert np.all(np.diff(rows, axis=1) == 1)
+  assert epochs[0][:, 0].tolist() != epochs[1][:, 0].tolist()
+  assert epochs[0][:, 0].tolist() != sorted(epochs[0][:, 0])
+
+
+def test_windows_are_a_pure_function_of_the_step_and_of_any_number_of_hosts():
+  tokens = np.arange(1001, dtype=np.uint16)
+  whole = text.Windows(tokens, 10, 8, seed=1)
+  parts = [text.Windows(tokens, 10, 8, 1, i, 4) for i in range(4)]
+  for step in (7, 3, 40):
+    np.testing.assert_array_equal(np.concatenate([p.batch(step) for p in parts]), whole.batch(step))
+    assert whole.batch(step).dtype == np.int32
+
+
+def test_too_little_text_for_one_window():
+  with pytest.raises(UserError, match="fewer than one window"):
+    text.Windows(np.arange(10), 10, 1, 0)

@@ -1,0 +1,241 @@
+"""The train step and loop, in process: what one update does and does not change."""
+
+import collections
+import json
+
+import conftest
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hlo
+from matformer_jax import UserError, optim, sharding, train
+from matformer_jax import granularity as gran
+from matformer_jax.config import ModelConfig
+from matformer_jax.models import matlm
+from matformer_jax.tasks import LanguageModeling
+
+MODEL = ModelConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16,
+                    ffn_groups=4, head_groups=2)
+
+
+class StubTask(LanguageModeling):
+  """Language modelling on a fixed array of tokens, without corpus or tokenizer."""
+
+  def __init__(self, model_config=MODEL):
+    self.model_config = model_config
+    self.examples_per_step = 16 * model_config.seq_len
+    self._z_loss = 1e-4
+
+  def batch(self, step):
+    return np.random.default_rng(step).integers(0, 96, (16, 17)).astype(np.int32)
+
+
+def make_trainer(mesh=None, model_config=MODEL, **changes) -> train.Trainer:
+  config = conftest.get_config("tiny")
+  config.batch_size = 16
+  config.update_from_flattened_dict(changes)
+  if mesh is None:
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+  else:
+    mesh = sharding.make_mesh(mesh)
+  return train.Trainer(StubTask(model_config), config, mesh)
+
+
+def run(trainer, steps=6):
+  """Losses and final state of a few steps, XL and S in turn."""
+  programs = {}
+  state, losses = trainer.init(0), []
+  for step in range(1, steps + 1):
+    i = 3 * (step % 2)
+    if i not in programs:
+      programs[i] = trainer.lower(trainer.granularities[i]).compile()
+    state, out = programs[i](state, trainer.put(trainer.task.batch(step)))
+    losses.append(float(out["loss"]))
+  return losses, state
+
+
+@pytest.fixture(scope="module")
+def single_device():
+  return run(make_trainer())
+
+
+def assert_close(a, b, **kwargs):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), **kwargs), a, b)
+
+
+# ------------------------------------------------------------------ sharding
+
+
+@pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=8)])
+def test_meshes_agree(single_device, mesh):
+  losses, state = run(make_trainer(mesh))
+  np.testing.assert_allclose(losses, single_device[0], rtol=2e-5)
+  assert_close(state.params, single_device[1].params, rtol=2e-3, atol=2e-5)
+
+
+def test_parameters_and_moments_are_sharded():
+  trainer = make_trainer(dict(data=2, fsdp=2, tensor=2))
+  state = trainer.init(0)
+  for tree in (state.params, state.opt_state[1][0].mu):
+    leaf = tree["blocks"]["0"]["ffn"]["in"]
+    assert leaf.addressable_shards[0].data.size == leaf.size // 4  # fsdp x tensor
+
+
+def dense(index: int) -> ModelConfig:
+  """A plain Transformer as wide as one granularity."""
+  return ModelConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16,
+                     ffn_groups=4, head_groups=2, ffn_ratios=(MODEL.ffn_ratios[index],))
+
+
+@pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, tensor=2)])
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_nesting_causes_no_collective(mesh, index):
+  """A granularity's step communicates exactly what a dense model of its width does."""
+  nested = make_trainer(mesh)
+  plain = make_trainer(mesh, dense(index))
+  ours = hlo.collectives(nested.lower(nested.granularities[index]).compile().as_text())
+  theirs = hlo.collectives(plain.lower(plain.granularities[0]).compile().as_text())
+  assert ours.keys() == theirs.keys() and ours
+  for kind, (count, size) in ours.items():
+    assert count == theirs[kind][0], kind
+    assert size <= 1.05 * theirs[kind][1], kind
+
+
+def test_a_small_granularity_gathers_less():
+  trainer = make_trainer(dict(fsdp=8))
+  size = [hlo.collectives(trainer.lower(g).compile().as_text())["all-gather"][1]
+          for g in trainer.granularities]
+  ffn = [2 * 4 * width * MODEL.d_model for width in MODEL.ffn_widths]  # one layer, float32
+  assert size == sorted(size)
+  assert size[3] - size[0] == ffn[3] - ffn[0]
+
+
+@pytest.mark.parametrize("mesh,words", [
+    (dict(fsdp=3), "8 devices"), (dict(fsdp=-1, data=3), "8 devices")])
+def test_mesh_errors(mesh, words):
+  with pytest.raises(UserError, match=words):
+    sharding.make_mesh(mesh)
+
+
+def test_a_mesh_that_does_not_divide_the_model():
+  with pytest.raises(UserError, match="head_groups=2 is not divisible by mesh.tensor=4"):
+    sharding.check_model_fits_mesh(MODEL, sharding.make_mesh(dict(fsdp=2, tensor=4)))
+
+
+# ------------------------------------------------------------------ the step
+
+
+def test_gradient_accumulation_is_the_same_update(single_device):
+  losses, state = run(make_trainer(dict(fsdp=4, data=2), grad_accum=2))
+  np.testing.assert_allclose(losses, single_device[0], rtol=2e-5)
+  assert_close(state.params, single_device[1].params, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("poison", ["nan", "inf", "large"])
+def test_a_non_finite_step_changes_no_bit(poison):
+  trainer = make_trainer()
+  _, state = run(trainer, 4)
+  bad = {"nan": np.nan, "inf": np.inf, "large": 3e38}[poison]  # the last overflows on the way
+  params = jax.tree.map(lambda x: x, state.params)
+  params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(bad)
+  state = train.TrainState(params, state.opt_state)
+  before = jax.tree.map(np.array, state)
+  step = trainer.lower(trainer.granularities[1]).compile()
+  after, out = step(state, trainer.put(trainer.task.batch(9)))
+  assert not out["finite"]
+  same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == b.tobytes(), after, before)
+  assert all(jax.tree.leaves(same))
+
+
+def test_one_program_per_granularity():
+  trainer = make_trainer()
+  programs = trainer.compile()
+  assert sorted(programs) == [0, 1, 2, 3]
+  flops = [programs[i].cost_analysis()["flops"] for i in range(4)]
+  assert flops == sorted(set(flops))  # slices, not masks: a smaller size costs less
+  assert sorted(make_trainer(sampling="0/0/0.5/0.5").compile()) == [2, 3]
+
+
+def test_untouched_neurons_move_only_by_optimizer_momentum():
+  """The first S step leaves neurons beyond m_S where weight decay alone puts them."""
+  trainer = make_trainer(**{"optim.weight_decay": 0.0, "optim.warmup_steps": 1,
+                            "optim.schedule": "constant"})
+  state = trainer.init(0)
+  before = np.array(state.params["blocks"]["0"]["ffn"]["in"])
+  step = trainer.lower(trainer.granularities[0]).compile()
+  for i in (1, 2):  # the learning rate of the first step is 0
+    state, _ = step(state, trainer.put(trainer.task.batch(i)))
+  after = np.array(state.params["blocks"]["0"]["ffn"]["in"])
+  k = MODEL.ffn_widths[0] // MODEL.ffn_groups
+  np.testing.assert_array_equal(after[:, :, k:], before[:, :, k:])
+  assert np.all(np.any(after[:, :, :k] != before[:, :, :k], -1))
+
+
+# ----------------------------------------------------------------- optimizers
+
+
+def test_weight_decay_spares_norm_scales():
+  params = matlm.init_params(MODEL, jax.random.key(0))
+  config = conftest.get_config("tiny").optim
+  config.update(dict(schedule="constant", warmup_steps=1, clip_norm=0.0))
+  optimizer = optim.make_optimizer(config, 10)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  state = optimizer.init(params)
+  for _ in range(2):
+    updates, state = optimizer.update(zeros, state, params)
+  moved = optim.is_matrix(params)
+  jax.tree.map(lambda u, is_matrix: np.testing.assert_equal(bool(np.any(u)), is_matrix), updates, moved)
+  flags = collections.Counter(jax.tree.leaves(moved))
+  assert flags[True] == 5 and flags[False] == 3
+
+
+@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+def test_schedules(schedule):
+  config = conftest.get_config("tiny").optim
+  config.update(dict(schedule=schedule, peak_lr=1.0, warmup_steps=10, final_lr_ratio=0.1))
+  f = optim.make_schedule(config, 100)
+  assert f(0) == 0 and f(5) == pytest.approx(0.5) and f(10) == pytest.approx(1.0)
+  end = {"cosine": 0.1, "rsqrt": 10**-0.5, "constant": 1.0}[schedule]
+  assert f(100) == pytest.approx(end, rel=1e-4)
+
+
+def test_adafactor_trains_with_factored_moments_on_a_mesh():
+  big = ModelConfig(vocab_size=256, num_layers=2, d_model=128, num_heads=4, seq_len=16)
+  trainer = make_trainer(dict(fsdp=8), big, **{"optim.name": "adafactor",
+                                               "optim.schedule": "rsqrt"})
+  losses, state = run(trainer, 9)
+  assert losses[8] < losses[0] and np.all(np.isfinite(losses))
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  assert size(state.opt_state) < 0.1 * size(state.params)
+
+
+@pytest.mark.parametrize("key,value", [("name", "adamm"), ("schedule", "cosin")])
+def test_optimizer_errors(key, value):
+  config = conftest.get_config("tiny").optim
+  config[key] = value
+  with pytest.raises(UserError, match=f"optim.{key}='{value}'.*did you mean"):
+    optim.make_optimizer(config, 100)
+
+
+# ------------------------------------------------------------------- the loop
+
+
+def test_a_run_records_every_step(tiny_run):
+  rows = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+  assert [r["step"] for r in rows] == list(range(1, 41))
+  p = (0.25,) * 4
+  names = ("S", "M", "L", "XL")
+  assert [r["granularity"] for r in rows] == [names[gran.sample_index(0, s, p)] for s in range(1, 41)]
+  assert all(r["loss"] > 0 and r["grad_norm"] > 0 and r["step_time_s"] > 0 and r["tokens_per_s"] > 0
+             for r in rows)
+  assert np.mean([r["loss"] for r in rows[-8:]]) < np.mean([r["loss"] for r in rows[:8]]) - 0.5
+  evals = [json.loads(line) for line in (tiny_run / "eval.jsonl").read_text().splitlines()]
+  assert [e["step"] for e in evals] == [20, 40] and set(evals[0]["loss"]) == set(names)
+  assert list((tiny_run / "tensorboard").iterdir())
+
+
+def test_loss_metric_has_full_precision(tiny_run):
+  row = json.loads((tiny_run / "metrics.jsonl").read_text().splitlines()[0])
+  assert np.float32(row["loss"]) == row["loss"]  # the float32, not a rounded print of it
