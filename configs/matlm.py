@@ -134,11 +134,11 @@ def _quickstart(config) -> None:
   """About 5 minutes on 2 CPU cores; see README.md for the table it ends with."""
   config.model.update(dict(vocab_size=2048, num_layers=4, d_model=192, num_heads=4, seq_len=128))
   config.batch_size = 16
-  config.steps = 1200
+  config.steps = 1500
   config.optim.update(dict(peak_lr=3e-3, warmup_steps=60, final_lr_ratio=0.05))
   config.log_every = 20
   config.checkpoint.update(dict(every=100))
-  config.eval.update(dict(every=400, batches=16, batch_size=16))
+  config.eval.update(dict(every=500, batches=16, batch_size=16))
 
 
 def _tiny(config) -> None:

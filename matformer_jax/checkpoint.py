@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import pathlib
+import re
 import warnings
 from typing import Any, Mapping, Sequence
 
@@ -226,7 +226,12 @@ def _warn(message: str) -> None:
 
 
 def _first_line(e: Exception) -> str:
+  """The reason in a tensorstore or Orbax error, which can be pages long."""
   text = str(e).strip()
+  known = re.search("No space left on device|Disk quota exceeded|Read-only file system|"
+                    "Permission denied|File too large", text)
+  if known:
+    return known.group()
   return f"{type(e).__name__}: {text.splitlines()[0][:300] if text else ''}"
 
 
@@ -263,7 +268,6 @@ class Writer:
         continue
       if metric is not None:
         self._metric[step] = metric
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase
     try:
       self._manager = ocp.CheckpointManager(
           self._root, options=ocp.CheckpointManagerOptions(

@@ -22,9 +22,11 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOT
 
 def define_config(required: bool = True):
   """Defines --config=FILE.py[:ROW] with --config.key=value overrides."""
-  return config_flags.DEFINE_config_file(
+  holder = config_flags.DEFINE_config_file(
       "config", None, "Config file and row, e.g. configs/matlm.py:quickstart; any key can be "
       "overridden: --config.optim.peak_lr=1e-3." + ("" if required else " Optional."))
+  flags.declare_key_flag("config")
+  return holder
 
 
 def read_config(flag):
@@ -71,7 +73,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
            "that can be written")
 
   warnings.showwarning = _print_warning
-  logging.set_verbosity(logging.WARNING)
+  # Orbax logs every phase, and tracebacks of errors that we report in one line.
+  logging.set_verbosity(logging.FATAL)
   app.run(guarded, flags_parser=parse)
 
 

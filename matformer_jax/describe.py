@@ -69,4 +69,5 @@ if __name__ == "__main__":
   _CONFIG = cli.define_config(required=False)
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
   _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
+  flags.adopt_module_key_flags(cli)
   cli.run(main)

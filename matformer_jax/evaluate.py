@@ -143,8 +143,8 @@ def main(argv) -> None:
   results = evaluate(model, store, chosen, consistency, _BATCHES.value, _BATCH_SIZE.value)
   baseline = None
   if _BIGRAM.value:
-    baseline = bigram_loss(store.tokens["train"], store.tokens["validation"],
-                           model.config.vocab_size)
+    measured = store.tokens["validation"][:results[0].tokens + 1]  # the same predictions
+    baseline = bigram_loss(store.tokens["train"], measured, model.config.vocab_size)
   print(f"{model.workdir}, step {model.step:,}, {results[0].tokens:,} validation tokens\n")
   print(report(model, results, _METRICS.value, baseline))
   if _PLOT.value:

@@ -1,0 +1,43 @@
+# make quickstart   train a small universal MatLM on real text, measure and plot every size
+# make test         all tests, slow ones included
+# make benchmark    what a step costs, against dense models of the same widths
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/quickstart
+WORKERS ?= 2
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test benchmark install clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m matformer_jax.train --config=configs/matlm.py:quickstart --workdir=$(RUN)
+	$(BIN)/python -m matformer_jax.evaluate --workdir=$(RUN) --ladder=9 --bigram --batches=48 \
+	  --plot=$(RUN)/elastic_curve.png --json=$(RUN)/evaluation.json
+	@echo
+	@echo "Next:"
+	@echo "  $(BIN)/python -m matformer_jax.describe --workdir=$(RUN)"
+	@echo "  $(BIN)/python -m matformer_jax.evaluate --workdir=$(RUN) --granularities=S,'M*2+L*2',XL"
+	@echo "  $(BIN)/python -m matformer_jax.train --config=configs/matlm.py:quickstart --workdir=runs/mine \\"
+	@echo "      --config.data.source='text:/path/to/**/*.txt'"
+	@echo "  $(BIN)/tensorboard --logdir=$(RUN)   (after: $(BIN)/pip install tensorboard)"
+	@echo "  in Python: import matformer_jax; model = matformer_jax.load('$(RUN)'); print(model)"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+benchmark: $(INSTALLED)
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
