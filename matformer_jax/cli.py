@@ -11,6 +11,7 @@ from typing import Callable, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from matformer_jax import runtime
 from matformer_jax.errors import UserError
 
 EXIT_ERROR = 1
@@ -72,6 +73,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
       fail(f"{e.filename or 'file'}: {e.strerror}; free space, or choose a directory "
            "that can be written")
 
+  runtime.keep_freed_memory()  # here, since it must come before JAX's first use
   warnings.showwarning = _print_warning
   # Orbax logs every phase, and tracebacks of errors that we report in one line.
   logging.set_verbosity(logging.FATAL)

@@ -10,7 +10,6 @@ import pathlib
 from typing import Sequence
 
 from absl import flags
-import jax
 import numpy as np
 import tqdm
 
@@ -127,8 +126,6 @@ def main(argv) -> None:
     raise UserError(f"--metrics={','.join(_METRICS.value)!r}: choose among {','.join(lm.METRICS)}")
   if (_BIGRAM.value or _PLOT.value) and "loss" not in _METRICS.value:
     raise UserError("--bigram and --plot show the loss; add it to --metrics")
-  if jax.devices()[0].platform == "cpu":
-    runtime.keep_freed_memory()
   runtime.enable_compilation_cache()
   model = load(_WORKDIR.value, _STEP.value)
   if _GRANULARITIES.value:

@@ -196,9 +196,6 @@ def train(config, workdir: str | os.PathLike) -> int:
   """
   workdir = pathlib.Path(workdir)
   stop = _StopSignal()
-  platform = jax.devices()[0].platform
-  if platform == "cpu":
-    runtime.keep_freed_memory()
   runtime.enable_compilation_cache()
   _check_config(config)
   workdir.mkdir(parents=True, exist_ok=True)
