@@ -76,7 +76,10 @@ def _rms_norm_bwd(eps, residuals, g):
   g = jax.lax.optimization_barrier(g).astype(jnp.float32)
   unit = x.astype(jnp.float32) * inverse
   g_unit = g * scale_D
-  d_x = inverse * (g_unit - unit * jnp.mean(g_unit * unit, -1, keepdims=True))
+  # A product with ones: 10x faster than a fused row sum on CPU.
+  mean = jnp.matmul(g_unit * unit, jnp.full((x.shape[-1], 1), 1 / x.shape[-1]),
+                    precision="highest")
+  d_x = inverse * (g_unit - unit * mean)
   # A barrier keeps XLA's CPU backend from recomputing the product inside a strided sum.
   d_scale = jnp.sum(jax.lax.optimization_barrier(g * unit), tuple(range(x.ndim - 1)))
   return d_x.astype(x.dtype), d_scale
@@ -130,10 +133,11 @@ class Attention(nn.Module):
     w_out = _weight(self, "attention", "out",
                     scaled_normal(cfg.d_model, (2 * cfg.num_layers) ** -0.5), shape)
     qkv_BxTx3xAxNxH = project_in(x_BxTxD, w_qkv, self.execution)
-    # split, not indexing: its transpose concatenates instead of padding three times.
-    q, k, v = (jnp.squeeze(part, 2).transpose(0, 2, 3, 1, 4)
-               for part in jax.lax.split(qkv_BxTx3xAxNxH, (1, 1, 1), axis=2))
-    q, k, v = jax.lax.optimization_barrier((q, k, v))  # transpose first, rotate after
+    # Split, not indexed: the transpose concatenates instead of padding three times. The
+    # barriers keep XLA's CPU backend from fusing the transposition with its neighbours.
+    qkv = jax.lax.optimization_barrier(jax.lax.split(qkv_BxTx3xAxNxH, (1, 1, 1), axis=2))
+    q, k, v = jax.lax.optimization_barrier(
+        tuple(jnp.squeeze(part, 2).transpose(0, 2, 3, 1, 4) for part in qkv))
     sin_cos = rope_table(x_BxTxD.shape[1], cfg.head_dim, cfg.rope_base)
     q = apply_rope(q, *sin_cos) * jnp.asarray(cfg.head_dim**-0.5, q.dtype)
     k = apply_rope(k, *sin_cos)
