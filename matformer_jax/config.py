@@ -189,7 +189,11 @@ class Execution:
   @classmethod
   def for_platform(cls, platform: str, mesh=None, dtype: str = "auto",
                    remat: str = "auto") -> Execution:
-    """The measured best settings for `cpu`, `gpu` or `tpu` (see DESIGN notes in README)."""
+    """What measured best on `cpu`, `gpu` or `tpu`, where dtype and remat are `auto`.
+
+    Raises:
+      UserError: for an unknown dtype or remat policy.
+    """
     cpu = platform == "cpu"
     if dtype == "auto":
       dtype = "float32" if cpu else "bfloat16"

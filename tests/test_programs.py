@@ -80,6 +80,7 @@ def test_sigterm_during_evaluation(tiny_run, tmp_path):
   assert trajectory(tmp_path) == trajectory(tiny_run)
 
 
+@pytest.mark.slow
 def test_sigterm_before_the_first_step(tmp_path):
   process = start(*train_args(tmp_path, model__num_layers=3))
   wait_for_line(process, "one universal model")
@@ -172,6 +173,7 @@ def test_divergence_stops_with_a_clear_error_and_saves_nothing_bad(tiny_run, tmp
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(model.params))
 
 
+@pytest.mark.slow
 def test_sharded_run_through_the_command_line(tiny_run, tmp_path):
   """The same command on 8 virtual devices gives the same losses."""
   flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}

@@ -1,6 +1,7 @@
 """The train step and loop, in process: what one update does and does not change."""
 
 import collections
+import dataclasses
 import json
 
 import conftest
@@ -73,6 +74,20 @@ def test_meshes_agree(single_device, mesh):
   losses, state = run(make_trainer(mesh))
   np.testing.assert_allclose(losses, single_device[0], rtol=2e-5)
   assert_close(state.params, single_device[1].params, rtol=2e-3, atol=2e-5)
+
+
+def test_nested_heads_on_a_mesh():
+  model = dataclasses.replace(MODEL, num_heads=8, nested_heads=True)
+  plain, state = run(make_trainer(model_config=model), 3)
+  losses, sharded = run(make_trainer(dict(data=2, fsdp=2, tensor=2), model), 3)
+  np.testing.assert_allclose(losses, plain, rtol=2e-5)
+  assert_close(sharded.params, state.params, rtol=2e-3, atol=2e-5)
+
+
+def test_bfloat16_trains_close_to_float32(single_device):
+  losses, state = run(make_trainer(dtype="bfloat16"))
+  np.testing.assert_allclose(losses, single_device[0], rtol=0.02)
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
 
 
 def test_parameters_and_moments_are_sharded():
