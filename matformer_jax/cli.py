@@ -15,7 +15,6 @@ from matformer_jax import runtime
 from matformer_jax.errors import UserError
 
 EXIT_ERROR = 1
-EXIT_PREEMPTED = 143  # 128 + SIGTERM
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
                 errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.EEXIST)
@@ -75,6 +74,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
   runtime.keep_freed_memory()  # here, since it must come before JAX's first use
   warnings.showwarning = _print_warning
+  sys.unraisablehook = _ignore_closed_event_loops
   # Orbax logs every phase, and tracebacks of errors that we report in one line.
   logging.set_verbosity(logging.FATAL)
   app.run(guarded, flags_parser=parse)
@@ -88,6 +88,12 @@ def _unknown_key(argv: list[str], e: Exception) -> str:
     return (f"unknown config key {near.group(2)!r} in {flag}; did you mean {near.group(1)!r}?")
   names = [a for a in argv if a.startswith("--config.")]
   return f"unknown config key in {' '.join(names)} ({' '.join(str(e).split())})"
+
+
+def _ignore_closed_event_loops(unraisable) -> None:
+  """After a failed save, writes still under way find Orbax's event loop closed."""
+  if "Event loop is closed" not in str(unraisable.exc_value):
+    sys.__unraisablehook__(unraisable)
 
 
 def _print_warning(message, category, filename, lineno, file=None, line=None):

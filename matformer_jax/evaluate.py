@@ -88,6 +88,7 @@ def plot(model: Model, results: Sequence[lm.Result], path: str, baseline: float 
   if baseline is not None:
     axes.text(0.99, 0.97, f"bigram baseline: {baseline:.3f}", transform=axes.transAxes,
               ha="right", va="top", color="0.4")
+  axes.margins(0.06, 0.1)
   axes.grid(alpha=0.3)
   axes.legend(loc="lower left")
   figure.savefig(path, dpi=140)

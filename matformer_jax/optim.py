@@ -19,17 +19,16 @@ def make_schedule(config, total_steps: int) -> optax.Schedule:
 
   Args:
     config: `config.optim`: schedule, peak_lr, warmup_steps, final_lr_ratio.
-    total_steps: length of the run; the cosine ends there.
+    total_steps: length of the run; the cosine ends there. A run not longer than
+      its warm-up warms up over its first half instead.
 
   Returns:
     cosine: linear warm-up, then cosine to final_lr_ratio * peak_lr.
     rsqrt: linear warm-up, then peak_lr * sqrt(warmup / step) (Adafactor, T5).
     constant: linear warm-up, then peak_lr.
   """
-  warmup = max(1, int(config.warmup_steps))
+  warmup = warmup_steps(config, total_steps)
   if config.schedule == "cosine":
-    if warmup >= total_steps:
-      raise UserError(f"optim.warmup_steps={warmup} must be below steps={total_steps}")
     return optax.warmup_cosine_decay_schedule(
         0.0, config.peak_lr, warmup, total_steps, config.peak_lr * config.final_lr_ratio)
   rise = optax.linear_schedule(0.0, config.peak_lr, warmup)
@@ -40,6 +39,12 @@ def make_schedule(config, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, optax.constant_schedule(config.peak_lr)], [warmup])
   raise UserError(f"optim.schedule={config.schedule!r} is unknown"
                   f"{did_you_mean(str(config.schedule), SCHEDULES)}")
+
+
+def warmup_steps(config, total_steps: int) -> int:
+  """`config.warmup_steps`, or half of a run that is not longer than that; at least 1."""
+  asked = max(1, int(config.warmup_steps))
+  return asked if asked < total_steps else max(1, total_steps // 2)
 
 
 def is_matrix(params):

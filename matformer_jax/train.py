@@ -3,7 +3,7 @@
   python -m matformer_jax.train --config=configs/matlm.py:quickstart --workdir=runs/quickstart
 
 Running the same command again resumes bit-exactly. Exit codes: 0 done, 1 an error
-to fix, 143 stopped by SIGTERM after saving (run again to go on).
+to fix, 143 stopped by SIGTERM or 130 by Ctrl-C after saving (run again to go on).
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def train(config, workdir: str | os.PathLike) -> int:
   task.save_files(workdir)
   names = gran.names(task.model_config)
   counts = {name: gran.count(task.model_config, name) for name in names}
-  _say_what_is_trained(task, counts, mesh, trainer.execution)
+  _say_what_is_trained(config, task, counts, mesh, trainer.execution)
   writer = checkpoint.Writer(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best,
                              card)
   if start >= config.steps:
@@ -300,26 +300,34 @@ def train(config, workdir: str | os.PathLike) -> int:
   writer.close()
   log.close()
   if stop.requested and step < config.steps:
-    print(f"stopped by SIGTERM; saved step {step:,}. Run the same command to resume", flush=True)
-    return cli.EXIT_PREEMPTED
+    print(f"stopped by {stop.name}; saved step {step:,}. Run the same command to resume", flush=True)
+    return stop.exit_code
   print(f"done: {config.steps:,} steps in {workdir}", flush=True)
   return 0
 
 
 class _StopSignal:
-  """SIGTERM: leaves at once while setting up, after the current step once training."""
+  """SIGTERM or Ctrl-C: leaves at once while setting up, after the current step once training.
+
+  A second Ctrl-C interrupts for good.
+  """
 
   def __init__(self):
     self.requested = False
     self.finish_step = False
-    signal.signal(signal.SIGTERM, self._handle)
+    self.name, self.exit_code = "", 0
+    for signum in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(signum, self._handle)
 
   def _handle(self, signum, frame):
+    self.name = signal.Signals(signum).name
+    self.exit_code = 128 + signum  # 143 for SIGTERM, 130 for Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if self.finish_step:
       self.requested = True
     else:
-      print("stopped by SIGTERM before the first step", flush=True)
-      os._exit(cli.EXIT_PREEMPTED)  # compile threads cannot be interrupted
+      print(f"stopped by {self.name} before the first step", flush=True)
+      os._exit(self.exit_code)  # compile threads cannot be interrupted
 
 
 # ------------------------------------------------------------------ the card
@@ -423,9 +431,13 @@ def _check_batch(config, mesh) -> None:
           + f"; use a multiple of {shards * parts}")
 
 
-def _say_what_is_trained(task, counts, mesh, execution) -> None:
+def _say_what_is_trained(config, task, counts, mesh, execution) -> None:
   sizes = "  ".join(f"{name} {c.params / 1e6:,.1f}M" for name, c in counts.items())
   device = jax.devices()[0]
+  warmup = optim.warmup_steps(config.optim, config.steps)
+  if warmup < config.optim.warmup_steps:
+    print(f"note: optim.warmup_steps={config.optim.warmup_steps} is not below steps="
+          f"{config.steps}; warming up over {warmup}", flush=True)
   print(f"one universal model, parameters per granularity: {sizes}\n"
         f"{mesh.size} x {device.device_kind}, mesh {dict(mesh.shape)}, {execution.dtype}, "
         f"remat {execution.remat}, {task.examples_per_step:,} {task.examples_unit}/step",

@@ -80,6 +80,15 @@ def test_sigterm_during_evaluation(tiny_run, tmp_path):
   assert trajectory(tmp_path) == trajectory(tiny_run)
 
 
+def test_ctrl_c_saves_too(tmp_path):
+  process = start(*train_args(tmp_path, log_every=1, steps=10**5, eval__every=0))
+  wait_for_line(process, "step 4/")
+  process.send_signal(signal.SIGINT)
+  rest = process.communicate(timeout=60)[0]
+  assert process.returncode == 130 and "stopped by SIGINT; saved step" in rest, rest
+  assert matformer_jax.load(tmp_path).step >= 4
+
+
 @pytest.mark.slow
 def test_sigterm_before_the_first_step(tmp_path):
   process = start(*train_args(tmp_path, model__num_layers=3))
@@ -319,7 +328,8 @@ def test_own_text(tmp_path):
   for path in sorted(pathlib.Path(conftest.ROOT / "matformer_jax").rglob("*.py")):
     (tmp_path / path.name).write_text(path.read_text())
   result = run_program("train", *train_args(
-      tmp_path / "run", data__source=f"text:{tmp_path}/*.py", steps=6, eval__every=0,
+      tmp_path / "run", data__source=f"text:{tmp_path}/*.py", steps=4, eval__every=0,
       checkpoint__every=0))
   assert result.returncode == 0, result.stderr
-  assert checkpoint.steps(tmp_path / "run") == [6]
+  assert checkpoint.steps(tmp_path / "run") == [4]
+  assert "optim.warmup_steps=5 is not below steps=4; warming up over 2" in result.stdout

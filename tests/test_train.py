@@ -62,8 +62,11 @@ def single_device():
   return run(make_trainer())
 
 
-def assert_close(a, b, **kwargs):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), **kwargs), a, b)
+def assert_same_parameters(a, b):
+  """Equal but for rounding, which Adam turns into up to some 1e-4 where a gradient is near
+  zero; one step moves a parameter by up to 1e-2, so a wrong gradient shows."""
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(
+      np.asarray(x), np.asarray(y), rtol=2e-3, atol=5e-4), a.params, b.params)
 
 
 # ------------------------------------------------------------------ sharding
@@ -73,7 +76,7 @@ def assert_close(a, b, **kwargs):
 def test_meshes_agree(single_device, mesh):
   losses, state = run(make_trainer(mesh))
   np.testing.assert_allclose(losses, single_device[0], rtol=2e-5)
-  assert_close(state.params, single_device[1].params, rtol=2e-3, atol=2e-5)
+  assert_same_parameters(state, single_device[1])
 
 
 def test_nested_heads_on_a_mesh():
@@ -81,7 +84,7 @@ def test_nested_heads_on_a_mesh():
   plain, state = run(make_trainer(model_config=model), 3)
   losses, sharded = run(make_trainer(dict(data=2, fsdp=2, tensor=2), model), 3)
   np.testing.assert_allclose(losses, plain, rtol=2e-5)
-  assert_close(sharded.params, state.params, rtol=2e-3, atol=2e-5)
+  assert_same_parameters(sharded, state)
 
 
 def test_bfloat16_trains_close_to_float32(single_device):
@@ -145,7 +148,7 @@ def test_a_mesh_that_does_not_divide_the_model():
 def test_gradient_accumulation_is_the_same_update(single_device):
   losses, state = run(make_trainer(dict(fsdp=4, data=2), grad_accum=2))
   np.testing.assert_allclose(losses, single_device[0], rtol=2e-5)
-  assert_close(state.params, single_device[1].params, rtol=2e-3, atol=2e-5)
+  assert_same_parameters(state, single_device[1])
 
 
 @pytest.mark.parametrize("poison", ["nan", "inf", "large"])
