@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from matformer_jax import granularity as gran
-from matformer_jax import losses, metrics, optim, runtime, sharding, tables, tasks, train
+from matformer_jax import losses, metrics, runtime, sharding, tables, tasks, train
 from matformer_jax.config import Execution, ModelConfig
 from matformer_jax.models import attention, layers
 

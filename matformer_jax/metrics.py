@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pathlib
-import time
 from typing import Any, Mapping
 
 import tensorboardX

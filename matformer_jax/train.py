@@ -269,12 +269,11 @@ def train(config, workdir: str | os.PathLike) -> int:
 
   def save(step: int, losses: dict[str, float] | None = None) -> None:
     nonlocal finished_at
-    started = time.perf_counter()
     report()
     log.flush()
     writer.save(step, state.params, state.opt_state, {"step": step}, {"skipped": skipped},
                 metric=losses[names[len(trainer.granularities) - 1]] if losses else None)
-    finished_at += time.perf_counter() - started
+    finished_at = time.perf_counter()
 
   stop.finish_step = True
   next_batch = trainer.put(task.batch(start))
@@ -413,9 +412,8 @@ def _check_config(config) -> None:
     value = config[name]
     if not isinstance(value, int) or value < 1:
       raise UserError(f"{name}={value!r} must be a positive integer")
-  for name in ("keep_last",):
-    if config.checkpoint[name] < 1:
-      raise UserError(f"checkpoint.{name}={config.checkpoint[name]} must be at least 1")
+  if config.checkpoint.keep_last < 1:
+    raise UserError(f"checkpoint.keep_last={config.checkpoint.keep_last} must be at least 1")
   if not isinstance(config.seed, int) or config.seed < 0:
     raise UserError(f"seed={config.seed!r} must be a non-negative integer")
 
