@@ -141,6 +141,11 @@ class ModelConfig:
       return (self.num_heads,) * self.num_granularities
     return tuple(int(r * self.num_heads) for r in self.head_ratios)
 
+  def slice_lengths(self, run: Run) -> dict[str, int]:
+    """{nested axis: how much of it the widths of `run` use}, per group; see sharding.py."""
+    return {"neurons": self.ffn_widths[run.ffn] // self.ffn_groups,
+            "heads": self.head_counts[run.heads] // self.head_groups}
+
   def to_dict(self) -> dict[str, Any]:
     """JSON-ready form; `from_dict` inverts it."""
     return dataclasses.asdict(self)

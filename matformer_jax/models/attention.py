@@ -1,4 +1,4 @@
-"""Causal attention with a hand-written gradient.
+"""Causal attention with a hand-written gradient, and attention to a cache.
 
 All arrays are head-major, [B, A, N, T, H]: batch, head group, head, token, width.
 Queries are taken in blocks, each against only the keys it may see, so the masked
@@ -87,3 +87,48 @@ def _attention_bwd(block, residuals, d_out):
 
 
 causal_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def cached_attention(q, k, v, start) -> jax.Array:
+  """Attention of T new tokens to a cache that already holds their keys and values.
+
+  Args:
+    q: [B, A, N, T, H] of the new tokens, already scaled by H**-0.5.
+    k, v: [B, A, N, S, H]; query t of row b attends to positions 0 to start[b] + t.
+    start: [B] int32.
+
+  Returns:
+    [B, A, N, T, H] in v's dtype.
+  """
+  scores = jnp.einsum("banth,bansh->bants", q, k, preferred_element_type=jnp.float32)
+  position = start[:, None] + jnp.arange(q.shape[3])
+  visible = position[:, None, None, :, None] >= jnp.arange(k.shape[3])
+  weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min))
+  return jnp.einsum("bants,bansh->banth", weights.astype(v.dtype), v)
+
+
+def write_cache(old, new, start, layer) -> jax.Array:
+  """Puts [B, A, n, T, H] into a cache at each row's own position start[b].
+
+  Args:
+    old: [B, A, N, S, H], or [L, B, A, N, S, H] with `layer` the index to write.
+    start: [B] int32; None writes at position 0.
+  """
+  if layer is None:
+    return write_cache(old[None], new, start, 0)[0]
+  new = new.astype(old.dtype)
+  if start is None:
+    return jax.lax.dynamic_update_slice(old, new[None], (layer,) + (0,) * 5)
+  if new.shape[0] == 1:
+    # A second index, out of bounds and so dropped: of a scatter with a single one XLA
+    # makes a dynamic-update-slice, which its CPU backend fuses into every reader of the
+    # cache, giving each a copy.
+    start = jnp.concatenate([start, jnp.full(1, old.shape[4], start.dtype)])
+    new = jnp.concatenate([new, new])
+  row = jnp.minimum(jnp.arange(start.size), old.shape[1] - 1)
+  index = jnp.stack([jnp.full_like(start, layer), row, start], axis=1)
+  whole = jax.lax.ScatterDimensionNumbers(
+      update_window_dims=(1, 2, 3, 4, 5, 6), inserted_window_dims=(),
+      scatter_dims_to_operand_dims=(0, 1, 4))
+  return jax.lax.scatter(old, index, new[:, None, None], whole, unique_indices=True,
+                         mode=jax.lax.GatherScatterMode.FILL_OR_DROP)

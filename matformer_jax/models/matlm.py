@@ -45,8 +45,7 @@ class MatLM(nn.Module):
                                (cfg.vocab_size, cfg.d_model))
     embedding_VxD = sharding.gather(embedding_VxD, sharding.LOGICAL_AXES["embedding"],
                                     exe.mesh, exe.dtype)
-    x_BxTxD = jnp.take(embedding_VxD, tokens_BxT, axis=0) * jnp.asarray(
-        cfg.d_model**0.5, exe.dtype)
+    x_BxTxD = embed(embedding_VxD, tokens_BxT)
     x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe.mesh)
     x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity)
     x_BxTxD = layers.RMSNorm(cfg.norm_eps, name="final_norm")(x_BxTxD)
@@ -54,6 +53,12 @@ class MatLM(nn.Module):
       return x_BxTxD, embedding_VxD
     return jnp.einsum("btd,vd->btv", x_BxTxD, embedding_VxD,
                       preferred_element_type=jnp.float32)
+
+
+def embed(embedding_VxD, tokens) -> jax.Array:
+  """Input vectors [..., D] of token ids [...]: rows of the tied embedding times sqrt(D)."""
+  scale = jnp.asarray(embedding_VxD.shape[1]**0.5, embedding_VxD.dtype)
+  return jnp.take(embedding_VxD, tokens, axis=0) * scale
 
 
 def init_params(config: ModelConfig, rng: jax.Array):
