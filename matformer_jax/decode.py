@@ -6,8 +6,7 @@ the granularity may change between two tokens:
 
   small, large = (Decoder(config, execution, g, sampling, eos_id) for g in (s, xl))
   weights = large.lay_out(params)
-  state = large.start(prompts, max_tokens=64, seeds=[0])
-  state = large.prefill(weights, state)
+  state = large.prefill(weights, prompts, max_tokens=64, seeds=[0])
   state = small.advance(weights, state, 10)
   state = large.advance(weights, state, 54)
 
@@ -18,13 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Iterator, Sequence
+from typing import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from matformer_jax import granularity as gran
+from matformer_jax import sharding
 from matformer_jax.config import Execution, ModelConfig
 from matformer_jax.errors import UserError
 from matformer_jax.models import cache as kv
@@ -179,19 +179,20 @@ class Decoder:
     return {**params, "embedding": params["embedding"].astype(self.execution.dtype),
             "blocks": kv.lay_out(params["blocks"], self.execution)}
 
-  def start(self, prompts: Sequence[Sequence[int]], max_tokens: int, seeds: Sequence[int],
-            spare: int = 1, draft: Decoder | None = None) -> State:
-    """A state whose cache is still empty.
+  def prefill(self, weights, prompts: Sequence[Sequence[int]], max_tokens: int,
+              seeds: Sequence[int], spare: int = 1) -> State:
+    """A state of these prompts, their cache filled in one pass.
 
     Args:
+      weights: from `lay_out`.
       prompts: B sequences of at least one token id; lengths may differ.
       max_tokens: how many tokens to add to each.
       seeds: one per prompt.
-      spare: most tokens written by one model call.
-      draft: a decoder that needs a cache of its own.
+      spare: most tokens that one model call writes.
 
     Raises:
-      UserError: for an empty prompt, or ids outside the vocabulary.
+      UserError: for an empty prompt, ids outside the vocabulary, or a batch that does
+        not divide over the mesh.
     """
     for prompt in prompts:
       if not len(prompt) or min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
@@ -200,22 +201,33 @@ class Decoder:
     if max_tokens < 1:
       raise UserError(f"max_tokens={max_tokens} must be at least 1")
     length = np.array([len(p) for p in prompts], np.int32)
-    size = _bucket(max(max(length) + max_tokens + spare, _bucket(max(length))))
-    tokens = np.zeros((len(prompts), size), np.int32)
+    width = bucket(max(length))
+    tokens = np.zeros((len(prompts), bucket(max(max(length) + max_tokens + spare, width))), np.int32)
     for row, prompt in zip(tokens, prompts):
       row[:len(prompt)] = prompt
-    empty = lambda d: kv.init_cache(d.config, d.execution, len(prompts), size)
-    return State(
-        tokens=jnp.asarray(tokens), length=jnp.asarray(length),
-        limit=jnp.asarray(length + np.int32(max_tokens)), done=jnp.zeros(len(prompts), bool),
-        keys=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)), cache=empty(self),
-        draft_cache=empty(draft) if draft else None, heads=self.heads)
+    keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+    done = np.zeros(len(prompts), bool)
+    # Placed like later states, so that the first call of a program is not a special case.
+    tokens, length, limit, done, keys = jax.device_put(
+        (tokens, length, length + np.int32(max_tokens), done, keys), self._placement(weights, prompts))
+    cache = self.fill(weights, tokens, width)
+    return State(tokens, length, limit, done, keys, cache, None, self.heads)
 
-  def prefill(self, weights, state: State) -> State:
-    """Fills the cache from the prompts, in one pass."""
-    width = min(_bucket(int(np.max(jax.device_get(state.length)))), state.tokens.shape[1])
-    cache = self._prefill(weights, state.tokens[:, :width], state.cache)
-    return dataclasses.replace(state, cache=cache, heads=self.heads)
+  def _placement(self, weights, prompts):
+    mesh = self.execution.mesh
+    if mesh is None:
+      return weights["embedding"].sharding
+    shards = sharding.batch_shards(mesh)
+    if len(prompts) % shards:
+      raise UserError(f"a batch of {len(prompts)} prompts does not divide over {shards} batch "
+                      f"shards (mesh data x fsdp); use a multiple of {shards}")
+    return jax.sharding.NamedSharding(mesh, sharding.spec(("batch",)))
+
+  @functools.partial(jax.jit, static_argnums=(0, 3))
+  def fill(self, weights, tokens, width: int) -> kv.Cache:
+    """A cache for tokens [B, S], filled from the first `width` of each row."""
+    cache = kv.init_cache(self.config, self.execution, *tokens.shape)
+    return self.extend(self.narrow(weights), tokens[:, :width], cache, None)[1]
 
   def advance(self, weights, state: State, steps: int) -> State:
     """Adds up to `steps` tokens to every sequence that is not done.
@@ -236,10 +248,6 @@ class Decoder:
             f"granularity {gran.to_text(self.granularity, self.config)} reads {mine} attention "
             f"heads of layer {layer}, but the last tokens were cached with {cached}: a model with "
             "nested heads can only step down between tokens; prefill again to step up")
-
-  @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-  def _prefill(self, weights, tokens, cache):
-    return self.extend(self.narrow(weights), tokens, cache, None)[1]
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
   def _advance(self, weights, state: State, steps):
@@ -270,7 +278,10 @@ class Decoder:
 
   def logits(self, weights, hidden) -> jax.Array:
     """float32 logits [B, T, V] of hidden [B, T, D]."""
-    return layers.project_in(hidden, weights["embedding"], self.execution).astype(jnp.float32)
+    if self.execution.flat_weights:  # float32 already, and faster with few rows
+      return layers.project_in(hidden, weights["embedding"], self.execution)
+    return jnp.einsum("btd,vd->btv", hidden, weights["embedding"],
+                      preferred_element_type=jnp.float32)
 
   def choose(self, logits, state: State) -> jax.Array:
     """[B] next tokens from logits [B, V]."""
@@ -279,5 +290,6 @@ class Decoder:
     return draw(stream(state.keys, state.length, 0), log_probs(logits, self.sampling))
 
 
-def _bucket(n: int) -> int:
+def bucket(n: int) -> int:
+  """n rounded up to a multiple of BUCKET."""
   return -(-n // BUCKET) * BUCKET

@@ -1,0 +1,151 @@
+"""Continues a text with any size of a trained model, plainly or speculatively.
+
+  python -m matformer_jax.generate --workdir=runs/quickstart --prompt='def main(' \
+      --granularity=XL --draft=S --temperature=0 --max_tokens=200
+
+The continuation streams to standard output, and nothing else does; speed and
+acceptance rate go to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from typing import Iterator, Sequence
+
+from absl import flags
+
+from matformer_jax import cli, runtime
+from matformer_jax import granularity as gran
+from matformer_jax.decode import Decoder, Sampling
+from matformer_jax.errors import UserError
+from matformer_jax.loading import Model, load
+from matformer_jax.models import matlm
+from matformer_jax.speculative import SpeculativeDecoder, Stats
+
+AUTO_DRAFT_LENGTHS = (1, 2, 4, 8)
+CALL_SECONDS = 0.05  # a program call makes about as many tokens as take this long
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What to generate.
+
+  Attributes:
+    granularity: who decodes, or verifies; None is everything stored.
+    max_tokens: per prompt, at most.
+    sampling: temperature, top-k, top-p.
+    seed: prompt i uses seed + i.
+    draft: granularity that drafts; None decodes plainly.
+    draft_lengths: tokens drafted per round; several: chosen by measured acceptance.
+    share_cache: the draft works on the verifier's attention cache.
+  """
+
+  granularity: gran.GranularityLike | None = None
+  max_tokens: int = 64
+  sampling: Sampling = Sampling()
+  seed: int = 0
+  draft: gran.GranularityLike | None = None
+  draft_lengths: tuple[int, ...] = AUTO_DRAFT_LENGTHS
+  share_cache: bool = True
+
+
+def generate(model: Model, prompts: Sequence[Sequence[int]],
+             settings: Settings) -> Iterator[tuple[list[list[int]], Stats | None]]:
+  """Continues prompts together, yielding after every program call.
+
+  Args:
+    prompts: token ids, at least one each; lengths may differ.
+
+  Yields:
+    (new token ids per prompt so far, counts of speculative decoding or None).
+
+  Raises:
+    UserError: for prompts or settings that do not fit the model.
+  """
+  config = model.config
+  g = gran.full(config) if settings.granularity is None else gran.parse(
+      settings.granularity, config)
+  sub_config = gran.submodel_config(config, g)
+  decoder = Decoder(sub_config, model.execution, gran.full(sub_config), settings.sampling,
+                    model.tokenizer.eos_id)
+  weights = decoder.lay_out(matlm.slice_params(model.params, config, g))
+  seeds = [settings.seed + i for i in range(len(prompts))]
+  stats = None
+  if settings.draft is None:
+    state = decoder.prefill(weights, prompts, settings.max_tokens, seeds)
+  else:
+    draft = dataclasses.replace(decoder, granularity=gran.parse(settings.draft, sub_config))
+    decoder = SpeculativeDecoder(decoder, draft, settings.draft_lengths, settings.share_cache)
+    state = decoder.prefill(weights, weights, prompts, settings.max_tokens, seeds)
+  steps, done = 1, False
+  while not done:
+    started = time.perf_counter()
+    if settings.draft is None:
+      state = decoder.advance(weights, state, steps)
+    else:
+      state, stats = decoder.advance(weights, weights, state, steps, stats)
+    done = bool(state.done.all())
+    elapsed = time.perf_counter() - started
+    yield [s[len(p):] for s, p in zip(state.sequences(), prompts)], stats
+    steps = max(1, min(2 * steps, int(steps * CALL_SECONDS / elapsed)))
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise UserError(f"unexpected argument {argv[1]!r}; quote the prompt: --prompt='def main('")
+  if not _WORKDIR.value:
+    raise UserError("--workdir is missing; give the directory of a trained model")
+  settings = Settings(
+      _GRANULARITY.value, _MAX_TOKENS.value,
+      Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value), _SEED.value, _DRAFT.value,
+      _draft_lengths(_DRAFT_LENGTH.value), _SHARE_CACHE.value)
+  runtime.enable_compilation_cache()
+  model = load(_WORKDIR.value, _STEP.value)
+  prompt = model.tokenizer.encode(_PROMPT.value) or [model.tokenizer.eos_id]
+  shown, first_at, ids, stats = "", None, [], None
+  for (ids,), stats in generate(model, [prompt], settings):
+    if first_at is None:
+      first_at, first_count = time.perf_counter(), len(ids)
+    text = model.tokenizer.decode(ids)
+    whole = text.rstrip("\ufffd")  # a character may be cut in the middle of its bytes
+    sys.stdout.write(whole[len(shown):])
+    sys.stdout.flush()
+    shown = whole
+  sys.stdout.write(text[len(shown):] + ("\n" if sys.stdout.isatty() else ""))
+  sys.stdout.flush()
+  seconds = time.perf_counter() - first_at
+  report = f"{len(ids)} tokens"
+  if len(ids) > first_count:
+    report += f", {(len(ids) - first_count) / seconds:,.0f} tokens/s after the first"
+  if stats is not None:
+    report += (f", {100 * stats.acceptance():.0f}% of drafted tokens accepted, "
+               f"{stats.tokens_per_round():.2f} tokens per verifier pass")
+  print(report, file=sys.stderr)
+
+
+def _draft_lengths(text: str) -> tuple[int, ...]:
+  if text == "auto":
+    return AUTO_DRAFT_LENGTHS
+  if not text.isdecimal() or int(text) < 1:
+    raise UserError(f"--draft_length={text!r} must be auto or a number of tokens, 1 or more")
+  return (int(text),)
+
+
+if __name__ == "__main__":
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained or extracted model.")
+  _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
+  _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty starts a new document.")
+  _GRANULARITY = flags.DEFINE_string(
+      "granularity", None, "Size that decodes: S, 'M*2+L*2', XL; default everything stored.")
+  _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to add.")
+  _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
+  _TOP_K = flags.DEFINE_integer("top_k", 0, "Keep only the k most likely tokens; 0 keeps all.")
+  _TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the most likely tokens up to this probability.")
+  _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
+  _DRAFT = flags.DEFINE_string("draft", None, "A smaller size that drafts (speculative decoding): "
+                               "faster where it is, the same text at temperature 0.")
+  _DRAFT_LENGTH = flags.DEFINE_string("draft_length", "auto", "Tokens per draft, or auto.")
+  _SHARE_CACHE = flags.DEFINE_bool("share_cache", True, "Draft on the verifier's attention cache.")
+  cli.run(main)
