@@ -46,6 +46,10 @@ def get_config(row: str = "quickstart") -> ml_collections.ConfigDict:
 def _base() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(dict(
       task="matlm",
+      # Directory of a trained or extracted model to start from: its model, tokenizer and
+      # weights, a fresh optimizer. An extracted M*2+L*2 has the sizes S, M and M*2+L*2;
+      # sampling=0/0/0/1 trains only the last.
+      init_from="",
       seed=0,
       steps=0,
       batch_size=0,  # sequences per step, over all devices

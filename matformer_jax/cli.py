@@ -16,6 +16,10 @@ from matformer_jax.errors import UserError
 
 EXIT_ERROR = 1
 
+BUDGET_HELP = ("Choose the Mix'n'Match granularity that fits: 0.6x (of XL's parameters), 620M, "
+               "nonembedding:245.5M, ffn:94M, flops:1.2G, or with a profile of this device "
+               "latency:15ms (a forward pass), decode:0.4ms (a token).")
+
 _DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
                 errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.EEXIST)
 

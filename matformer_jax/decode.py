@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Sequence
+from typing import ClassVar, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -272,9 +272,15 @@ class Decoder:
   def extend(self, weights, tokens, cache, start):
     """Runs T tokens [B, T] from positions `start`: (hidden [B, T, D], cache)."""
     x = matlm.embed(weights["embedding"], tokens)
-    x, cache = kv.extend(weights["blocks"], self.config, self.execution, self.granularity, x,
-                         cache, start)
+    x, cache = self.run_layers(weights, x, cache, start)
     return layers.rms_norm(x, weights["final_norm"]["scale"], self.config.norm_eps), cache
+
+  block_class: ClassVar = layers.Block
+
+  def run_layers(self, weights, x, cache, start):
+    """The layers' share of `extend`."""
+    return kv.extend(weights["blocks"], self.config, self.execution, self.granularity, x, cache,
+                     start, self.block_class)
 
   def logits(self, weights, hidden) -> jax.Array:
     """float32 logits [B, T, V] of hidden [B, T, D]."""

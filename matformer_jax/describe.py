@@ -2,6 +2,7 @@
 
   python -m matformer_jax.describe --config=configs/matlm.py:850M
   python -m matformer_jax.describe --workdir=runs/quickstart --json
+  python -m matformer_jax.describe --config=configs/matlm.py:850M --budget=nonembedding:245.5M
 """
 
 from __future__ import annotations
@@ -12,33 +13,43 @@ from absl import flags
 
 from matformer_jax import checkpoint, cli, tables
 from matformer_jax import granularity as gran
+from matformer_jax import profile as profiling
 from matformer_jax.config import ModelConfig
 from matformer_jax.errors import UserError
 
 
-def describe(config: ModelConfig) -> dict:
-  """JSON-ready sizes: {"model": ..., "granularities": {"S": {...}, ...}}."""
-  rows = {}
-  for g in gran.uniform(config):
-    n = gran.count(config, g)
-    rows[gran.to_text(g, config)] = {
-        "params": n.params,
-        "non_embedding_params": n.non_embedding_params,
-        "ffn_params": n.ffn_params,
-        "flops_per_token": n.flops_per_token,
-        "train_flops_per_token": n.train_flops_per_token,
-        "weight_bytes_float32": 4 * n.params,
-        "weight_bytes_bfloat16": 2 * n.params,
-    }
-  return {"model": config.to_dict(), "granularities": rows}
+def describe(config: ModelConfig, chosen: gran.Granularity | None = None) -> dict:
+  """JSON-ready sizes: {"model", "granularities": {"S": {...}, ...}, "mix_n_match": {...}}.
+
+  Args:
+    chosen: what a budget chose, for `mix_n_match`; left out where None.
+  """
+  result = {"model": config.to_dict(),
+            "granularities": {gran.to_text(g, config): _sizes(config, g)
+                              for g in gran.uniform(config)}}
+  if chosen is not None:
+    result["mix_n_match"] = {"granularity": gran.to_text(chosen, config),
+                             **_sizes(config, chosen)}
+  return result
 
 
-def report(config: ModelConfig) -> str:
+def _sizes(config: ModelConfig, g: gran.Granularity) -> dict:
+  n = gran.count(config, g)
+  return {"params": n.params, "non_embedding_params": n.non_embedding_params,
+          "ffn_params": n.ffn_params, "flops_per_token": n.flops_per_token,
+          "train_flops_per_token": n.train_flops_per_token,
+          "weight_bytes_float32": 4 * n.params, "weight_bytes_bfloat16": 2 * n.params}
+
+
+def report(config: ModelConfig, chosen: gran.Granularity | None = None,
+           budget: str | None = None) -> str:
   """The same as a table a person reads."""
+  sizes = {gran.to_text(g, config): _sizes(config, g)
+           for g in [*gran.uniform(config), *([chosen] if chosen else [])]}
   rows = [(name, f"{r['params']:,}", f"{r['non_embedding_params']:,}", f"{r['ffn_params']:,}",
            tables.si(r["flops_per_token"]), tables.si(r["train_flops_per_token"]),
            tables.si(r["weight_bytes_float32"], "B"), tables.si(r["weight_bytes_bfloat16"], "B"))
-          for name, r in describe(config)["granularities"].items()]
+          for name, r in sorted(sizes.items(), key=lambda item: item[1]["params"])]
   header = ("granularity", "parameters", "non-embedding", "FFN", "FLOPs/token", "training",
             "float32", "bfloat16")
   c = config
@@ -48,10 +59,13 @@ def report(config: ModelConfig) -> str:
           + "/".join(map(str, c.ffn_widths))]
   if c.nested_heads:
     what.append("heads " + "/".join(map(str, c.head_counts)))
-  mixes = len(gran.mix_n_match_ladder(c)) - len(rows)
-  return (f"{', '.join(what)}\n\n{tables.table(header, rows)}\n\n"
+  mixes = len(gran.mix_n_match_ladder(c)) - len(gran.uniform(c))
+  text = (f"{', '.join(what)}\n\n{tables.table(header, rows)}\n\n"
           f"FLOPs are per token at the training context, attention counted in full. Between the "
           f"sizes lie {mixes:,} Mix'n'Match models.")
+  if chosen is not None:
+    text += f"\nWithin --budget={budget}: {gran.to_text(chosen, config)}"
+  return text
 
 
 def main(argv) -> None:
@@ -62,12 +76,20 @@ def main(argv) -> None:
   else:
     model = cli.read_config(_CONFIG).model
   config = ModelConfig.from_dict(model)
-  print(json.dumps(describe(config), indent=1) if _JSON.value else report(config))
+  chosen = None
+  if _BUDGET.value:
+    profile = profiling.read(_WORKDIR.value, config) if _WORKDIR.value else None
+    chosen = gran.mix_n_match(config, _BUDGET.value, profile=profile)
+  if _JSON.value:
+    print(json.dumps(describe(config, chosen), indent=1))
+  else:
+    print(report(config, chosen, _BUDGET.value))
 
 
 if __name__ == "__main__":
   _CONFIG = cli.define_config(required=False)
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
+  _BUDGET = flags.DEFINE_string("budget", None, cli.BUDGET_HELP)
   _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
   flags.adopt_module_key_flags(cli)
   cli.run(main)

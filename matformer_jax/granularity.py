@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import re
 from typing import Sequence, Union
 
 import numpy as np
@@ -97,9 +98,16 @@ def to_text(granularity: Granularity, config: ModelConfig) -> str:
 
 
 def uniform(config: ModelConfig) -> list[Granularity]:
-  """The explicitly trained granularities that the stored widths hold, narrowest first."""
-  top = min(min(r.ffn for r in config.runs), min(r.heads for r in config.runs))
-  return [parse(i, config) for i in range(top + 1)]
+  """The trained granularities, cut to the stored widths, narrowest first.
+
+  A universal model has g; an extracted one ends with everything it stores:
+  `M*2+L*2` has S, M and M*2+L*2.
+  """
+  stored = full(config)
+  cut = lambda i, part: tuple(min(i, top) for top in part)
+  sizes = [Granularity(cut(i, stored.ffn), cut(i, stored.heads) if config.nested_heads
+                       else stored.heads) for i in range(config.num_granularities)]
+  return list(dict.fromkeys(sizes))
 
 
 def full(config: ModelConfig) -> Granularity:
@@ -184,31 +192,118 @@ def sample_index(seed: int, step: int, probabilities: Sequence[float]) -> int:
 
 # ------------------------------------------------------------ Mix'n'Match
 
+# The shapes of Appendix D.1; the first is the one the paper recommends.
+SHAPES = ("increasing", "decreasing", "increasing-decreasing", "decreasing-increasing")
 
-def mix_n_match_ladder(config: ModelConfig) -> list[Granularity]:
-  """All non-decreasing least-slope granularities, smallest first (Section 3.3).
+
+def mix_n_match_ladder(config: ModelConfig, shape: str = "increasing") -> list[Granularity]:
+  """All least-slope granularities of a shape, smallest first (Section 3.3).
 
   Adjacent entries differ in one layer; each mixes at most two neighbouring
-  sizes, the larger one in the deeper layers. Length (g-1) * L + 1.
-  """
-  layers, top = config.num_layers, len(uniform(config)) - 1
-  ladder = [parse((low,) * (layers - high) + (low + 1,) * high, config)
-            for low in range(top) for high in range(layers)]
-  return ladder + [parse(top, config)]
-
-
-def mix_n_match(config: ModelConfig, *, params: float) -> Granularity:
-  """The largest Mix'n'Match granularity with at most `params` total parameters.
+  sizes. `increasing` has the larger one in the deeper layers, `decreasing` in the
+  first, `increasing-decreasing` in the middle, `decreasing-increasing` at both
+  ends. Length (g-1) * L + 1 for a universal model.
 
   Raises:
-    UserError: if the budget is below the smallest granularity.
+    UserError: for an unknown shape.
   """
-  fitting = [g for g in mix_n_match_ladder(config) if count(config, g).params <= params]
-  if not fitting:
-    low, high = (count(config, g).params for g in (uniform(config)[0], uniform(config)[-1]))
-    raise UserError(f"budget of {params:,.0f} parameters is below the smallest granularity; "
-                    f"give {low:,} (S) to {high:,} (XL)")
-  return fitting[-1]
+  if shape not in SHAPES:
+    raise UserError(f"shape={shape!r} is not one of {', '.join(SHAPES)}")
+  layers, sizes = config.num_layers, uniform(config)
+  # Layers in the order in which they are given the larger size.
+  order = {"increasing": range(layers - 1, -1, -1), "decreasing": range(layers),
+           "increasing-decreasing": sorted(range(layers), key=lambda i: abs(2 * i - layers + 1)),
+           "decreasing-increasing": sorted(range(layers), key=lambda i: -abs(2 * i - layers + 1)),
+           }[shape]
+  ladder = []
+  for low, high in zip(sizes, sizes[1:]):
+    for count_high in range(layers):
+      larger = set(list(order)[:count_high])
+      pick = lambda part: tuple(getattr(high if i in larger else low, part)[i]
+                                for i in range(layers))
+      ladder.append(Granularity(pick("ffn"), pick("heads")))
+  return list(dict.fromkeys(ladder + sizes[-1:]))
+
+
+# What a budget can bound -> (its unit, cost of (config, granularity)).
+COSTS = {
+    "params": ("parameters", lambda c, g: count(c, g).params),
+    "nonembedding": ("non-embedding parameters", lambda c, g: count(c, g).non_embedding_params),
+    "ffn": ("FFN parameters", lambda c, g: count(c, g).ffn_params),
+    "flops": ("FLOPs per token", lambda c, g: count(c, g).flops_per_token),
+}
+LATENCIES = {
+    "latency": "seconds for a forward pass", "decode": "seconds per decoded token",
+}
+_UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12,
+          "s": 1, "ms": 1e-3, "us": 1e-6}
+_BUDGET = re.compile(r"(?:(?P<kind>[a-z_]+):)?(?P<number>[0-9.]+(?:[eE][+-]?[0-9]+)?)"
+                     r"(?P<unit>x|k|K|M|G|B|T|s|ms|us|)(?P<flop>FLOPs?)?")
+
+
+def mix_n_match(config: ModelConfig, budget: str | None = None, *, profile=None,
+                shape: str = "increasing", **bound: float | str) -> Granularity:
+  """The largest Mix'n'Match granularity within a budget (Section 3.3).
+
+  Args:
+    budget: text, such as "0.6x" (of XL's parameters), "620M", "ffn:94M", "ffn:0.5x",
+      "nonembedding:245.5M", "1.2GFLOP", "flops:1.2G", "15ms" or "latency:15ms" (one
+      forward pass as profiled), "decode:0.4ms" (one token).
+    profile: a `profile.Profile` of this device, which latencies need.
+    shape: one of SHAPES.
+    **bound: instead of `budget`, one of params, nonembedding, ffn, flops, latency,
+      decode: a number, or text such as "0.6x" and "620M".
+
+  Raises:
+    UserError: for a budget that does not parse, or is below the smallest or above
+      the largest granularity.
+  """
+  if (budget is None) == (len(bound) != 1) or len(bound) > 1:
+    raise UserError(f"give one budget: mix_n_match(config, '0.6x') or one of "
+                    f"{', '.join([*COSTS, *LATENCIES])}=...; got {budget!r} and {bound}")
+  if budget is None:
+    kind, value = next(iter(bound.items()))
+    budget = f"{kind}:{value}"
+  kind, number, relative = _parse_budget(budget)
+  if kind in LATENCIES:
+    if profile is None:
+      raise UserError(f"budget {budget!r} bounds a latency, which needs a measured profile: run "
+                      "python -m matformer_jax.profile --workdir=DIR on this device")
+    unit, cost = LATENCIES[kind], lambda c, g: profile.predict(g, kind)
+  else:
+    unit, cost = COSTS[kind]
+  ladder = mix_n_match_ladder(config, shape)
+  costs = [cost(config, g) for g in ladder]
+  limit = number * costs[-1] if relative else number
+  if not costs[0] <= limit <= costs[-1] * (1 + 1e-9):
+    ends = " to ".join(f"{c:,.4g} ({to_text(g, config)})" if kind in LATENCIES else
+                       f"{c:,} ({to_text(g, config)})"
+                       for c, g in ((costs[0], ladder[0]), (costs[-1], ladder[-1])))
+    side = "below the smallest" if limit < costs[0] else "above the largest"
+    raise UserError(f"budget {budget!r} = {limit:,.6g} {unit} is {side} granularity; "
+                    f"give {ends}")
+  return max((g for g, c in zip(ladder, costs) if c <= limit * (1 + 1e-9)),
+             key=lambda g: cost(config, g))
+
+
+def _parse_budget(text: str) -> tuple[str, float, bool]:
+  """(kind, number, whether it is a share of the largest) of a budget's text."""
+  match = _BUDGET.fullmatch(text.strip())
+  kinds = [*COSTS, *LATENCIES]
+  try:
+    number = float(match["number"])
+  except (TypeError, ValueError):
+    raise UserError(f"budget {text!r} does not parse; write 0.6x, 620M, 1.2GFLOP or 15ms, or one "
+                    f"of {', '.join(k + ':' for k in kinds)} and a number") from None
+  unit = match["unit"]
+  timed = unit in ("s", "ms", "us")
+  kind = match["kind"] or ("flops" if match["flop"] else "latency" if timed else "params")
+  if kind not in kinds:
+    raise UserError(f"budget {text!r}: {kind!r} is not one of {', '.join(kinds)}")
+  if (timed and kind not in LATENCIES) or (match["flop"] and kind != "flops") or (
+      kind in LATENCIES and unit not in ("", "x", "s", "ms", "us")):
+    raise UserError(f"budget {text!r}: the unit does not fit {kind!r}")
+  return kind, number * _UNITS.get(unit, 1), unit == "x"
 
 
 # ----------------------------------------------------------------- counts

@@ -24,6 +24,7 @@ from typing import Any, Callable
 from absl import flags
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
@@ -121,7 +122,15 @@ class Trainer:
 
   @functools.cached_property
   def probabilities(self) -> tuple[float, ...]:
-    return gran.sampling_probabilities(self.config.sampling, self.task.model_config)
+    """One per granularity; a model that stores fewer than g gives its last the rest."""
+    p = gran.sampling_probabilities(self.config.sampling, self.task.model_config)
+    last = len(self.granularities) - 1
+    return p[:last] + (sum(p[last:]),)
+
+  @functools.cached_property
+  def names(self) -> list[str]:
+    """Text of the granularities."""
+    return [gran.to_text(g, self.task.model_config) for g in self.granularities]
 
   def _init(self, rng) -> TrainState:
     params = self.task.init(rng)
@@ -162,7 +171,6 @@ class Trainer:
 
   def compile(self) -> dict[int, Callable]:
     """Compiles the step of every granularity that is sampled, in parallel."""
-    names = gran.names(self.task.model_config)
     wanted = [i for i, p in enumerate(self.probabilities) if p > 0]
     started = time.perf_counter()
     programs = {}
@@ -175,7 +183,7 @@ class Trainer:
         for future in done:
           index = futures.pop(future)
           programs[index] = future.result()
-          print(f"compiled {names[index]} ({len(programs)}/{len(wanted)}) after "
+          print(f"compiled {self.names[index]} ({len(programs)}/{len(wanted)}) after "
                 f"{time.perf_counter() - started:.1f} s", flush=True)
     return programs
 
@@ -200,6 +208,7 @@ def train(config, workdir: str | os.PathLike) -> int:
   _check_config(config)
   workdir.mkdir(parents=True, exist_ok=True)
   old_card = _read_card(workdir)
+  config = _start_from(config, workdir, old_card)
   _check_fixed(workdir, old_card, config)
   _recover_tokenizer(workdir, old_card)
   task = make_task(config, workdir)
@@ -216,6 +225,8 @@ def train(config, workdir: str | os.PathLike) -> int:
   found = checkpoint.restore_newest(workdir, items, repair=True)
   if found is None:
     start, skipped, state = 0, 0, trainer.init(config.seed)
+    if config.init_from:
+      state = _initial_params(config.init_from, trainer, state)
   else:
     restored, meta, _ = found
     start, skipped = meta["step"], meta["skipped"]
@@ -223,7 +234,7 @@ def train(config, workdir: str | os.PathLike) -> int:
     print(f"resuming {workdir} at step {start:,}", flush=True)
   _write_atomically(workdir / checkpoint.CARD_FILE, json.dumps(card, indent=1))
   task.save_files(workdir)
-  names = gran.names(task.model_config)
+  names = trainer.names
   counts = {name: gran.count(task.model_config, name) for name in names}
   _say_what_is_trained(config, task, counts, mesh, trainer.execution)
   writer = checkpoint.Writer(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best,
@@ -272,7 +283,7 @@ def train(config, workdir: str | os.PathLike) -> int:
     report()
     log.flush()
     writer.save(step, state.params, state.opt_state, {"step": step}, {"skipped": skipped},
-                metric=losses[names[len(trainer.granularities) - 1]] if losses else None)
+                metric=losses[names[-1]] if losses else None)
     finished_at = time.perf_counter()
 
   stop.finish_step = True
@@ -357,6 +368,32 @@ def _read_card(workdir: pathlib.Path) -> dict[str, Any] | None:
     if (workdir / checkpoint.CARD_FILE).exists():
       print(f"warning: {e}; writing it anew", flush=True)
     return None
+
+
+def _start_from(config, workdir: pathlib.Path, old_card):
+  """The config with model and tokenizer taken from `init_from`, where that is given."""
+  if old_card is not None and "extracted" in old_card:
+    raise UserError(f"--workdir={workdir} is an extracted model; to train it further give "
+                    f"--config.init_from={workdir} and another --workdir")
+  if not config.init_from:
+    return config
+  card = old_card or checkpoint.read_card(config.init_from)
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model = ml_collections.ConfigDict(card["model"])
+  if old_card is None and not config.data.tokenizer:
+    config.data.tokenizer = str(pathlib.Path(config.init_from) / TOKENIZER_FILE)
+  return config
+
+
+def _initial_params(init_from: str, trainer: Trainer, state: TrainState) -> TrainState:
+  found = checkpoint.restore_newest(init_from, {"params": trainer.abstract_state.params},
+                                    repair=False)
+  if found is None:
+    raise UserError(f"init_from={init_from!r} holds no checkpoint that verifies; give the directory "
+                    "of a trained or extracted model")
+  print(f"starting from {init_from}, step {found[1]['step']:,}", flush=True)
+  return TrainState(found[0]["params"], state.opt_state)
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:

@@ -53,7 +53,8 @@ def narrow(blocks: layers.Params, config: ModelConfig, execution: Execution,
 
 
 def extend(blocks: layers.Params, config: ModelConfig, execution: Execution,
-           granularity: gran.Granularity, x_BxTxD, cache: Cache, start):
+           granularity: gran.Granularity, x_BxTxD, cache: Cache, start,
+           block_class=layers.Block):
   """Runs a submodel's layers on T new tokens and adds them to the cache.
 
   Args:
@@ -62,6 +63,7 @@ def extend(blocks: layers.Params, config: ModelConfig, execution: Execution,
     x_BxTxD: embedded tokens.
     start: [B] int32, their first position; rows below it must be in the cache. None:
       the tokens are positions 0 to T-1, and the cache is not read.
+    block_class: what a layer is.
 
   Returns:
     ([B, T, D], cache).
@@ -69,7 +71,7 @@ def extend(blocks: layers.Params, config: ModelConfig, execution: Execution,
   cache = list(cache)
   first = 0
   for i, part in enumerate(gran.slices(config, granularity)):
-    block = layers.Block(config, execution, part.run, parent=None)
+    block = block_class(config, execution, part.run, parent=None)
     params = blocks[str(i)]
     if execution.scan_layers:
       def step(carry, xs, block=block):

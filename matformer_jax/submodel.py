@@ -1,0 +1,74 @@
+"""One program for every submodel: the granularity of each layer as an array.
+
+A static granularity compiles a program of its own, which is fastest where few are
+used. To score thousands of mixes, or to draw each layer's size anew at every step, the
+sizes are traced: a scan over the layers, and in it a switch over statically sliced
+branches, so that a narrow layer costs what a narrow layer costs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from matformer_jax import granularity as gran
+from matformer_jax.config import Execution, ModelConfig, Run
+from matformer_jax.models import layers, matlm
+
+
+def apply_dynamic(params, tokens_BxT, layer_indices, *, config: ModelConfig,
+                  execution: Execution = Execution(), return_hidden: bool = False):
+  """As MatLM, with the granularity traced: one program for all g^L submodels.
+
+  Equal to the static program up to float rounding; differentiable, with a layer
+  recomputed in the backward pass. Map over many configurations with `jax.lax.map`:
+  `jax.vmap` would run every branch.
+
+  Args:
+    params: the stored parameters.
+    tokens_BxT: int32 token ids.
+    layer_indices: [L] int32, granularity index per layer (`Granularity.ffn`); where
+      heads are nested they follow. An index above a layer's stored width is cut to it.
+    config: of the stored model.
+    return_hidden: return what the chunked loss needs instead of logits.
+
+  Returns:
+    float32 logits [B, T, V], or (hidden [B, T, D], embedding [V, D]) in the compute dtype.
+  """
+  embedding_VxD = params["embedding"].astype(execution.dtype)
+  x_BxTxD = matlm.embed(embedding_VxD, tokens_BxT)
+  first = 0
+  for i, run in enumerate(config.runs):
+    branches = [_branch(config, execution, run, size) for size in range(max(run.ffn, run.heads) + 1)]
+
+    def layer(x, xs, branches=branches):
+      layer_params, index = xs
+      return jax.lax.switch(index, branches, x, layer_params), None
+
+    indices = layer_indices[first:first + run.num_layers]
+    x_BxTxD, _ = jax.lax.scan(layer, x_BxTxD, (params["blocks"][str(i)], indices))
+    first += run.num_layers
+  x_BxTxD = layers.rms_norm(x_BxTxD, params["final_norm"]["scale"], config.norm_eps)
+  if return_hidden:
+    return x_BxTxD, embedding_VxD
+  return jnp.einsum("btd,vd->btv", x_BxTxD, embedding_VxD, preferred_element_type=jnp.float32)
+
+
+def _branch(config: ModelConfig, execution: Execution, stored: Run, size: int):
+  run = Run(1, min(size, stored.ffn), min(size, stored.heads) if config.nested_heads
+            else stored.heads)
+  block = layers.Block(config, execution, run, parent=None)
+
+  # Inside the branch: outside, every branch's intermediate values would be kept.
+  @functools.partial(jax.checkpoint, policy=layers.REMAT["full"], prevent_cse=False)
+  def apply(x, layer_params):
+    return block.apply({"params": layers.narrow(layer_params, config, run)}, x)[0]
+
+  return apply
+
+
+def layer_indices(granularity: gran.Granularity) -> jax.Array:
+  """`apply_dynamic`'s [L] int32 for a granularity whose heads follow its FFNs."""
+  return jnp.asarray(granularity.ffn, jnp.int32)
