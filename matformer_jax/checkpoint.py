@@ -5,6 +5,9 @@ of the data source) and `meta` (JSON: step, metrics, model card, manifest). The
 manifest has every leaf's shape, dtype and checksum; every restore verifies it,
 since Orbax alone returns silently wrong values after a flipped bit.
 
+So does every layer's share of every granularity, so that a submodel can be read, and
+verified, without reading the rest.
+
 The checksum is computed on device from the bits and global positions of a leaf's
 elements, so it does not depend on how, or on how many hosts, the leaf is sharded.
 """
@@ -12,6 +15,7 @@ elements, so it does not depend on how, or on how many hosts, the leaf is sharde
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -24,15 +28,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from orbax.checkpoint import checkpoint_managers
 
+from matformer_jax.config import ModelConfig, Run
 from matformer_jax.errors import UserError
-from matformer_jax.sharding import path_names
+from matformer_jax.sharding import logical_axes, path_names
 
 STEPS_DIR = "checkpoints"
 DAMAGED_DIR = "checkpoints_damaged"
 CARD_FILE = "config.json"
-FORMAT = 1
+FORMAT = 2
+MIN_CHUNK_BYTES = 2**20  # on disk; smaller ones cost more in files than they save in reading
 
 
 class DamagedCheckpoint(UserError):
@@ -42,29 +49,69 @@ class DamagedCheckpoint(UserError):
 # ------------------------------------------------------------------ manifest
 
 
-def _leaf_checksum(x: jax.Array) -> jax.Array:
-  """Two uint32 sums over elements of bits x odd hash(position); a flipped bit changes both."""
+def _checksum_terms(x: jax.Array, shape: Sequence[int], start: Sequence[int]) -> list[jax.Array]:
+  """What a checksum sums: bits x odd hash(position), under two seeds; uint32 like x.
+
+  x is the part of a leaf of `shape` that begins at `start`, so the sums of a leaf's
+  parts add up to the leaf's.
+  """
   itemsize = np.dtype(x.dtype).itemsize
   if itemsize == 8:
     halves = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return _leaf_checksum(halves)
+    return _checksum_terms(halves, (*shape, 2), (*start, 0))
   bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[itemsize])
   bits = bits.astype(jnp.uint32)
   position, stride = jnp.zeros(x.shape, jnp.uint32), 1
   for axis in reversed(range(x.ndim)):
-    iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(start[axis])
     position += iota * np.uint32(stride % 2**32)
-    stride *= x.shape[axis]
-  sums = []
+    stride *= shape[axis]
+  terms = []
   for seed in (0x9E3779B9, 0x85EBCA6B):
     h = position ^ np.uint32(seed)
     h = (h ^ (h >> 16)) * np.uint32(0x7FEB352D)
     h = (h ^ (h >> 15)) * np.uint32(0x846CA68B)
-    sums.append(jnp.sum(bits * ((h ^ (h >> 16)) | 1), dtype=jnp.uint32))
-  return jnp.stack(sums)
+    terms.append(bits * ((h ^ (h >> 16)) | 1))
+  return terms
 
 
-_checksums = jax.jit(lambda tree: jax.tree.map(_leaf_checksum, tree))
+@jax.jit
+def _checksums(tree):
+  """[2] uint32 per leaf; a flipped bit changes both."""
+  return jax.tree.map(lambda x: jnp.stack([
+      jnp.sum(t, dtype=jnp.uint32) for t in _checksum_terms(x, x.shape, (0,) * x.ndim)]), tree)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _slice_checksums(params, segments: tuple):
+  """{leaf path: uint32 [2, layers, segments]} of the leaves that a granularity slices."""
+  result = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    axes = logical_axes(path_names(path))
+    if axes[0] != "layers":
+      continue
+    nested, lengths = next(((i, dict(segments)[a]) for i, a in enumerate(axes)
+                            if a in dict(segments)), (None, ()))
+    others = tuple(i for i in range(1, leaf.ndim) if i != nested)
+    sums = []
+    for terms in _checksum_terms(leaf, leaf.shape, (0,) * leaf.ndim):
+      terms = jnp.sum(terms, others, dtype=jnp.uint32)
+      edges = [0, *(n for n in lengths if n <= leaf.shape[nested])] if nested else [0, 1]
+      terms = terms if nested else terms[:, None]
+      sums.append(jnp.stack([jnp.sum(terms[:, i:j], 1, dtype=jnp.uint32)
+                             for i, j in zip(edges, edges[1:])], axis=1))
+    result["/".join(path_names(path))] = jnp.stack(sums)
+  return result
+
+
+def _segments(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
+  """Per nested axis, the lengths that granularities use; hashable."""
+  lengths = [config.slice_lengths(Run(1, i, i)) for i in range(config.num_granularities)]
+  return tuple((axis, tuple(sorted({n[axis] for n in lengths}))) for axis in ("neurons", "heads"))
+
+
+def _hex(checksum) -> str:
+  return f"{int(checksum[0]):08x}{int(checksum[1]):08x}"
 
 
 def manifest(tree) -> dict[str, dict[str, Any]]:
@@ -74,9 +121,15 @@ def manifest(tree) -> dict[str, dict[str, Any]]:
   for (path, leaf), (_, checksum) in zip(jax.tree_util.tree_leaves_with_path(tree),
                                          jax.tree_util.tree_leaves_with_path(sums)):
     result["/".join(path_names(path))] = {
-        "shape": list(leaf.shape), "dtype": str(leaf.dtype),
-        "checksum": f"{int(checksum[0]):08x}{int(checksum[1]):08x}"}
+        "shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": _hex(checksum)}
   return result
+
+
+def slice_manifest(params, config: ModelConfig) -> dict[str, list[list[str]]]:
+  """{leaf path: checksums by [layer][segment]}: segment i is what size i adds to size i-1."""
+  sums = jax.device_get(_slice_checksums(params, _segments(config)))
+  return {name: [[_hex(table[:, layer, i]) for i in range(table.shape[2])]
+                 for layer in range(table.shape[1])] for name, table in sums.items()}
 
 
 def _compare(found: Mapping, expected: Mapping, keys: Sequence[str], where: str) -> None:
@@ -149,7 +202,7 @@ def read_card(workdir: str | os.PathLike) -> dict[str, Any]:
       card = read_meta(workdir, step)["card"]
     except DamagedCheckpoint:
       continue
-    _warn(f"{path} is unreadable ({problem}); using the copy in checkpoint {step}")
+    warn(f"{path} is unreadable ({problem}); using the copy in checkpoint {step}")
     return card
   raise UserError(f"{workdir} is not a run: {path} cannot be read ({problem}); give the --workdir "
                   "of a training run")
@@ -172,6 +225,8 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
   where = f"checkpoint {pathlib.Path(workdir) / STEPS_DIR / str(step)}"
   meta = read_meta(workdir, step)
   for name, abstract in items.items():
+    if name not in meta["manifest"]:
+      raise DamagedCheckpoint(f"{where} holds no {name}")
     _compare(meta["manifest"][name], _abstract_manifest(abstract), ("shape", "dtype"),
              f"{where}, {name}")
   args = {name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()}
@@ -199,14 +254,69 @@ def restore_newest(workdir: str | os.PathLike, items: Mapping[str, Any], repair:
     root = pathlib.Path(workdir) / STEPS_DIR
     for leftover in root.iterdir() if root.is_dir() else ():
       if ".orbax-checkpoint-tmp" in leftover.name:
-        _warn(f"half-written {leftover} set aside as {set_aside(leftover)}")
+        warn(f"half-written {leftover} set aside as {set_aside(leftover)}")
   for step in reversed(steps(workdir)):
     try:
       return restore(workdir, step, items)
     except DamagedCheckpoint as e:
       path = pathlib.Path(workdir) / STEPS_DIR / str(step)
-      _warn(f"{e}; " + (f"set aside as {set_aside(path)}" if repair else "skipped"))
+      warn(f"{e}; " + (f"set aside as {set_aside(path)}" if repair else "skipped"))
   return None
+
+
+class SliceReader:
+  """Reads verified slices of a step's parameters, and of the files no more than those."""
+
+  def __init__(self, workdir: str | os.PathLike, step: int, config: ModelConfig):
+    self.meta = read_meta(workdir, step)
+    self._where = f"checkpoint {pathlib.Path(workdir) / STEPS_DIR / str(step)}"
+    self._path = (pathlib.Path(workdir) / STEPS_DIR / str(step) / "params").absolute()
+    self._segments = dict(_segments(config))
+
+  def read(self, names: tuple[str, ...], layers: slice, lengths: Mapping[str, int]) -> jax.Array:
+    """Part of a leaf.
+
+    Args:
+      names: the leaf's path.
+      layers: which of its layers; ignored by leaves that have none.
+      lengths: {nested axis: how much of it}, from `ModelConfig.slice_lengths`.
+
+    Raises:
+      DamagedCheckpoint: if the leaf cannot be read, or the part fails its checksum.
+    """
+    name = "/".join(names)
+    try:
+      known = self.meta["manifest"]["params"][name]
+      table = self.meta["slices"].get(name)
+    except KeyError as e:
+      raise DamagedCheckpoint(
+          f"{self._where} has no {e} of {name}: an earlier version wrote it, or it is another "
+          "model; resume its training for a few steps to write it anew") from e
+    axes, shape = logical_axes(names), known["shape"]
+    index = [layers if a == "layers" else slice(0, lengths.get(a, n)) for a, n in zip(axes, shape)]
+    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": self._path.as_uri(),
+                                          "path": ".".join(names)}}
+    try:
+      part = jnp.asarray(tensorstore.open(spec, open=True).result()[tuple(index)].read().result())
+    except Exception as e:  # tensorstore raises many types for damaged files
+      raise DamagedCheckpoint(f"{self._where}: leaf {name}: {_first_line(e)}") from e
+    if table is None:
+      wanted = [known["checksum"]]
+    else:
+      nested = next((a for a in axes if a in self._segments), None)
+      count = self._segments[nested].index(lengths[nested]) + 1 if nested else 1
+      wanted = [text for row in table[layers] for text in row[:count]]
+    start = tuple(i.start or 0 for i in index)
+    found = _part_checksum(part, tuple(shape), start)
+    total = [sum(int(text[i:i + 8], 16) for text in wanted) % 2**32 for i in (0, 8)]
+    if [int(x) for x in found] != total:
+      raise DamagedCheckpoint(f"{self._where}: leaf {name} fails its checksum")
+    return part
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _part_checksum(part, shape, start):
+  return [jnp.sum(t, dtype=jnp.uint32) for t in _checksum_terms(part, shape, start)]
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
@@ -221,7 +331,8 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
   return target
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+  """Tells the user something that does not stop the program."""
   warnings.warn(message, stacklevel=3)
 
 
@@ -236,6 +347,21 @@ def _first_line(e: Exception) -> str:
 
 
 # ------------------------------------------------------------------- writing
+
+
+def _chunks(params, config: ModelConfig):
+  """How leaves are cut on disk: layer by layer, and no coarser than the narrowest slice."""
+  narrowest = config.slice_lengths(Run(1, 0, 0))
+
+  def chunk(path, leaf):
+    axes = logical_axes(path_names(path))
+    if axes[0] != "layers":
+      return ocp.SaveArgs()
+    size = leaf.dtype.itemsize * int(np.prod([min(narrowest.get(a, n), n) for a, n in zip(
+        axes[1:], leaf.shape[1:])]))
+    return ocp.SaveArgs(chunk_byte_size=max(size, MIN_CHUNK_BYTES), shard_axes=(0,))
+
+  return jax.tree_util.tree_map_with_path(chunk, params)
 
 
 @dataclasses.dataclass
@@ -260,6 +386,7 @@ class Writer:
                card: Mapping[str, Any]):
     self._root = pathlib.Path(workdir).absolute() / STEPS_DIR
     self._card = dict(card)
+    self._config = ModelConfig.from_dict(card["model"])
     self._metric: dict[int, float] = {}
     for step in steps(workdir):
       try:
@@ -281,7 +408,8 @@ class Writer:
 
     Args:
       step: steps done. Saving a step that exists already does nothing.
-      params, opt_state: trees of arrays on any mesh.
+      params, opt_state: trees of arrays on any mesh; opt_state None saves a model that
+        is not trained on.
       data: JSON state of the data source.
       extra: more JSON for `meta`.
       metric: lower is better; ranks the step for `keep_best`.
@@ -291,16 +419,18 @@ class Writer:
     """
     if step in self._manager.all_steps():
       return
+    trees = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items["params"] = ocp.args.StandardSave(params, _chunks(params, self._config))
     meta = {"format": FORMAT, "step": step, "metric": metric, "data": dict(data),
-            "card": self._card, "manifest": {"params": manifest(params),
-                                             "opt_state": manifest(opt_state)}, **(extra or {})}
+            "card": self._card, "manifest": {name: manifest(tree) for name, tree in trees.items()},
+            "slices": slice_manifest(params, self._config), **(extra or {})}
     meta["seal"] = _seal(meta)
     if metric is not None:
       self._metric[step] = metric
     try:
       saved = self._manager.save(step, force=True, args=ocp.args.Composite(
-          params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state),
-          meta=ocp.args.JsonSave(meta), data=ocp.args.JsonSave(dict(data))))
+          meta=ocp.args.JsonSave(meta), data=ocp.args.JsonSave(dict(data)), **items))
     except Exception as e:
       raise self._failed(e) from e
     if not saved:

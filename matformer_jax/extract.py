@@ -1,0 +1,133 @@
+"""Cuts a submodel out of a universal checkpoint, as a model directory of its own.
+
+  python -m matformer_jax.extract --workdir=runs/quickstart --granularity='M*2+L*2' --out=models/ml
+  python -m matformer_jax.extract --workdir=runs/quickstart --budget=0.6x --out=models/small
+
+Only the slices it needs are read from disk, so memory follows the submodel's size, not
+the universal model's. What comes out loads, evaluates, generates, and can be trained
+further (--config.init_from), like any other model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import time
+
+from absl import flags
+import tqdm
+
+from matformer_jax import checkpoint, cli, describe
+from matformer_jax import granularity as gran
+from matformer_jax import profile as profiling
+from matformer_jax.config import ModelConfig
+from matformer_jax.data.tokenizer import TOKENIZER_FILE
+from matformer_jax.errors import UserError
+
+_BLOCK_LEAVES = (("attention", "qkv"), ("attention", "out"), ("attention_norm", "scale"),
+                 ("ffn", "in"), ("ffn", "gate"), ("ffn", "out"), ("ffn_norm", "scale"))
+
+
+def extract(workdir: str | os.PathLike, granularity: gran.GranularityLike, out: str | os.PathLike,
+            step: int | None = None) -> ModelConfig:
+  """Writes a submodel as a model directory: config, tokenizer, weights, checksums.
+
+  Args:
+    workdir: a trained (or itself extracted) model.
+    granularity: e.g. "M*8+L*8".
+    out: a directory that does not exist yet, or is empty.
+    step: which checkpoint; default the newest whose slices verify.
+
+  Returns:
+    The submodel's config.
+
+  Raises:
+    UserError: for a missing run or step, a granularity that does not parse, or an `out`
+      that is taken.
+    checkpoint.DamagedCheckpoint: (a UserError) if no step's slices verify.
+  """
+  workdir, out = pathlib.Path(workdir), pathlib.Path(out)
+  card = checkpoint.read_card(workdir)
+  config = ModelConfig.from_dict(card["model"])
+  g = gran.parse(granularity, config)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise UserError(f"--out={out} exists already and is not empty; give a new directory")
+  steps = [step] if step is not None else checkpoint.steps(workdir)[::-1]
+  if not steps or steps[0] not in checkpoint.steps(workdir):
+    raise UserError(f"{workdir} has no checkpoint" + (f" of step {step}" if step else "")
+                    + f"; it has {', '.join(map(str, checkpoint.steps(workdir))) or 'none'}")
+  for number in steps:
+    try:
+      params = _read(workdir, number, config, g)
+      break
+    except checkpoint.DamagedCheckpoint as e:
+      if number == steps[-1]:
+        raise
+      checkpoint.warn(f"{e}; trying the step before")
+  sub_config = gran.submodel_config(config, g)
+  card = card | {"model": sub_config.to_dict(), "extracted": {
+      "from": str(workdir.resolve()), "step": number, "granularity": gran.to_text(g, config)}}
+  # Written aside and moved when whole, so that a kill leaves nothing that looks like a model.
+  temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
+  temporary.mkdir(parents=True)
+  try:
+    shutil.copyfile(workdir / TOKENIZER_FILE, temporary / TOKENIZER_FILE)
+    (temporary / checkpoint.CARD_FILE).write_text(json.dumps(card, indent=1))
+    writer = checkpoint.Writer(temporary, keep_last=1, keep_best=0, card=card)
+    writer.save(number, params, None, {"step": number})
+    writer.close()
+    if out.exists():
+      out.rmdir()
+    temporary.rename(out)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  return sub_config
+
+
+def _read(workdir: pathlib.Path, step: int, config: ModelConfig, g: gran.Granularity):
+  """The submodel's parameter tree, read slice by slice."""
+  reader = checkpoint.SliceReader(workdir, step, config)
+  everything = slice(None)
+  params = {"embedding": reader.read(("embedding",), everything, {}),
+            "final_norm": {"scale": reader.read(("final_norm", "scale"), everything, {})},
+            "blocks": {}}
+  leaves = [leaf for leaf in _BLOCK_LEAVES if config.gated or leaf[1] != "gate"]
+  parts = gran.slices(config, g)
+  with tqdm.tqdm(total=len(parts) * len(leaves), desc="reading slices", mininterval=1.0) as bar:
+    for i, part in enumerate(parts):
+      block = params["blocks"][str(i)] = {}
+      for group, name in leaves:
+        block.setdefault(group, {})[name] = reader.read(
+            ("blocks", str(part.source), group, name), slice(part.start, part.stop),
+            config.slice_lengths(part.run))
+        bar.update()
+  return params
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+  for name, value in (("workdir", _WORKDIR.value), ("out", _OUT.value)):
+    if not value:
+      raise UserError(f"--{name} is missing; give a directory")
+  if bool(_GRANULARITY.value) == bool(_BUDGET.value):
+    raise UserError("give exactly one of --granularity='M*2+L*2' and --budget=0.6x")
+  config = ModelConfig.from_dict(checkpoint.read_card(_WORKDIR.value)["model"])
+  chosen = _GRANULARITY.value or gran.mix_n_match(
+      config, _BUDGET.value, profile=profiling.read(_WORKDIR.value, config))
+  started = time.perf_counter()
+  sub_config = extract(_WORKDIR.value, chosen, _OUT.value, _STEP.value)
+  print(describe.report(sub_config))
+  print(f"\nwrote {gran.to_text(gran.full(sub_config), sub_config)} to {_OUT.value} in "
+        f"{time.perf_counter() - started:.1f} s")
+
+
+if __name__ == "__main__":
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained model.")
+  _OUT = flags.DEFINE_string("out", None, "New directory for the submodel.")
+  _GRANULARITY = flags.DEFINE_string("granularity", None, "What to extract, e.g. 'M*2+L*2'.")
+  _BUDGET = flags.DEFINE_string("budget", None, cli.BUDGET_HELP)
+  _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
+  cli.run(main)
