@@ -15,6 +15,7 @@ import tqdm
 
 from matformer_jax import cli, runtime, tables
 from matformer_jax import granularity as gran
+from matformer_jax.config import ModelConfig
 from matformer_jax.data import text
 from matformer_jax.errors import UserError
 from matformer_jax.evals import lm
@@ -57,9 +58,9 @@ def evaluate(model: Model, store: text.TokenStore, granularities: Sequence[gran.
                        progress=lambda n: bar.update())
 
 
-def ladder(model: Model, points: int) -> list[gran.Granularity]:
+def ladder(config: ModelConfig, points: int) -> list[gran.Granularity]:
   """About `points` granularities spread over the Mix'n'Match ladder, S and XL included."""
-  rungs = gran.mix_n_match_ladder(model.config)
+  rungs = gran.mix_n_match_ladder(config)
   picks = sorted({round(i) for i in np.linspace(0, len(rungs) - 1, max(points, 2))})
   return [rungs[i] for i in picks]
 
@@ -134,7 +135,7 @@ def main(argv) -> None:
   else:
     chosen = gran.uniform(model.config)
   if _LADDER.value:
-    chosen += ladder(model, _LADDER.value)
+    chosen += ladder(model.config, _LADDER.value)
   chosen = sorted(dict.fromkeys(chosen), key=lambda g: gran.count(model.config, g).params)
   store = validation_store(model)
   consistency = bool({"agreement", "kl"} & set(_METRICS.value))

@@ -98,10 +98,13 @@ class Model:
       rows.append((gran.to_text(g, c), f"{n.params:,}", f"{n.non_embedding_params:,}",
                    tables.si(n.flops_per_token)))
     sizes = tables.table(("granularity", "parameters", "non-embedding", "FLOPs/token"), rows)
-    return (f"MatLM from {self.workdir}, step {self.step:,}: {c.num_layers} layers, d_model "
+    text = (f"MatLM from {self.workdir}, step {self.step:,}: {c.num_layers} layers, d_model "
             f"{c.d_model}, {c.num_heads} heads, vocabulary {c.vocab_size:,}, context "
-            f"{c.seq_len}\n{sizes}\nplus every Mix'n'Match of them, such as "
-            f"{gran.to_text(_example_mix(c), c)!r}")
+            f"{c.seq_len}\n{sizes}")
+    mixes = [g for g in gran.mix_n_match_ladder(c) if g not in gran.uniform(c)]
+    if mixes:
+      text += f"\nplus {len(mixes)} Mix'n'Match models, such as {gran.to_text(mixes[len(mixes) // 2], c)!r}"
+    return text
 
 
 def load(workdir: str | os.PathLike, step: int | None = None) -> Model:
@@ -138,11 +141,6 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Model:
                     "(its checksum differs); restore the file, or run train there again")
   execution = Execution.for_platform(jax.devices()[0].platform, dtype="float32", remat="none")
   return Model(items["params"], config, tokenizer, meta["step"], card, workdir, execution)
-
-
-def _example_mix(config: ModelConfig) -> gran.Granularity:
-  ladder = gran.mix_n_match_ladder(config)
-  return ladder[len(ladder) // 2 + config.num_layers // 2 - 1]
 
 
 def _jit(f):

@@ -1,0 +1,298 @@
+"""Scores many submodels on validation data: Mix'n'Match against other shapes and random mixes.
+
+  python -m matformer_jax.search --workdir=runs/quickstart --budgets=0.55x,0.65x,0.75x,0.85x
+
+One compiled program scores every configuration, on the same windows, so differences
+between them are measured far better than each loss alone; both come with standard
+errors. Writes search.csv, search.json and search.png.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Sequence
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from matformer_jax import cli, losses, runtime, submodel, tables
+from matformer_jax import granularity as gran
+from matformer_jax import profile as profiling
+from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.data import text
+from matformer_jax.errors import UserError
+from matformer_jax.evaluate import ladder, validation_store
+from matformer_jax.loading import Model, load
+
+CONFIGS_PER_CALL = 16
+MIX_N_MATCH = gran.SHAPES[0]  # "increasing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A configuration to score.
+
+  Attributes:
+    granularity: the submodel; heads follow the FFNs where they are nested.
+    kind: "trained", one of gran.SHAPES ("increasing" is Mix'n'Match) or "random".
+    budget: the budget's text it was made for, "" for none.
+  """
+
+  granularity: gran.Granularity
+  kind: str
+  budget: str
+
+
+def score(config: ModelConfig, execution: Execution, params,
+          granularities: Sequence[gran.Granularity], batches: Sequence[np.ndarray]) -> np.ndarray:
+  """Losses [configurations, windows] in nats per token, with one program for all.
+
+  Args:
+    params: the stored parameters.
+    batches: [B, T+1] int32 token windows, all of one shape.
+  """
+  indices = np.stack([submodel.layer_indices(g) for g in granularities])
+  padding = -len(indices) % CONFIGS_PER_CALL
+  padded = np.concatenate([indices, np.repeat(indices[-1:], padding, axis=0)])
+  calls = padded.reshape(-1, CONFIGS_PER_CALL, config.num_layers)
+  result = []
+  with tqdm.tqdm(total=len(calls) * len(batches), desc="scoring",
+                 unit=f" x {CONFIGS_PER_CALL} models", mininterval=1.0) as bar:
+    for call in calls:
+      rows = []
+      for batch in batches:
+        rows.append(np.asarray(_window_losses(params, batch, call, config, execution)))
+        bar.update()
+      result.append(np.concatenate(rows, axis=1))
+  return np.concatenate(result)[:len(indices)]
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _window_losses(params, batch, indices, config: ModelConfig, execution: Execution):
+  """[C, B] mean loss of every window under every configuration."""
+  targets = batch[:, 1:]
+  chunks = losses.num_chunks(targets.shape[1], targets.shape[1], config.vocab_size)
+
+  def one(layer_indices):
+    hidden, embedding = submodel.apply_dynamic(
+        params, batch[:, :-1], layer_indices, config=config, execution=execution,
+        return_hidden=True)
+    window = lambda xy: losses.chunked_cross_entropy(xy[0][None], embedding, xy[1][None], chunks)[1]
+    return jax.lax.map(window, (hidden, targets))
+
+  return jax.lax.map(one, indices)
+
+
+def candidates(config: ModelConfig, budgets: Sequence[str], random: int, seed: int,
+               rungs: int, profile=None) -> list[Candidate]:
+  """Trained sizes, the Mix'n'Match ladder, and per budget every shape and random mixes.
+
+  Args:
+    random: random mixes per budget, each using the budget as fully as it can.
+    seed: of the random mixes.
+    rungs: about how many of the ladder's.
+  """
+  found = [Candidate(g, "trained", "") for g in gran.uniform(config)]
+  found += [Candidate(g, MIX_N_MATCH, "") for g in ladder(config, rungs)]
+  rng = np.random.default_rng(seed)
+  for budget in budgets:
+    choose = functools.partial(gran.mix_n_match, config, budget, profile=profile)
+    found += [Candidate(choose(shape=shape), shape, budget) for shape in gran.SHAPES]
+    limit = gran.count(config, choose()).params
+    found += [Candidate(g, "random", budget) for g in _random_mixes(config, limit, random, rng)]
+  return found
+
+
+def _random_mixes(config: ModelConfig, limit: int, number: int,
+                  rng: np.random.Generator) -> list[gran.Granularity]:
+  """Distinct mixes of at most `limit` parameters that no layer can be raised in."""
+  top = gran.full(config)
+  g = config.num_granularities
+  chosen: dict[gran.Granularity, None] = {}
+  for _ in range(20 * number):
+    if len(chosen) == number:
+      break
+    layers = np.zeros(config.num_layers, int)
+    # Raise layers at random, by one size, while any fits.
+    open_layers = list(range(config.num_layers))
+    while open_layers:
+      layer = open_layers[rng.integers(len(open_layers))]
+      raised = layers.copy()
+      raised[layer] += 1
+      if raised[layer] < g and raised[layer] <= top.ffn[layer] and (
+          gran.count(config, raised).params <= limit):
+        layers = raised
+      else:
+        open_layers.remove(layer)
+    chosen[gran.parse(layers, config)] = None
+  return list(chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """A candidate with what was measured.
+
+  Attributes:
+    loss, stderr: mean over windows and its standard error, nats per token.
+    difference, difference_stderr: loss minus the budget's Mix'n'Match loss, window by
+      window; None without a budget.
+    pareto: no scored configuration has both fewer parameters and a lower loss.
+  """
+
+  candidate: Candidate
+  params: int
+  flops_per_token: int
+  loss: float
+  stderr: float
+  difference: float | None
+  difference_stderr: float | None
+  pareto: bool
+
+
+def summarize(config: ModelConfig, found: Sequence[Candidate], window_losses: np.ndarray) -> list[Scored]:
+  """Means, standard errors and the Pareto front."""
+  sizes = [gran.count(config, c.granularity) for c in found]
+  means = window_losses.mean(1)
+  error = lambda x: float(x.std(ddof=1) / np.sqrt(len(x)))
+  reference = {c.budget: row for c, row in zip(found, window_losses) if c.kind == MIX_N_MATCH}
+  result = []
+  for c, n, row, mean in zip(found, sizes, window_losses, means):
+    paired = row - reference[c.budget] if c.budget else None
+    pareto = not any((m.params <= n.params and other < mean) or (m.params < n.params and other <= mean)
+                     for m, other in zip(sizes, means))
+    result.append(Scored(
+        c, n.params, n.flops_per_token, float(mean), error(row),
+        None if paired is None else float(paired.mean()),
+        None if paired is None else error(paired), pareto))
+  return result
+
+
+# ------------------------------------------------------------------- reports
+
+
+def report(config: ModelConfig, scored: Sequence[Scored]) -> str:
+  """Per budget: Mix'n'Match, and how much worse or better the others are."""
+  header = ("budget", "configuration", "granularity", "parameters", "loss", "minus Mix'n'Match")
+  rows = []
+  for budget in dict.fromkeys(s.candidate.budget for s in scored if s.candidate.budget):
+    mine = [s for s in scored if s.candidate.budget == budget]
+    random = sorted((s for s in mine if s.candidate.kind == "random"), key=lambda s: s.loss)
+    picks = [(_label(s.candidate.kind), s) for s in mine if s.candidate.kind != "random"]
+    if random:
+      picks += [(f"best of {len(random)} random", random[0]),
+                ("median random", random[len(random) // 2])]
+    for label, s in picks:
+      rows.append((budget, label, gran.to_text(s.candidate.granularity, config), f"{s.params:,}",
+                   f"{s.loss:.4f} ± {s.stderr:.4f}",
+                   "" if s.candidate.kind == MIX_N_MATCH else
+                   f"{s.difference:+.4f} ± {s.difference_stderr:.4f}"))
+      budget = ""
+  return tables.table(header, rows)
+
+
+def _label(kind: str) -> str:
+  return "Mix'n'Match (increasing)" if kind == MIX_N_MATCH else kind
+
+
+def as_rows(config: ModelConfig, scored: Sequence[Scored]) -> list[dict]:
+  """One flat dict per configuration, smallest first: what the CSV and JSON hold."""
+  rows = []
+  for s in sorted(scored, key=lambda s: (s.params, s.loss)):
+    kind = "mix_n_match" if s.candidate.kind == MIX_N_MATCH else s.candidate.kind
+    rows.append({"granularity": gran.to_text(s.candidate.granularity, config), "kind": kind,
+                 "budget": s.candidate.budget,
+                 **{f.name: getattr(s, f.name) for f in dataclasses.fields(s)[1:]}})
+  return rows
+
+
+def plot(config: ModelConfig, scored: Sequence[Scored], title: str, path: pathlib.Path) -> None:
+  """Loss against parameters: trained sizes, Mix'n'Match, other shapes, random mixes, front."""
+  import matplotlib
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+  figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+  styles = [("random", "random mixes", dict(marker=".", color="0.7", s=30)),
+            *[(shape, shape, dict(marker=marker, s=32, alpha=0.8, color=color))
+              for shape, marker, color in zip(gran.SHAPES[1:], "v^s", ("C1", "C2", "C4"))],
+            (MIX_N_MATCH, "Mix'n'Match (increasing)", dict(marker="D", s=34, color="C0")),
+            ("trained", "trained sizes", dict(marker="o", s=90, color="C3"))]
+  for order, (kind, label, style) in enumerate(styles):
+    mine = [s for s in scored if s.candidate.kind == kind]
+    axes.scatter([s.params / 1e6 for s in mine], [s.loss for s in mine], label=label,
+                 zorder=order + 2, linewidths=0, **style)
+    for s in mine if kind == "trained" else ():
+      axes.annotate(gran.to_text(s.candidate.granularity, config), (s.params / 1e6, s.loss),
+                    textcoords="offset points", xytext=(8, 6))
+  front = sorted((s.params / 1e6, s.loss) for s in scored if s.pareto)
+  axes.step(*zip(*front), where="post", color="0.3", linewidth=1, zorder=1, label="Pareto front")
+  axes.set(xlabel="parameters (million)", ylabel="validation loss (nats per token)", title=title)
+  axes.grid(alpha=0.3)
+  axes.margins(0.06, 0.08)
+  axes.legend()
+  figure.savefig(path, dpi=140)
+  plt.close(figure)
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+  if not _WORKDIR.value:
+    raise UserError("--workdir is missing; give the directory of a trained model")
+  runtime.enable_compilation_cache()
+  model = load(_WORKDIR.value, _STEP.value)
+  config = model.config
+  found = candidates(config, _BUDGETS.value, _RANDOM.value, _SEED.value, _RUNGS.value,
+                     profiling.read(model.workdir, config))
+  distinct = list(dict.fromkeys(c.granularity for c in found))
+  windows = validation_windows(model, _BATCH_SIZE.value)
+  batches = [windows.batch(i) for i in range(min(_BATCHES.value, windows.num_windows // _BATCH_SIZE.value))]
+  if not batches:
+    raise UserError(f"--batch_size={_BATCH_SIZE.value} is larger than the {windows.num_windows} "
+                    "validation windows; lower it")
+  rows = dict(zip(distinct, score(config, model.execution, model.params, distinct, batches)))
+  scored = summarize(config, found, np.stack([rows[c.granularity] for c in found]))
+  out = pathlib.Path(_OUT.value or model.workdir / "search")
+  out.mkdir(parents=True, exist_ok=True)
+  flat = as_rows(config, scored)
+  with open(out / "search.csv", "w", newline="") as f:
+    writer = csv.DictWriter(f, flat[0].keys())
+    writer.writeheader()
+    writer.writerows(flat)
+  tokens = sum(b.shape[0] * (b.shape[1] - 1) for b in batches)
+  (out / "search.json").write_text(json.dumps(
+      {"workdir": str(model.workdir), "step": model.step, "tokens": tokens, "rows": flat}, indent=1))
+  plot(config, scored, f"{len(distinct)} submodels of {model.workdir.name}, step {model.step:,}, "
+       f"{tokens:,} tokens each", out / "search.png")
+  print(f"{model.workdir}, step {model.step:,}: {len(distinct)} submodels, {tokens:,} validation "
+        f"tokens each\n")
+  if _BUDGETS.value:
+    print(report(config, scored) + "\n")
+  print(f"wrote {out / 'search.csv'}, search.json, search.png")
+
+
+def validation_windows(model: Model, batch_size: int) -> text.Windows:
+  """The model's validation data, shuffled: a few batches of it stand for the whole."""
+  store = validation_store(model)
+  return text.Windows(store.tokens["validation"], model.config.seq_len, batch_size, seed=0)
+
+
+if __name__ == "__main__":
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained or extracted model.")
+  _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
+  _BUDGETS = flags.DEFINE_list("budgets", [], "Budgets to compare shapes and random mixes at, "
+                               "e.g. 0.55x,0.7x or 1.3M,1.6M; see describe --budget.")
+  _RANDOM = flags.DEFINE_integer("random", 20, "Random mixes per budget.", lower_bound=0)
+  _RUNGS = flags.DEFINE_integer("rungs", 25, "About how many models of the Mix'n'Match ladder.",
+                                lower_bound=2)
+  _BATCHES = flags.DEFINE_integer("batches", 4, "Validation batches.", lower_bound=1)
+  _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows per batch.", lower_bound=1)
+  _SEED = flags.DEFINE_integer("seed", 0, "Of the random mixes.", lower_bound=0)
+  _OUT = flags.DEFINE_string("out", None, "Directory for the results; default WORKDIR/search.")
+  cli.run(main)
