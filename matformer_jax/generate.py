@@ -9,88 +9,16 @@ acceptance rate go to standard error.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
-from typing import Iterator, Sequence
 
 from absl import flags
 
 from matformer_jax import cli, runtime
-from matformer_jax import granularity as gran
-from matformer_jax.decode import Decoder, Sampling
+from matformer_jax.decode import Sampling
 from matformer_jax.errors import UserError
-from matformer_jax.loading import Model, load
-from matformer_jax.models import matlm
-from matformer_jax.speculative import SpeculativeDecoder, Stats
-
-AUTO_DRAFT_LENGTHS = (1, 2, 4, 8)
-CALL_SECONDS = 0.05  # a program call makes about as many tokens as take this long
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """What to generate.
-
-  Attributes:
-    granularity: who decodes, or verifies; None is everything stored.
-    max_tokens: per prompt, at most.
-    sampling: temperature, top-k, top-p.
-    seed: prompt i uses seed + i.
-    draft: granularity that drafts; None decodes plainly.
-    draft_lengths: tokens drafted per round; several: chosen by measured acceptance.
-    share_cache: the draft works on the verifier's attention cache.
-  """
-
-  granularity: gran.GranularityLike | None = None
-  max_tokens: int = 64
-  sampling: Sampling = Sampling()
-  seed: int = 0
-  draft: gran.GranularityLike | None = None
-  draft_lengths: tuple[int, ...] = AUTO_DRAFT_LENGTHS
-  share_cache: bool = True
-
-
-def generate(model: Model, prompts: Sequence[Sequence[int]],
-             settings: Settings) -> Iterator[tuple[list[list[int]], Stats | None]]:
-  """Continues prompts together, yielding after every program call.
-
-  Args:
-    prompts: token ids, at least one each; lengths may differ.
-
-  Yields:
-    (new token ids per prompt so far, counts of speculative decoding or None).
-
-  Raises:
-    UserError: for prompts or settings that do not fit the model.
-  """
-  config = model.config
-  g = gran.full(config) if settings.granularity is None else gran.parse(
-      settings.granularity, config)
-  sub_config = gran.submodel_config(config, g)
-  decoder = Decoder(sub_config, model.execution, gran.full(sub_config), settings.sampling,
-                    model.tokenizer.eos_id)
-  weights = decoder.lay_out(matlm.slice_params(model.params, config, g))
-  seeds = [settings.seed + i for i in range(len(prompts))]
-  stats = None
-  if settings.draft is None:
-    state = decoder.prefill(weights, prompts, settings.max_tokens, seeds)
-  else:
-    draft = dataclasses.replace(decoder, granularity=gran.parse(settings.draft, sub_config))
-    decoder = SpeculativeDecoder(decoder, draft, settings.draft_lengths, settings.share_cache)
-    state = decoder.prefill(weights, weights, prompts, settings.max_tokens, seeds)
-  steps, done = 1, False
-  while not done:
-    started = time.perf_counter()
-    if settings.draft is None:
-      state = decoder.advance(weights, state, steps)
-    else:
-      state, stats = decoder.advance(weights, weights, state, steps, stats)
-    done = bool(state.done.all())
-    elapsed = time.perf_counter() - started
-    yield [s[len(p):] for s, p in zip(state.sequences(), prompts)], stats
-    steps = max(1, min(2 * steps, int(steps * CALL_SECONDS / elapsed)))
-
+from matformer_jax.loading import Settings, load
+from matformer_jax.speculative import AUTO_DRAFT_LENGTHS
 
 def main(argv) -> None:
   if len(argv) > 1:
@@ -105,7 +33,7 @@ def main(argv) -> None:
   model = load(_WORKDIR.value, _STEP.value)
   prompt = model.tokenizer.encode(_PROMPT.value) or [model.tokenizer.eos_id]
   shown, first_at, ids, stats = "", None, [], None
-  for (ids,), stats in generate(model, [prompt], settings):
+  for (ids,), stats in model.stream([prompt], settings):
     if first_at is None:
       first_at, first_count = time.perf_counter(), len(ids)
     text = model.tokenizer.decode(ids)

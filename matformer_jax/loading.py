@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from typing import Any
+import time
+from typing import Any, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,35 @@ from matformer_jax import checkpoint, losses, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, ModelConfig
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from matformer_jax.decode import Decoder, Sampling
 from matformer_jax.errors import UserError
 from matformer_jax.models import matlm
+from matformer_jax.speculative import AUTO_DRAFT_LENGTHS, SpeculativeDecoder, Stats
+
+CALL_SECONDS = 0.05  # of generation: a program call makes about as many tokens as take this long
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How to continue a text.
+
+  Attributes:
+    granularity: who decodes, or verifies; None is everything stored.
+    max_tokens: per prompt, at most.
+    sampling: temperature (0: greedy), top-k, top-p.
+    seed: prompt i uses seed + i.
+    draft: granularity that drafts (speculative decoding); None decodes plainly.
+    draft_lengths: tokens per draft; several: chosen by measured acceptance.
+    share_cache: the draft works on the verifier's attention cache.
+  """
+
+  granularity: gran.GranularityLike | None = None
+  max_tokens: int = 64
+  sampling: Sampling = Sampling()
+  seed: int = 0
+  draft: gran.GranularityLike | None = None
+  draft_lengths: tuple[int, ...] = AUTO_DRAFT_LENGTHS
+  share_cache: bool = True
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -79,6 +105,65 @@ class Model:
 
   def _parse(self, granularity):
     return gran.full(self.config) if granularity is None else gran.parse(granularity, self.config)
+
+  def generate(self, prompt: str | Sequence[str], granularity: gran.GranularityLike | None = None,
+               temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, **settings
+               ) -> str | list[str]:
+    """Continues one text, or several together; stops at end-of-text.
+
+    Args:
+      prompt: text; empty starts a new document.
+      granularity: as in `logits`.
+      temperature, top_k, top_p: see `decode.Sampling`.
+      **settings: more of `Settings`: max_tokens, seed, draft, ...
+
+    Returns:
+      The continuation, or one per prompt.
+
+    Raises:
+      UserError: for settings that do not fit the model.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    ids = [self.tokenizer.encode(p) or [self.tokenizer.eos_id] for p in prompts]
+    sampling = Sampling(temperature, top_k, top_p)
+    new = []
+    for new, _ in self.stream(ids, Settings(granularity, sampling=sampling, **settings)):
+      pass
+    texts = [self.tokenizer.decode(row) for row in new]
+    return texts[0] if isinstance(prompt, str) else texts
+
+  def stream(self, prompts: Sequence[Sequence[int]],
+             settings: Settings) -> Iterator[tuple[list[list[int]], Stats | None]]:
+    """Continues prompts of token ids together, yielding after every program call.
+
+    Yields:
+      (new ids per prompt so far, counts of speculative decoding or None).
+    """
+    g = gran.full(self.config) if settings.granularity is None else self._parse(
+        settings.granularity)
+    config = gran.submodel_config(self.config, g)
+    decoder = Decoder(config, self.execution, gran.full(config), settings.sampling,
+                      self.tokenizer.eos_id)
+    weights = decoder.lay_out(matlm.slice_params(self.params, self.config, g))
+    request = prompts, settings.max_tokens, [settings.seed + i for i in range(len(prompts))]
+    stats = None
+    if settings.draft is None:
+      state = decoder.prefill(weights, *request)
+    else:
+      draft = dataclasses.replace(decoder, granularity=gran.parse(settings.draft, config))
+      decoder = SpeculativeDecoder(decoder, draft, settings.draft_lengths, settings.share_cache)
+      state = decoder.prefill(weights, weights, *request)
+    steps, done = 1, False
+    while not done:
+      started = time.perf_counter()
+      if settings.draft is None:
+        state = decoder.advance(weights, state, steps)
+      else:
+        state, stats = decoder.advance(weights, weights, state, steps, stats)
+      done = bool(state.done.all())
+      elapsed = time.perf_counter() - started
+      yield [s[len(p):] for s, p in zip(state.sequences(), prompts)], stats
+      steps = max(1, min(2 * steps, int(steps * CALL_SECONDS / elapsed)))
 
   def _check(self, tokens) -> jax.Array:
     array = np.asarray(tokens)

@@ -25,6 +25,9 @@ from matformer_jax import granularity as gran
 from matformer_jax.decode import Decoder, State
 from matformer_jax.errors import UserError
 
+# Choices of draft length where none is given: short ones for poor drafts, long for good.
+AUTO_DRAFT_LENGTHS = (1, 2, 4, 8)
+
 # What a random draw at one position is for; 0 is the token itself, see decode.stream.
 _ACCEPT, _RESIDUAL = 1, 2
 # The acceptance rate assumed before any is measured, worth this many tokens of evidence.

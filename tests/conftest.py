@@ -65,3 +65,9 @@ def small() -> ModelConfig:
 def small_params(small):
   from matformer_jax.models import matlm
   return matlm.init_params(small, jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def lively_params(small_params):
+  """Larger weights: at initialisation a model with tied embeddings repeats its last token."""
+  return {**small_params, "blocks": jax.tree.map(lambda x: 4 * x, small_params["blocks"])}
