@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,23 @@ def test_one_compile_per_granularity(small, lively_params):
     for name in ("S", "XL"):
       run(decoder(config, name), params, chunks=(1, 3, 2, 6))
   assert Decoder._advance._cache_size() - before == 2
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_step_never_copies_the_cache(small, lively_params, batch):
+  """In the compiled loop only scatters make arrays of the cache's size."""
+  d = decoder(small)
+  weights = d.lay_out(lively_params)
+  state = d.prefill(weights, [[1]] * batch, 8, range(batch))
+  text = Decoder._advance.lower(d, weights, state, jnp.int32(8)).compile().as_text()
+  shape = lambda dims: [n for n in dims if n > 1]
+  found = {"copy": 0, "fusion": 0, "scatter": 0}
+  for line in text.splitlines():
+    match = re.search(r" = f32\[([\d,]+)\]\S* (copy|fusion|scatter)\(", line)
+    if match and shape(map(int, match[1].split(","))) == shape(state.cache[0]["k"].shape):
+      found["scatter" if "scatter" in line.partition("metadata")[0] else match[2]] += 1
+  assert found["scatter"] >= 2 * small.num_layers
+  assert found["copy"] == found["fusion"] == 0, found
 
 
 def test_on_a_mesh(small):

@@ -122,27 +122,94 @@ def test_sampling_errors(small, bad):
     gran.sampling_probabilities(bad, small)
 
 
-def test_ladder_is_non_decreasing_and_least_slope(small):
-  ladder = gran.mix_n_match_ladder(small)
-  assert len(ladder) == 3 * 4 + 1
-  sizes = [gran.count(small, g).params for g in ladder]
+SHAPE_RULES = {
+    "increasing": lambda x: x == sorted(x),
+    "decreasing": lambda x: x == sorted(x, reverse=True),
+    "increasing-decreasing": lambda x: is_peak(x) and abs(first_run(x) - first_run(x[::-1])) <= 1,
+    "decreasing-increasing": lambda x: is_peak([-i for i in x]),
+}
+
+
+def is_peak(x) -> bool:
+  """Rises, then falls; either part may be missing."""
+  top = x.index(max(x))
+  return x[:top + 1] == sorted(x[:top + 1]) and x[top:] == sorted(x[top:], reverse=True)
+
+
+def first_run(x) -> int:
+  """How many layers of the smaller size come before the first larger one."""
+  return next((i for i, v in enumerate(x) if v > min(x)), len(x))
+
+
+@pytest.mark.parametrize("layers", [4, 5])
+@pytest.mark.parametrize("shape", gran.SHAPES)
+def test_ladders_have_their_shape_and_least_slope(small, shape, layers):
+  config = dataclasses.replace(small, num_layers=layers, runs=None)
+  ladder = gran.mix_n_match_ladder(config, shape)
+  assert len(ladder) == 3 * layers + 1
+  sizes = [gran.count(config, g).params for g in ladder]
   assert sizes == sorted(set(sizes))
   for g in ladder:
-    assert list(g.ffn) == sorted(g.ffn) and g.ffn[-1] - g.ffn[0] <= 1
+    assert max(g.ffn) - min(g.ffn) <= 1
+    assert SHAPE_RULES[shape](list(g.ffn)), g.ffn
+  increasing = gran.mix_n_match_ladder(config)
+  assert sizes == [gran.count(config, g).params for g in increasing]
 
 
-@pytest.mark.parametrize("non_embedding,expected", [
-    (226.6e6, "M"), (245.5e6, "M*12+L*4"), (278.5e6, "M*5+L*11"), (377.6e6, "L*8+XL*8")])
-def test_mix_n_match_reproduces_table_5(non_embedding, expected):
+def test_ladder_of_an_extracted_model(small):
+  config = gran.submodel_config(small, gran.parse("S*1+L*3", small))
+  text = [gran.to_text(g, config) for g in gran.mix_n_match_ladder(config)]
+  assert [gran.to_text(g, config) for g in gran.uniform(config)] == ["S", "S*1+M*3", "S*1+L*3"]
+  assert text[0] == "S" and text[-1] == "S*1+L*3" and len(set(text)) == len(text) == 7
+
+
+@pytest.mark.parametrize("budget,expected", [
+    ("226.6M", "M"), ("245.5M", "M*12+L*4"), ("278.5M", "M*5+L*11"), ("377.6M", "L*8+XL*8")])
+def test_mix_n_match_reproduces_table_5(budget, expected):
   config = model_config("850M")
-  embedding = config.vocab_size * config.d_model
-  g = gran.mix_n_match(config, params=non_embedding + embedding)
+  g = gran.mix_n_match(config, f"nonembedding:{budget}")
   assert gran.to_text(g, config) == expected
+  assert g == gran.mix_n_match(config, nonembedding=float(budget[:-1]) * 1e6)
+  # Its printed budget, truncated to whole millions, is this configuration's size.
+  assert int(gran.count(config, g).non_embedding_params / 1e6) == int(float(budget[:-1]))
 
 
-def test_mix_n_match_below_the_smallest(small):
-  with pytest.raises(UserError, match="below the smallest"):
-    gran.mix_n_match(small, params=10)
+@pytest.mark.parametrize("budget,kind,number,relative", [
+    ("0.6x", "params", 0.6, True), ("620M", "params", 620e6, False), ("ffn:94M", "ffn", 94e6, False),
+    ("ffn:0.5x", "ffn", 0.5, True), ("1.2GFLOP", "flops", 1.2e9, False), ("2e9", "params", 2e9, False),
+    ("flops:1.2G", "flops", 1.2e9, False), ("15ms", "latency", 0.015, False),
+    ("decode:400us", "decode", 4e-4, False), ("params:12345", "params", 12345, False)])
+def test_budgets_parse(budget, kind, number, relative):
+  have = gran._parse_budget(budget)
+  assert have[0] == kind and have[1] == pytest.approx(number) and have[2] == relative
+
+
+def test_every_kind_of_budget_is_kept_and_used_up(small):
+  ladder = gran.mix_n_match_ladder(small)
+  for kind, (_, cost) in gran.COSTS.items():
+    for g, wider in zip(ladder, ladder[1:]):
+      assert gran.mix_n_match(small, **{kind: cost(small, g)}) == g
+      assert gran.mix_n_match(small, **{kind: cost(small, wider) - 1}) == g
+    assert gran.mix_n_match(small, f"{kind}:1x") == ladder[-1]
+
+
+@pytest.mark.parametrize("budget,words", [
+    ("10", "below the smallest.*S.*XL"), ("1G", "above the largest"), ("0.01x", "below"),
+    ("1.5x", "above"), ("fast", "does not parse"), ("wdith:3M", "'wdith' is not one of"),
+    ("ffn:3ms", "unit"), ("params:3GFLOP", "unit"), ("latency:3M", "unit"), ("15ms", "profile"),
+    ("1..2M", "does not parse")])
+def test_budget_errors_name_the_budget(small, budget, words):
+  with pytest.raises(UserError, match=words) as e:
+    gran.mix_n_match(small, budget)
+  assert budget in str(e.value)
+
+
+def test_one_budget_at_a_time(small):
+  for args, kwargs in [((), {}), (("0.6x",), {"params": 3}), ((), {"params": 3, "ffn": 2})]:
+    with pytest.raises(UserError, match="one budget"):
+      gran.mix_n_match(small, *args, **kwargs)
+  with pytest.raises(UserError, match="shape='zigzag'"):
+    gran.mix_n_match(small, "0.6x", shape="zigzag")
 
 
 @pytest.mark.parametrize("change,words", [

@@ -114,21 +114,24 @@ def write_cache(old, new, start, layer) -> jax.Array:
     old: [B, A, N, S, H], or [L, B, A, N, S, H] with `layer` the index to write.
     start: [B] int32; None writes at position 0.
   """
-  if layer is None:
-    return write_cache(old[None], new, start, 0)[0]
   new = new.astype(old.dtype)
+  leading = () if layer is None else (layer,)
   if start is None:
-    return jax.lax.dynamic_update_slice(old, new[None], (layer,) + (0,) * 5)
-  if new.shape[0] == 1:
+    window = new if layer is None else new[None]
+    return jax.lax.dynamic_update_slice(old, window, leading + (0,) * 5)
+  batch, _, _, length, _ = old.shape[-5:]
+  if batch == 1:
     # A second index, out of bounds and so dropped: of a scatter with a single one XLA
     # makes a dynamic-update-slice, which its CPU backend fuses into every reader of the
     # cache, giving each a copy.
-    start = jnp.concatenate([start, jnp.full(1, old.shape[4], start.dtype)])
+    start = jnp.concatenate([start, jnp.full(1, length, start.dtype)])
     new = jnp.concatenate([new, new])
-  row = jnp.minimum(jnp.arange(start.size), old.shape[1] - 1)
-  index = jnp.stack([jnp.full_like(start, layer), row, start], axis=1)
+  row = jnp.minimum(jnp.arange(start.size), batch - 1)
+  index = jnp.stack([*(jnp.full_like(start, i) for i in leading), row, start], axis=1)
+  rank, rows = old.ndim, len(leading)  # rows: the axis of B
+  windows = jnp.expand_dims(new, tuple(range(1, rows + 2)))  # [B, (1,) 1, A, n, T, H]
   whole = jax.lax.ScatterDimensionNumbers(
-      update_window_dims=(1, 2, 3, 4, 5, 6), inserted_window_dims=(),
-      scatter_dims_to_operand_dims=(0, 1, 4))
-  return jax.lax.scatter(old, index, new[:, None, None], whole, unique_indices=True,
+      update_window_dims=tuple(range(1, rank + 1)), inserted_window_dims=(),
+      scatter_dims_to_operand_dims=(*range(rows + 1), rank - 2))
+  return jax.lax.scatter(old, index, windows, whole, unique_indices=True,
                          mode=jax.lax.GatherScatterMode.FILL_OR_DROP)

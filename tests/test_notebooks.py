@@ -1,0 +1,28 @@
+"""Every notebook runs from top to bottom, on the tests' own small model."""
+
+import pathlib
+
+import conftest
+import nbclient
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((conftest.ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path: pathlib.Path, tiny_run, monkeypatch):
+  monkeypatch.setenv("MATFORMER_RUN", str(tiny_run))
+  monkeypatch.delenv("XLA_FLAGS")
+  notebook = nbformat.read(path, as_version=4)
+  client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3",
+                                   resources={"metadata": {"path": str(path.parent)}})
+  client.execute()  # raises at the first cell that fails
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_committed_with_its_outputs(path: pathlib.Path):
+  cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+  assert all(c.execution_count for c in cells), "run it, and save it with its outputs"
+  assert not any(o.output_type == "error" for c in cells for o in c.outputs)
+  assert any("image/png" in o.get("data", {}) for c in cells for o in c.outputs)
