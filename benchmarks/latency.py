@@ -3,8 +3,9 @@
   make quickstart
   python benchmarks/latency.py --workdir=runs/quickstart
 
-Profiles the model, then compiles and times random mixes that were not profiled, in the
-same process. The last line is one JSON object.
+Times the parts that a profile is made of, and random mixes that it has never seen, in
+turn in one run, so that a machine that slows down slows both. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -32,16 +33,20 @@ def main(argv) -> None:
   model = matformer_jax.load(_WORKDIR.value)
   config, execution = model.config, model.execution
   rng = np.random.default_rng(0)
-  mixes = [gran.parse(rng.integers(0, config.num_granularities, config.num_layers), config)
-           for _ in range(_MIXES.value)]
+  mixes = set()
+  while len(mixes) < _MIXES.value:
+    mixes.add(gran.parse(rng.integers(0, config.num_granularities, config.num_layers), config))
+  mixes = sorted(mixes, key=lambda g: gran.count(config, g).params)
   result = {}
   for workload in profile.WORKLOADS:
-    shape = (workload, _BATCH.value, config.seq_len)
-    costs = profile.measure(config, execution, model.params, *shape, _ROUNDS.value)
+    decoders = profile.parts(config, execution)
+    weights = decoders[-1].lay_out(model.params)
+    programs = [profile.make_program(d, weights, workload, _BATCH.value, config.seq_len)
+                for d in [*decoders, *(Decoder(config, execution, g) for g in mixes)]]
+    times = profile.fastest(programs, _ROUNDS.value, f"timing {workload}")
+    measured = times[len(decoders):]
+    costs = profile.solve(config, times[:len(decoders)], _BATCH.value, config.seq_len)
     predict = profile.Profile(profile.device_name(), {workload: costs}).predict
-    weights = Decoder(config, execution, gran.full(config)).lay_out(model.params)
-    programs = [profile.make_program(Decoder(config, execution, g), weights, *shape) for g in mixes]
-    measured = profile.fastest(programs, _ROUNDS.value, f"timing {len(mixes)} mixes")
     errors = [predict(g, workload) / m - 1 for g, m in zip(mixes, measured)]
     rows = [(gran.to_text(g, config), f"{1e3 * predict(g, workload):.3f}", f"{1e3 * m:.3f}",
              f"{100 * e:+.1f}%") for g, m, e in zip(mixes, measured, errors)]

@@ -29,8 +29,8 @@ from matformer_jax import granularity as gran
 from matformer_jax import runtime, tables, train
 from matformer_jax.decode import Decoder, Sampling
 from matformer_jax.evaluate import validation_store
-from matformer_jax.speculative import (AUTO_DRAFT_LENGTHS, SpeculativeDecoder, frequent_tokens,
-                                       predicted_speedup)
+from matformer_jax.speculative import (AUTO_DRAFT_LENGTHS, SpeculativeDecoder, forced,
+                                       frequent_tokens, predicted_speedup)
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "A trained model.")
 _BASELINE = flags.DEFINE_string("baseline", None, "A model of S's width trained on its own, on the "
@@ -77,6 +77,14 @@ def measure(runs: list[Run]) -> None:
   for _ in range(_REPS.value):
     for run in runs:
       run()
+
+
+def round_costs(run: Run) -> list[float]:
+  """Seconds of a round at each draft length that `run` can choose."""
+  lengths = run.decoder.draft_lengths
+  trials = [dataclasses.replace(run, costs=forced(i, len(lengths))) for i in range(len(lengths))]
+  measure(trials)
+  return [t.best / float(t.stats.rounds.max()) for t in trials]
 
 
 def train_baseline(model, directory: str) -> str:
@@ -146,16 +154,15 @@ def benchmark(model, baseline, store, batch: int) -> dict:
         SpeculativeDecoder(v, d, (k,), False), (weights, weights), prompts)
     variants[f"MatLM S, shared cache, {label}"] = Run(
         SpeculativeDecoder(v, d, (k,)), (weights, weights), prompts)
-  # The cost of a round of each length, in plain steps, from the grid.
-  known = [n for n in AUTO_DRAFT_LENGTHS if ("S", n) in grid]
-  costs = [grid["S", n].best / float(grid["S", n].stats.rounds.max()) for n in known]
-  variants["MatLM S, k chosen, greedy"] = speculate(s, tuple(known))
-  variants["MatLM S, k chosen by measured costs, greedy"] = dataclasses.replace(
-      speculate(s, tuple(known)), costs=costs)
+  chosen = speculate(s, AUTO_DRAFT_LENGTHS)
+  variants["MatLM S, k chosen, greedy"] = dataclasses.replace(chosen, costs=round_costs(chosen))
   for size in map(int, _DRAFT_VOCABS.value):
     if size < config.vocab_size:
       frequent = frequent_tokens(store.tokens["train"], size)
       variants[f"MatLM S, head of {size}, greedy"] = speculate(s, (k,), draft_vocab=frequent)
+      chosen = speculate(s, AUTO_DRAFT_LENGTHS, draft_vocab=frequent)
+      variants[f"MatLM S, head of {size}, k chosen, greedy"] = dataclasses.replace(
+          chosen, costs=round_costs(chosen))
   measure(list(variants.values()))
   rows, results["variants"] = [], {}
   reference = {}

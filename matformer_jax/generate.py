@@ -18,7 +18,6 @@ from matformer_jax import cli, runtime
 from matformer_jax.decode import Sampling
 from matformer_jax.errors import UserError
 from matformer_jax.loading import Settings, load
-from matformer_jax.speculative import AUTO_DRAFT_LENGTHS
 
 def main(argv) -> None:
   if len(argv) > 1:
@@ -53,9 +52,9 @@ def main(argv) -> None:
   print(report, file=sys.stderr)
 
 
-def _draft_lengths(text: str) -> tuple[int, ...]:
+def _draft_lengths(text: str) -> tuple[int, ...] | None:
   if text == "auto":
-    return AUTO_DRAFT_LENGTHS
+    return None
   if not text.isdecimal() or int(text) < 1:
     raise UserError(f"--draft_length={text!r} must be auto or a number of tokens, 1 or more")
   return (int(text),)
@@ -74,6 +73,6 @@ if __name__ == "__main__":
   _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
   _DRAFT = flags.DEFINE_string("draft", None, "A smaller size that drafts (speculative decoding): "
                                "faster where it is, the same text at temperature 0.")
-  _DRAFT_LENGTH = flags.DEFINE_string("draft_length", "auto", "Tokens per draft, or auto.")
+  _DRAFT_LENGTH = flags.DEFINE_string("draft_length", "auto", "Tokens per draft; auto measures acceptance and time and chooses, or stops drafting.")
   _SHARE_CACHE = flags.DEFINE_bool("share_cache", True, "Draft on the verifier's attention cache.")
   cli.run(main)

@@ -19,7 +19,7 @@ from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from matformer_jax.decode import Decoder, Sampling
 from matformer_jax.errors import UserError
 from matformer_jax.models import matlm
-from matformer_jax.speculative import AUTO_DRAFT_LENGTHS, SpeculativeDecoder, Stats
+from matformer_jax.speculative import AUTO_DRAFT_LENGTHS, CostMeter, SpeculativeDecoder, Stats
 
 CALL_SECONDS = 0.05  # of generation: a program call makes about as many tokens as take this long
 
@@ -34,7 +34,8 @@ class Settings:
     sampling: temperature (0: greedy), top-k, top-p.
     seed: prompt i uses seed + i.
     draft: granularity that drafts (speculative decoding); None decodes plainly.
-    draft_lengths: tokens per draft; several: chosen by measured acceptance.
+    draft_lengths: tokens per draft; several are chosen from, by acceptance and time measured
+      on the way; None: AUTO_DRAFT_LENGTHS.
     share_cache: the draft works on the verifier's attention cache.
   """
 
@@ -43,7 +44,7 @@ class Settings:
   sampling: Sampling = Sampling()
   seed: int = 0
   draft: gran.GranularityLike | None = None
-  draft_lengths: tuple[int, ...] = AUTO_DRAFT_LENGTHS
+  draft_lengths: tuple[int, ...] | None = None
   share_cache: bool = True
 
 
@@ -146,12 +147,14 @@ class Model:
                       self.tokenizer.eos_id)
     weights = decoder.lay_out(matlm.slice_params(self.params, self.config, g))
     request = prompts, settings.max_tokens, [settings.seed + i for i in range(len(prompts))]
-    stats = None
+    lengths = settings.draft_lengths or tuple(
+        k for k in AUTO_DRAFT_LENGTHS if k or settings.share_cache)
+    stats, meter = None, CostMeter(lengths)
     if settings.draft is None:
       state = decoder.prefill(weights, *request)
     else:
       draft = dataclasses.replace(decoder, granularity=gran.parse(settings.draft, config))
-      decoder = SpeculativeDecoder(decoder, draft, settings.draft_lengths, settings.share_cache)
+      decoder = SpeculativeDecoder(decoder, draft, lengths, settings.share_cache)
       state = decoder.prefill(weights, weights, *request)
     steps, done = 1, False
     while not done:
@@ -159,9 +162,12 @@ class Model:
       if settings.draft is None:
         state = decoder.advance(weights, state, steps)
       else:
-        state, stats = decoder.advance(weights, weights, state, steps, stats)
+        before = 0 if stats is None else float(stats.rounds.max())
+        state, stats = decoder.advance(weights, weights, state, steps, stats, meter.costs())
       done = bool(state.done.all())
       elapsed = time.perf_counter() - started
+      if stats is not None:
+        meter.record(elapsed, float(stats.rounds.max()) - before)
       yield [s[len(p):] for s, p in zip(state.sequences(), prompts)], stats
       steps = max(1, min(2 * steps, int(steps * CALL_SECONDS / elapsed)))
 

@@ -192,6 +192,29 @@ def fastest(programs: Sequence[Callable[[], float]], rounds: int, label: str) ->
   return best
 
 
+def parts(config: ModelConfig, execution: Execution) -> list[Decoder]:
+  """What is timed: no layers; attention halves, per head granularity; whole sizes."""
+  sizes = gran.uniform(config)
+  halves = [_AttentionOnly(config, execution, size) for size in sizes]
+  if not config.nested_heads:
+    halves = halves[-1:]
+  return [_NoLayers(config, execution, sizes[-1]), *halves,
+          *(Decoder(config, execution, size) for size in sizes)]
+
+
+def solve(config: ModelConfig, times: Sequence[float], batch: int, tokens: int) -> Costs:
+  """Costs of the parts from the seconds of `parts`: differences per layer."""
+  sizes = len(gran.uniform(config))
+  fixed, *times = times
+  per_layer = [(t - fixed) / config.num_layers for t in times]
+  attention, layer = per_layer[:-sizes], per_layer[-sizes:]
+  attention = attention * (sizes if len(attention) == 1 else 1)
+  ffn = [b - a for a, b in zip(attention, layer)]
+  # Sizes that an extracted model lacks repeat its last.
+  pad = lambda x: tuple(x + x[-1:] * (config.num_granularities - len(x)))
+  return Costs(fixed, pad(attention), pad(ffn), batch, tokens)
+
+
 def measure(config: ModelConfig, execution: Execution, params, workload: str, batch: int,
             tokens: int, rounds: int) -> Costs:
   """Times the parts of a model.
@@ -202,22 +225,10 @@ def measure(config: ModelConfig, execution: Execution, params, workload: str, ba
     batch, tokens: shape of the forward pass; for decode, tokens of cache.
     rounds: calls of each program; the fastest counts.
   """
-  g = config.num_granularities
-  sizes = gran.uniform(config)
-  whole = [Decoder(config, execution, size) for size in sizes]
-  halves = [_AttentionOnly(config, execution, size) for size in sizes]
-  if not config.nested_heads:
-    halves = halves[-1:]
-  bare = _NoLayers(config, execution, sizes[-1])
-  weights = whole[0].lay_out(params)
-  programs = [make_program(d, weights, workload, batch, tokens) for d in [bare, *halves, *whole]]
-  fixed, *times = fastest(programs, rounds, f"timing {workload}")
-  per_layer = [(t - fixed) / config.num_layers for t in times]
-  attention, layer = per_layer[:len(halves)], per_layer[len(halves):]
-  attention = attention * (len(sizes) if len(halves) == 1 else 1)
-  ffn = [b - a for a, b in zip(attention, layer)]
-  pad = lambda x: tuple(x + x[-1:] * (g - len(x)))  # sizes an extracted model lacks
-  return Costs(fixed, pad(attention), pad(ffn), batch, tokens)
+  decoders = parts(config, execution)
+  weights = decoders[-1].lay_out(params)
+  programs = [make_program(d, weights, workload, batch, tokens) for d in decoders]
+  return solve(config, fastest(programs, rounds, f"timing {workload}"), batch, tokens)
 
 
 def main(argv) -> None:

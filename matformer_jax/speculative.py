@@ -25,8 +25,9 @@ from matformer_jax import granularity as gran
 from matformer_jax.decode import Decoder, State
 from matformer_jax.errors import UserError
 
-# Choices of draft length where none is given: short ones for poor drafts, long for good.
-AUTO_DRAFT_LENGTHS = (1, 2, 4, 8)
+# Choices of draft length where none is given: none where drafting does not pay, short ones
+# for poor drafts, long for good.
+AUTO_DRAFT_LENGTHS = (0, 1, 2, 4, 8)
 
 # What a random draw at one position is for; 0 is the token itself, see decode.stream.
 _ACCEPT, _RESIDUAL = 1, 2
@@ -87,7 +88,8 @@ class SpeculativeDecoder:
     verifier: what the output equals. Both must have the same sampling and eos_id.
     draft: a submodel of the verifier's model, or a model of its own.
     draft_lengths: k. Several: chosen each round, for the whole batch, from the measured
-      acceptance rate and the cost of a round, without leaving the program.
+      acceptance rate and the cost of a round, without leaving the program. 0 decodes
+      plainly; it needs the shared cache, since a draft's own would fall behind.
     share_cache: the draft works on the verifier's cache; needs the same stored model.
     draft_vocab: the draft proposes only these token ids (the most frequent ones, see
       `frequent_tokens`), so that its output head is small. Lossless, since the
@@ -102,8 +104,10 @@ class SpeculativeDecoder:
 
   def __post_init__(self):
     v, d = self.verifier, self.draft
-    if not self.draft_lengths or min(self.draft_lengths) < 1:
+    if not self.draft_lengths or max(self.draft_lengths) < 1 or min(self.draft_lengths) < 0:
       raise UserError(f"draft_length={self.draft_lengths} must be at least 1")
+    if min(self.draft_lengths) == 0 and not self.share_cache:
+      raise UserError("draft_length=0 needs share_cache: a draft's own cache would fall behind")
     if (v.sampling, v.eos_id) != (d.sampling, d.eos_id):
       raise UserError("draft and verifier must have the same sampling and end-of-text id")
     if v.config.vocab_size != d.config.vocab_size:
@@ -265,6 +269,34 @@ class SpeculativeDecoder:
     accepted, log_residual = accept_sampled(drafted, q, p, uniform)
     keys = decode.stream(state.keys, state.length + accepted, _RESIDUAL)
     return accepted, decode.draw(keys, log_residual)
+
+
+class CostMeter:
+  """Times a round of every draft length in the course of generation, for `costs`.
+
+  Each length is made to run for a call or two; then the fastest per token is chosen.
+  """
+
+  def __init__(self, lengths: Sequence[int]):
+    self._seconds: list[float | None] = [None] * len(lengths)
+    self._warm = False
+
+  def costs(self) -> list[float]:
+    """What to pass to the next `advance`."""
+    if None in self._seconds:
+      return forced(self._seconds.index(None), len(self._seconds))
+    return self._seconds
+
+  def record(self, seconds: float, rounds: float) -> None:
+    """Tells what that call took; the first compiles, and is not counted."""
+    if self._warm and None in self._seconds:
+      self._seconds[self._seconds.index(None)] = seconds / max(rounds, 1)
+    self._warm = True
+
+
+def forced(index: int, count: int) -> list[float]:
+  """Costs that make `advance` choose the draft length at `index` of `count`."""
+  return [1.0 if i == index else float("inf") for i in range(count)]
 
 
 def accept_greedy(drafted, logits) -> tuple[jax.Array, jax.Array]:

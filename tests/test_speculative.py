@@ -65,8 +65,8 @@ def trained(tiny_run):
 
 
 @pytest.mark.parametrize("kwargs", [
-    {"draft_lengths": (4,)}, {"draft_lengths": (1, 2, 4, 8)}, {"share_cache": False},
-    {"draft_vocab": tuple(range(100, 260))}], ids=lambda kwargs: next(iter(kwargs)))
+    {"draft_lengths": (4,)}, {"draft_lengths": (0, 1, 2, 4, 8)}, {"share_cache": False},
+    {"draft_vocab": tuple(range(300, 512))}], ids=lambda kwargs: next(iter(kwargs)))
 def test_greedy_text_of_a_trained_model(trained, kwargs):
   """Eight sequences of 150 tokens that end at end-of-text, in several calls."""
   model, prompts = trained
@@ -105,6 +105,21 @@ def test_draft_length_follows_acceptance(small, lively_params):
   _, stats = speculate(poor, lively_params, max_tokens=90, draft_params=params, costs=(1.0, 3.0))
   assert stats.acceptance() < 0.5
   assert np.all(np.asarray(stats.drafted) < 2.5 * np.asarray(stats.rounds))  # mostly 1
+
+
+def test_a_length_can_be_forced_and_is_timed(small, lively_params):
+  lengths = (0, 2, 5)
+  s = SpeculativeDecoder(decoder(small), decoder(small, "S"), lengths)
+  want = run(s.verifier, lively_params)
+  for i, k in enumerate(lengths):
+    have, stats = speculate(s, lively_params, costs=speculative.forced(i, 3))
+    assert have == want
+    assert np.array_equal(stats.drafted, k * stats.rounds)
+  meter = speculative.CostMeter(lengths)
+  for seconds in (9.0, 0.2, 0.6, 0.8):  # the first call compiles
+    assert meter.costs().count(float("inf")) == 2
+    meter.record(seconds, rounds=2)
+  assert meter.costs() == [0.1, 0.3, 0.4]
 
 
 def test_one_compile_and_one_cache(small, lively_params):
@@ -167,7 +182,7 @@ class ForgetsTheResidual(SpeculativeDecoder):
 
 RULES = {
     "right": (SpeculativeDecoder, {}), "two caches": (SpeculativeDecoder, {"share_cache": False}),
-    "lengths chosen": (SpeculativeDecoder, {"draft_lengths": (1, 3)}),
+    "lengths chosen": (SpeculativeDecoder, {"draft_lengths": (0, 1, 3)}),
     "draft vocabulary": (SpeculativeDecoder, {"draft_vocab": (1, 3, 4, 6)}),
     "accepts too much": (AcceptsTooMuch, {}), "no residual": (ForgetsTheResidual, {})}
 
@@ -230,7 +245,7 @@ def test_mistakes(small):
   deep = decoder(dataclasses.replace(small, num_layers=2, runs=None))
   for args, words in [((s, xl), "wider than verifier S"), ((xl, other, (2,), False), "vocabulary of 32"),
                       ((xl, deep), "share a cache"), ((xl, s, (0,)), "draft_length"),
-                      ((xl, s, ()), "draft_length"), ((xl, s, (1,), True, (64,)), "draft_vocab"),
+                      ((xl, s, ()), "draft_length"), ((xl, s, (0, 2), False), "share_cache"), ((xl, s, (1,), True, (64,)), "draft_vocab"),
                       ((xl, decoder(small, "S", eos_id=3)), "same sampling")]:
     with pytest.raises(UserError, match=words):
       SpeculativeDecoder(*args)
