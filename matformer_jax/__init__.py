@@ -3,6 +3,7 @@
   model = matformer_jax.load("runs/quickstart")
   logits = model.logits(model.tokenizer.encode("def main("), granularity="M*2+L*2")
   model.loss("for i in range(10):\\n", granularity="S")
+  model.generate("def main(", granularity="XL", draft="S")
 """
 
 from matformer_jax.config import Execution, ModelConfig

@@ -167,6 +167,7 @@ class Decoder:
   granularity: gran.Granularity
   sampling: Sampling = Sampling()
   eos_id: int = -1
+  block_class: ClassVar = layers.Block  # what a layer is; profile.py has others
 
   @property
   def heads(self) -> tuple[int, ...]:
@@ -274,8 +275,6 @@ class Decoder:
     x = matlm.embed(weights["embedding"], tokens)
     x, cache = self.run_layers(weights, x, cache, start)
     return layers.rms_norm(x, weights["final_norm"]["scale"], self.config.norm_eps), cache
-
-  block_class: ClassVar = layers.Block
 
   def run_layers(self, weights, x, cache, start):
     """The layers' share of `extend`."""

@@ -73,6 +73,8 @@ if __name__ == "__main__":
   _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
   _DRAFT = flags.DEFINE_string("draft", None, "A smaller size that drafts (speculative decoding): "
                                "faster where it is, the same text at temperature 0.")
-  _DRAFT_LENGTH = flags.DEFINE_string("draft_length", "auto", "Tokens per draft; auto measures acceptance and time and chooses, or stops drafting.")
+  _DRAFT_LENGTH = flags.DEFINE_string(
+      "draft_length", "auto", "Tokens per draft; auto chooses by measured acceptance and time, and "
+      "stops drafting where it does not pay.")
   _SHARE_CACHE = flags.DEFINE_bool("share_cache", True, "Draft on the verifier's attention cache.")
   cli.run(main)
