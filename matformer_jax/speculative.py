@@ -31,8 +31,9 @@ AUTO_DRAFT_LENGTHS = (0, 1, 2, 4, 8)
 
 # What a random draw at one position is for; 0 is the token itself, see decode.stream.
 _ACCEPT, _RESIDUAL = 1, 2
-# The acceptance rate assumed before any is measured, worth this many tokens of evidence.
-_PRIOR_RATE, _PRIOR_TOKENS = 0.7, 4.0
+# The acceptance rate assumed before any is measured, worth this many tokens of evidence:
+# high, so that drafting is tried, and tried again once the evidence against it has faded.
+_PRIOR_RATE, _PRIOR_TOKENS = 0.9, 4.0
 _FORGET = 0.98  # per round: old evidence fades, since text changes
 
 
