@@ -47,6 +47,16 @@ def read_config(flag):
   return config
 
 
+def check(argv: list[str], **directories: str | None) -> None:
+  """Raises UserError for stray arguments and for directory flags that are missing."""
+  if len(argv) > 1:
+    raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value, quoted where the "
+                    "value holds spaces or '*'")
+  for name, value in directories.items():
+    if not value:
+      raise UserError(f"--{name} is missing; give a directory, e.g. --{name}=runs/mine")
+
+
 def fail(message: str) -> NoReturn:
   """Prints one line to stderr and exits with code 1."""
   print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)

@@ -283,7 +283,7 @@ class Decoder:
 
   def logits(self, weights, hidden) -> jax.Array:
     """float32 logits [B, T, V] of hidden [B, T, D]."""
-    if self.execution.flat_weights:  # float32 already, and faster with few rows
+    if self.execution.flat_weights and hidden.dtype == jnp.float32:  # faster with few rows
       return layers.project_in(hidden, weights["embedding"], self.execution)
     return jnp.einsum("btd,vd->btv", hidden, weights["embedding"],
                       preferred_element_type=jnp.float32)

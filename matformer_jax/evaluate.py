@@ -119,10 +119,7 @@ def report(model: Model, results: Sequence[lm.Result], metrics: Sequence[str],
 
 
 def main(argv) -> None:
-  if len(argv) > 1:
-    raise UserError(f"unexpected argument {argv[1]!r}; quote mixes: --granularities=S,'M*2+L*2'")
-  if not _WORKDIR.value:
-    raise UserError("--workdir is missing; give the directory of a training run")
+  cli.check(argv, workdir=_WORKDIR.value)
   unknown = set(_METRICS.value) - set(lm.METRICS)
   if unknown or not _METRICS.value:
     raise UserError(f"--metrics={','.join(_METRICS.value)!r}: choose among {','.join(lm.METRICS)}")

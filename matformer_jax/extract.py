@@ -107,11 +107,7 @@ def _read(workdir: pathlib.Path, step: int, config: ModelConfig, g: gran.Granula
 
 
 def main(argv) -> None:
-  if len(argv) > 1:
-    raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
-  for name, value in (("workdir", _WORKDIR.value), ("out", _OUT.value)):
-    if not value:
-      raise UserError(f"--{name} is missing; give a directory")
+  cli.check(argv, workdir=_WORKDIR.value, out=_OUT.value)
   if bool(_GRANULARITY.value) == bool(_BUDGET.value):
     raise UserError("give exactly one of --granularity='M*2+L*2' and --budget=0.6x")
   config = ModelConfig.from_dict(checkpoint.read_card(_WORKDIR.value)["model"])

@@ -20,10 +20,7 @@ from matformer_jax.errors import UserError
 from matformer_jax.loading import Settings, load
 
 def main(argv) -> None:
-  if len(argv) > 1:
-    raise UserError(f"unexpected argument {argv[1]!r}; quote the prompt: --prompt='def main('")
-  if not _WORKDIR.value:
-    raise UserError("--workdir is missing; give the directory of a trained model")
+  cli.check(argv, workdir=_WORKDIR.value)
   settings = Settings(
       _GRANULARITY.value, _MAX_TOKENS.value,
       Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value), _SEED.value, _DRAFT.value,

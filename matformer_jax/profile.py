@@ -226,10 +226,7 @@ def measure(config: ModelConfig, execution: Execution, params, workload: str, ba
 
 
 def main(argv) -> None:
-  if len(argv) > 1:
-    raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
-  if not _WORKDIR.value:
-    raise UserError("--workdir is missing; give the directory of a trained model")
+  cli.check(argv, workdir=_WORKDIR.value)
   runtime.enable_compilation_cache()
   model = load(_WORKDIR.value)
   tokens = _TOKENS.value or model.config.seq_len

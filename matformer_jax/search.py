@@ -241,10 +241,7 @@ def plot(config: ModelConfig, scored: Sequence[Scored], title: str, path: pathli
 
 
 def main(argv) -> None:
-  if len(argv) > 1:
-    raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
-  if not _WORKDIR.value:
-    raise UserError("--workdir is missing; give the directory of a trained model")
+  cli.check(argv, workdir=_WORKDIR.value)
   runtime.enable_compilation_cache()
   model = load(_WORKDIR.value, _STEP.value)
   config = model.config

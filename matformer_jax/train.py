@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -225,7 +226,7 @@ def train(config, workdir: str | os.PathLike) -> int:
   found = checkpoint.restore_newest(workdir, items, repair=True)
   if found is None:
     start, skipped, state = 0, 0, trainer.init(config.seed)
-    if config.init_from:
+    if config.get("init_from"):
       state = _initial_params(config.init_from, trainer, state)
   else:
     restored, meta, _ = found
@@ -371,18 +372,18 @@ def _read_card(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _start_from(config, workdir: pathlib.Path, old_card):
-  """The config with model and tokenizer taken from `init_from`, where that is given."""
+  """The config with its model taken from `init_from`, where given; the tokenizer is copied."""
   if old_card is not None and "extracted" in old_card:
     raise UserError(f"--workdir={workdir} is an extracted model; to train it further give "
                     f"--config.init_from={workdir} and another --workdir")
-  if not config.init_from:
+  if not config.get("init_from"):
     return config
   card = old_card or checkpoint.read_card(config.init_from)
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.model = ml_collections.ConfigDict(card["model"])
   if old_card is None and not config.data.tokenizer:
-    config.data.tokenizer = str(pathlib.Path(config.init_from) / TOKENIZER_FILE)
+    shutil.copyfile(pathlib.Path(config.init_from) / TOKENIZER_FILE, workdir / TOKENIZER_FILE)
   return config
 
 
@@ -480,10 +481,7 @@ def _say_what_is_trained(config, task, counts, mesh, execution) -> None:
 
 
 def main(argv) -> int:
-  if len(argv) > 1:
-    raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
-  if not _WORKDIR.value:
-    raise UserError("--workdir is missing; give a directory for the run, e.g. --workdir=runs/mine")
+  cli.check(argv, workdir=_WORKDIR.value)
   return train(cli.read_config(_CONFIG), _WORKDIR.value)
 
 

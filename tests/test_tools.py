@@ -169,7 +169,8 @@ def test_extract_evaluate_fine_tune(tiny_run, tmp_path):
   assert [r.ffn for r in model.config.runs] == [1, 2]
   # Resuming does not start over, and the extracted model was not touched.
   shutil.rmtree(out)
-  assert "nothing to do" in run_program("train", *args).stdout
+  again = run_program("train", *args).stdout
+  assert "nothing to do" in again and "changed config" not in again
 
 
 def test_extract_mistakes(tiny_run, tmp_path):
@@ -180,6 +181,10 @@ def test_extract_mistakes(tiny_run, tmp_path):
   assert_one_line_error(run_program("extract", "--workdir=/nowhere", f"--out={tmp_path / 'x'}",
                                     "--granularity=S"), "/nowhere")
   assert not (tmp_path / "x").exists()
+
+
+def test_starting_from_nowhere(tmp_path):
+  assert_one_line_error(run_program("train", *train_args(tmp_path, init_from="/nowhere")), "/nowhere")
 
 
 def test_an_extracted_directory_is_not_trained_in_place(tiny_run, tmp_path):
