@@ -178,24 +178,30 @@ class SpeculativeDecoder:
     if self.draft_vocab is not None:
       rows = jnp.take(draft_weights["embedding"], np.array(self.draft_vocab), axis=0)
       draft_weights = {**draft_weights, "head": rows}
-    rounds = [functools.partial(self._round, weights, draft_weights, k)
-              for k in self.draft_lengths]
+    lengths = jnp.array(self.draft_lengths)
+
+    def more(carry):
+      state = carry[0]
+      return ~jnp.all(state.done | (state.length >= target))
+
+    def choice(carry):
+      accepted, tested = carry[2]
+      rate = (accepted + _PRIOR_RATE * _PRIOR_TOKENS) / (tested + _PRIOR_TOKENS)
+      return jnp.argmax(expected_tokens(rate, lengths) / costs)
+
+    def round_of(k, carry):
+      before, evidence = carry[1:]
+      state, stats = self._round(weights, draft_weights, k, *carry[:2])
+      new = (jnp.sum(stats.accepted - before.accepted), jnp.sum(stats.tested - before.tested))
+      return state, stats, tuple(_FORGET * old + n for old, n in zip(evidence, new))
 
     def body(carry):
-      state, stats, evidence = carry
-      accepted, tested = evidence
-      rate = (accepted + _PRIOR_RATE * _PRIOR_TOKENS) / (tested + _PRIOR_TOKENS)
-      yields = expected_tokens(rate, jnp.array(self.draft_lengths))
-      before = stats
-      if len(rounds) == 1:
-        state, stats = rounds[0](state, stats)
-      else:
-        state, stats = jax.lax.switch(jnp.argmax(yields / costs), rounds, state, stats)
-      new = (jnp.sum(stats.accepted - before.accepted), jnp.sum(stats.tested - before.tested))
-      evidence = tuple(_FORGET * old + n for old, n in zip(evidence, new))
-      return state, stats, evidence
+      # A loop per length, left once another is better: a switch would copy the cache.
+      for i, k in enumerate(self.draft_lengths):
+        wanted = lambda carry, i=i: more(carry) & (choice(carry) == i)
+        carry = jax.lax.while_loop(wanted, functools.partial(round_of, k), carry)
+      return carry
 
-    more = lambda carry: ~jnp.all(carry[0].done | (carry[0].length >= target))
     evidence = (jnp.sum(stats.accepted), jnp.sum(stats.tested))
     return jax.lax.while_loop(more, body, (state, stats, evidence))[:2]
 
