@@ -14,7 +14,7 @@ import pytest
 
 import matformer_jax
 from matformer_jax import UserError, checkpoint, sharding
-from test_train import make_trainer
+from test_train import MODEL, make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def saved(tmp_path_factory):
   return workdir, trainer, states
 
 
-CARD = {"model": {}, "identity": {}, "config": {}}
+CARD = {"model": MODEL.to_dict(), "identity": {}, "config": {}}
 
 
 def items(trainer):
@@ -87,12 +87,13 @@ def test_checksums_do_not_depend_on_the_mesh(saved):
   mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
   placed = jax.device_put(states[4].params, sharding.param_shardings(states[4].params, mesh))
   assert checkpoint.manifest(placed) == plain
+  assert checkpoint.slice_manifest(placed, MODEL) == checkpoint.slice_manifest(states[4].params, MODEL)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
 def test_every_single_bit_flip_changes_the_checksum(dtype):
   x = np.asarray(jnp.arange(60).reshape(3, 20).astype(dtype))
-  sums = lambda a: tuple(map(int, checkpoint._leaf_checksum(jnp.asarray(a.view(dtype)))))
+  sums = lambda a: tuple(map(int, checkpoint._checksums(jnp.asarray(a.view(dtype)))))
   base, raw = sums(x), x.tobytes()
   flips = set()
   for bit in range(8 * len(raw)):
