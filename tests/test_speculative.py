@@ -34,8 +34,8 @@ def speculate(s: SpeculativeDecoder, params, prompts=PROMPTS, max_tokens=12, see
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "two caches"])
-@pytest.mark.parametrize("k", [1, 3, 8])
-@pytest.mark.parametrize("sizes", [("S", "XL"), ("L", "XL"), ("S", "M"), ("S*2+M*2", "L")])
+@pytest.mark.parametrize("sizes,k", [
+    (("S", "XL"), 8), (("L", "XL"), 1), (("S", "M"), 3), (("S*2+M*2", "L"), 3)])
 def test_greedy_text_is_the_verifiers(small, lively_params, sizes, k, share):
   """Prompts of one token and more, eight sequences, each with its own acceptances."""
   draft, verifier = (decoder(small, name) for name in sizes)
@@ -185,6 +185,7 @@ RULES = {
     "lengths chosen": (SpeculativeDecoder, {"draft_lengths": (0, 1, 3)}),
     "draft vocabulary": (SpeculativeDecoder, {"draft_vocab": (1, 3, 4, 6)}),
     "accepts too much": (AcceptsTooMuch, {}), "no residual": (ForgetsTheResidual, {})}
+FILTERED = Sampling(0.9, top_k=6, top_p=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +195,8 @@ def tiny_vocab():
   return config, {**params, "blocks": jax.tree.map(lambda x: 4 * x, params["blocks"])}
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.9, top_k=6, top_p=0.9)], ids=str)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule,sampling", [
+    ("right", Sampling(1.0)), *((rule, FILTERED) for rule in RULES)])
 def test_the_distribution_is_the_verifiers(tiny_vocab, rule, sampling):
   """The joint distribution of three tokens after one prompt, over 20,000 sequences.
 

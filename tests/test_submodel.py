@@ -38,7 +38,7 @@ def test_dynamic_equals_static_in_value_and_gradient(small, change):
   loss = lambda out: jnp.mean(jax.nn.log_softmax(out)[..., 0])
   value_and_grad = jax.jit(jax.value_and_grad(lambda p, i: loss(dynamic(p, i))))
   rng = np.random.default_rng(1)
-  mixes = [(0,) * 4, (3,) * 4] + [tuple(rng.integers(0, 4, 4)) for _ in range(4)]
+  mixes = [(3,) * 4] + [tuple(rng.integers(0, 4, 4)) for _ in range(2)]
   for mix in mixes:
     g = gran.parse(mix, config)
     indices = submodel.layer_indices(g)
