@@ -74,7 +74,7 @@ def test_greedy_text_of_a_trained_model(trained, kwargs):
   s = SpeculativeDecoder(verifier, draft, **kwargs)
   have, stats = speculate(s, model.params, prompts, 150, chunks=(1, 7, 40, 150))
   assert have == run(verifier, model.params, prompts, 150, chunks=(150,))
-  assert 0.2 < stats.acceptance() < 1
+  assert stats.acceptance() > 0.2
 
 
 def test_a_perfect_draft_is_always_accepted(small, lively_params):
