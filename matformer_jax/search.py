@@ -18,7 +18,6 @@ from typing import Sequence
 
 from absl import flags
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 

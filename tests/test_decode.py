@@ -11,7 +11,7 @@ import pytest
 
 from matformer_jax import UserError, sharding
 from matformer_jax import granularity as gran
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import Execution
 from matformer_jax.decode import Decoder, Sampling, log_probs
 from matformer_jax.models import layers, matlm
 

@@ -11,9 +11,8 @@ from test_decode import EXECUTIONS, PROMPTS, decoder, full_logits, reference_pro
 
 import matformer_jax
 from matformer_jax import UserError
-from matformer_jax import granularity as gran
 from matformer_jax import speculative
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import ModelConfig
 from matformer_jax.decode import Sampling
 from matformer_jax.models import matlm
 from matformer_jax.speculative import SpeculativeDecoder

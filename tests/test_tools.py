@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from conftest import run_program, train_args
