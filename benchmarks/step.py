@@ -30,6 +30,7 @@ from matformer_jax import granularity as gran
 from matformer_jax import losses, metrics, runtime, sharding, tables, tasks, train
 from matformer_jax.config import Execution, ModelConfig
 from matformer_jax.models import attention, layers
+from matformer_jax.trainer import Trainer, TrainState
 
 _REPS = flags.DEFINE_integer("reps", 15, "Repetitions of every program.")
 _LOOP_STEPS = flags.DEFINE_integer("loop_steps", 120, "Steps of the loop measurement.")
@@ -51,8 +52,8 @@ class Tokens(tasks.LanguageModeling):
     self.tokens = rng.integers(0, model_config.vocab_size, (batch_size, model_config.seq_len + 1),
                                np.int32)
 
-  def batch(self, step):
-    return self.tokens
+  def batch(self, step, rows):
+    return self.tokens[rows]
 
 
 def quickstart():
@@ -63,10 +64,10 @@ def quickstart():
   return module.get_config("quickstart")
 
 
-def make_trainer(model_config: ModelConfig, batch_size: int) -> train.Trainer:
+def make_trainer(model_config: ModelConfig, batch_size: int) -> Trainer:
   config = quickstart()
   config.batch_size = batch_size
-  return train.Trainer(Tokens(model_config, batch_size), config, sharding.make_mesh({}))
+  return Trainer(Tokens(model_config, batch_size), config, sharding.make_mesh({}))
 
 
 # ------------------------------------------------------- an independent dense model
@@ -103,7 +104,7 @@ def dense_hidden(params, tokens, config: ModelConfig, execution: Execution):
   return norm(x, params["final"])
 
 
-def dense_programs(config: ModelConfig, width: int, trainer: train.Trainer):
+def dense_programs(config: ModelConfig, width: int, trainer: Trainer):
   """(train step, forward) of a dense model, in the form `nested_programs` has."""
   optimizer, execution = trainer.optimizer, trainer.execution
   params = dense_params(config, width)
@@ -118,15 +119,15 @@ def dense_programs(config: ModelConfig, width: int, trainer: train.Trainer):
     value, grads = jax.value_and_grad(loss)(state.params, batch)
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    new = train.TrainState(jax.tree.map(jnp.add, state.params, updates), opt_state)
+    new = TrainState(jax.tree.map(jnp.add, state.params, updates), opt_state)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), value
 
-  state = train.TrainState(params, optimizer.init(params))
+  state = TrainState(params, optimizer.init(params))
   return jax.jit(step, donate_argnums=0), state, jax.jit(loss)
 
 
-def nested_programs(trainer: train.Trainer, index: int):
+def nested_programs(trainer: Trainer, index: int):
   task, g = trainer.task, trainer.granularities[index]
   step = trainer.lower(g).compile()
   sub_config = gran.submodel_config(task.model_config, g)
@@ -176,7 +177,7 @@ def against_dense(reps: int):
   config = quickstart()
   model = ModelConfig.from_dict(config.model)
   trainer = make_trainer(model, config.batch_size)
-  batch = trainer.put(trainer.task.batch(0))
+  batch = trainer.batch(0)
   names = gran.names(model)
   nested = [Program(*nested_programs(trainer, i), batch) for i in range(len(names))]
   dense = [Program(*dense_programs(model, w, trainer), batch) for w in model.ffn_widths]
@@ -208,7 +209,7 @@ def against_dense(reps: int):
 def one_thread(reps: int) -> dict:
   """Tokens per second of every granularity at the reference shape, one thread."""
   trainer = make_trainer(ONE_THREAD_SHAPE, 1)
-  batch = trainer.put(trainer.task.batch(0))
+  batch = trainer.batch(0)
   rates = {}
   for i, name in enumerate(gran.names(ONE_THREAD_SHAPE)):
     step, state, _ = nested_programs(trainer, i)
@@ -249,10 +250,10 @@ def loop_overhead(steps: int) -> float:
       train.train(config, workdir)
       rows = metrics.read_jsonl(workdir / "metrics.jsonl")[steps // 4:]
       in_loop = sum(r["step_time_s"] for r in rows)
-      trainer = train.Trainer(tasks.make_task(config), config, sharding.make_mesh({}))
+      trainer = Trainer(tasks.make_task(config), config, sharding.make_mesh({}))
       programs, state = trainer.compile(), trainer.init(0)
       names = gran.names(trainer.task.model_config)
-      batch = trainer.put(trainer.task.batch(0))
+      batch = trainer.batch(0)
       for program in programs.values():
         state, out = program(state, batch)
       jax.block_until_ready((state, out))

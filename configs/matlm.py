@@ -62,6 +62,11 @@ def _base() -> ml_collections.ConfigDict:
       z_loss=0.0,
       max_nonfinite=10,  # stop after so many skipped updates in a row; 0 never stops
       log_every=10,
+      # Copies of parameters on several devices are compared, bit for bit, before every
+      # checkpoint, and every so many steps.
+      replica_check_every=0,
+      hang_timeout_s=1800.0,  # leave when nothing finishes for so long; 0 waits for ever
+      peer_timeout_s=60.0,  # leave when another host is silent for so long
       mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: the remaining devices
       model=dict(
           vocab_size=256_000,
@@ -87,6 +92,7 @@ def _base() -> ml_collections.ConfigDict:
           tokenizer_sample_bytes=50_000_000,
           validation_fraction=0.05,
           cache_dir="",  # default ~/.cache/matformer_jax/data
+          log_samples=False,  # samples-<process>.jsonl: which windows each step trained on
       ),
       optim=dict(
           name="adamw",

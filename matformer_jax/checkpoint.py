@@ -31,8 +31,10 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import checkpoint_managers
 
+from matformer_jax import checksums
 from matformer_jax.config import ModelConfig, Run
 from matformer_jax.errors import UserError
+from matformer_jax.multihost import Hosts
 from matformer_jax.sharding import logical_axes, path_names
 
 STEPS_DIR = "checkpoints"
@@ -49,37 +51,9 @@ class DamagedCheckpoint(UserError):
 # ------------------------------------------------------------------ manifest
 
 
-def _checksum_terms(x: jax.Array, shape: Sequence[int], start: Sequence[int]) -> list[jax.Array]:
-  """What a checksum sums: bits x odd hash(position), under two seeds; uint32 like x.
-
-  x is the part of a leaf of `shape` that begins at `start`, so the sums of a leaf's
-  parts add up to the leaf's.
-  """
-  itemsize = np.dtype(x.dtype).itemsize
-  if itemsize == 8:
-    halves = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return _checksum_terms(halves, (*shape, 2), (*start, 0))
-  bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[itemsize])
-  bits = bits.astype(jnp.uint32)
-  position, stride = jnp.zeros(x.shape, jnp.uint32), 1
-  for axis in reversed(range(x.ndim)):
-    iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(start[axis])
-    position += iota * np.uint32(stride % 2**32)
-    stride *= shape[axis]
-  terms = []
-  for seed in (0x9E3779B9, 0x85EBCA6B):
-    h = position ^ np.uint32(seed)
-    h = (h ^ (h >> 16)) * np.uint32(0x7FEB352D)
-    h = (h ^ (h >> 15)) * np.uint32(0x846CA68B)
-    terms.append(bits * ((h ^ (h >> 16)) | 1))
-  return terms
-
-
 @jax.jit
 def _checksums(tree):
-  """[2] uint32 per leaf; a flipped bit changes both."""
-  return jax.tree.map(lambda x: jnp.stack([
-      jnp.sum(t, dtype=jnp.uint32) for t in _checksum_terms(x, x.shape, (0,) * x.ndim)]), tree)
+  return jax.tree.map(checksums.whole, tree)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -94,7 +68,7 @@ def _slice_checksums(params, segments: tuple):
                             if a in dict(segments)), (None, ()))
     others = tuple(i for i in range(1, leaf.ndim) if i != nested)
     sums = []
-    for terms in _checksum_terms(leaf, leaf.shape, (0,) * leaf.ndim):
+    for terms in checksums.terms(leaf, leaf.shape, (0,) * leaf.ndim):
       terms = jnp.sum(terms, others, dtype=jnp.uint32)
       edges = [0, *(n for n in lengths if n <= leaf.shape[nested])] if nested else [0, 1]
       terms = terms if nested else terms[:, None]
@@ -110,10 +84,6 @@ def _segments(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
   return tuple((axis, tuple(sorted({n[axis] for n in lengths}))) for axis in ("neurons", "heads"))
 
 
-def _hex(checksum) -> str:
-  return f"{int(checksum[0]):08x}{int(checksum[1]):08x}"
-
-
 def manifest(tree) -> dict[str, dict[str, Any]]:
   """{leaf path: {shape, dtype, checksum}} of a tree of arrays."""
   sums = jax.device_get(_checksums(tree))
@@ -121,14 +91,14 @@ def manifest(tree) -> dict[str, dict[str, Any]]:
   for (path, leaf), (_, checksum) in zip(jax.tree_util.tree_leaves_with_path(tree),
                                          jax.tree_util.tree_leaves_with_path(sums)):
     result["/".join(path_names(path))] = {
-        "shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": _hex(checksum)}
+        "shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": checksums.to_hex(checksum)}
   return result
 
 
 def slice_manifest(params, config: ModelConfig) -> dict[str, list[list[str]]]:
   """{leaf path: checksums by [layer][segment]}: segment i is what size i adds to size i-1."""
   sums = jax.device_get(_slice_checksums(params, _segments(config)))
-  return {name: [[_hex(table[:, layer, i]) for i in range(table.shape[2])]
+  return {name: [[checksums.to_hex(table[:, layer, i]) for i in range(table.shape[2])]
                  for layer in range(table.shape[1])] for name, table in sums.items()}
 
 
@@ -230,9 +200,15 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
     _compare(meta["manifest"][name], _abstract_manifest(abstract), ("shape", "dtype"),
              f"{where}, {name}")
   args = {name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()}
+  # Waiting for no other process: one that cannot read its share must not hang the others.
+  me = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+      primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}")
   path = (pathlib.Path(workdir) / STEPS_DIR / str(step)).absolute()
   try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)),
+        multiprocessing_options=alone) as reader:
       restored = reader.restore(path, args=ocp.args.Composite(data=ocp.args.JsonRestore(), **args))
   except Exception as e:  # Orbax and tensorstore raise many types for damaged files
     raise DamagedCheckpoint(f"{where}: {_first_line(e)}") from e
@@ -244,23 +220,30 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
   return {name: restored[name] for name in items}, meta, restored["data"]
 
 
-def restore_newest(workdir: str | os.PathLike, items: Mapping[str, Any], repair: bool):
-  """Restores the newest step that verifies; as `restore`, or None if there is no step.
+def restore_newest(workdir: str | os.PathLike, items: Mapping[str, Any], repair: bool,
+                   hosts: Hosts = Hosts()):
+  """Restores the newest step that verifies on all hosts; as `restore`, or None if none does.
 
   Steps that do not verify are skipped with a warning and, with `repair`, moved to
   `checkpoints_damaged/`, so that later saves of the same number are not blocked.
   """
-  if repair:
-    root = pathlib.Path(workdir) / STEPS_DIR
+  root = pathlib.Path(workdir) / STEPS_DIR
+  if repair and hosts.first:
     for leftover in root.iterdir() if root.is_dir() else ():
       if ".orbax-checkpoint-tmp" in leftover.name:
         warn(f"half-written {leftover} set aside as {set_aside(leftover)}")
-  for step in reversed(steps(workdir)):
+  for step in reversed(hosts.gather(steps(workdir))[0]):
+    restored, problem = None, None
     try:
-      return restore(workdir, step, items)
+      restored = restore(workdir, step, items)
     except DamagedCheckpoint as e:
-      path = pathlib.Path(workdir) / STEPS_DIR / str(step)
-      warn(f"{e}; " + (f"set aside as {set_aside(path)}" if repair else "skipped"))
+      problem = str(e)
+    problem = next((p for p in hosts.gather(problem) if p), None)
+    if problem is None:
+      return restored
+    if hosts.first:
+      warn(f"{problem}; " + (f"set aside as {set_aside(root / str(step))}" if repair else "skipped"))
+    hosts.barrier()
   return None
 
 
@@ -268,7 +251,7 @@ class SliceReader:
   """Reads verified slices of a step's parameters, and of the files no more than those."""
 
   def __init__(self, workdir: str | os.PathLike, step: int, config: ModelConfig):
-    self.meta = read_meta(workdir, step)
+    self._meta = read_meta(workdir, step)
     self._where = f"checkpoint {pathlib.Path(workdir) / STEPS_DIR / str(step)}"
     self._path = (pathlib.Path(workdir) / STEPS_DIR / str(step) / "params").absolute()
     self._segments = dict(_segments(config))
@@ -286,8 +269,8 @@ class SliceReader:
     """
     name = "/".join(names)
     try:
-      known = self.meta["manifest"]["params"][name]
-      table = self.meta["slices"].get(name)
+      known = self._meta["manifest"]["params"][name]
+      table = self._meta["slices"].get(name)
     except KeyError as e:
       raise DamagedCheckpoint(
           f"{self._where} has no {e} of {name}: an earlier version wrote it, or it is another "
@@ -307,16 +290,10 @@ class SliceReader:
       count = self._segments[nested].index(lengths[nested]) + 1 if nested else 1
       wanted = [text for row in table[layers] for text in row[:count]]
     start = tuple(i.start or 0 for i in index)
-    found = _part_checksum(part, tuple(shape), start)
-    total = [sum(int(text[i:i + 8], 16) for text in wanted) % 2**32 for i in (0, 8)]
-    if [int(x) for x in found] != total:
+    found = checksums.part(part, tuple(shape), start)
+    if checksums.to_hex(found) != checksums.add(wanted):
       raise DamagedCheckpoint(f"{self._where}: leaf {name} fails its checksum")
     return part
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _part_checksum(part, shape, start):
-  return [jnp.sum(t, dtype=jnp.uint32) for t in _checksum_terms(part, shape, start)]
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
@@ -332,8 +309,9 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
 
 
 def warn(message: str) -> None:
-  """Tells the user something that does not stop the program."""
-  warnings.warn(message, stacklevel=3)
+  """Tells the user, once, something that does not stop the program."""
+  if jax.process_index() == 0:
+    warnings.warn(message, stacklevel=3)
 
 
 def _first_line(e: Exception) -> str:

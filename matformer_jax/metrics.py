@@ -9,6 +9,7 @@ import os
 import pathlib
 from typing import Any, Mapping
 
+import jax
 import tensorboardX
 
 # Peak dense bf16 FLOP/s of one JAX device, from the vendors' published figures.
@@ -19,6 +20,12 @@ PEAK_FLOPS = {
     "TPU v6e": 918e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
 }
+
+
+def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
+  """Peak bf16 FLOP/s of all devices of a mesh; None where unknown."""
+  peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+  return peak * mesh.size if peak else None
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -40,10 +47,15 @@ class JsonLines:
 
   Opening it for a run that resumes at `step` drops later lines, which that run
   will write again.
+
+  Attributes:
+    dropped: those lines.
   """
 
   def __init__(self, path: pathlib.Path, step: int):
-    rows = {row["step"]: row for row in read_jsonl(path) if row.get("step", step + 1) <= step}
+    found = {row["step"]: row for row in read_jsonl(path) if "step" in row}
+    rows = {s: row for s, row in found.items() if s <= step}
+    self.dropped = [row for s, row in found.items() if s > step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(rows[s]) + "\n" for s in sorted(rows)))
     temporary.rename(path)
@@ -61,8 +73,12 @@ class JsonLines:
 class RunLog:
   """Records every step, and prints a progress line every `every` steps.
 
+  Attributes:
+    lost_s: seconds of steps that an earlier process did and this one repeats.
+
   Args:
-    workdir: gets metrics.jsonl, eval.jsonl and tensorboard/.
+    workdir: gets metrics.jsonl, eval.jsonl and tensorboard/; None, in processes other
+      than the first, records nothing.
     step: steps already done.
     total_steps: of the whole run.
     every: steps between progress lines and TensorBoard points.
@@ -71,12 +87,15 @@ class RunLog:
     peak_flops: of all devices together, or None where unknown.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int, total_steps: int, every: int,
+  def __init__(self, workdir: pathlib.Path | None, step: int, total_steps: int, every: int,
                examples_per_step: int, unit: str, flops: Mapping[str, int],
                peak_flops: float | None):
-    self._steps = JsonLines(workdir / "metrics.jsonl", step)
-    self._evals = JsonLines(workdir / "eval.jsonl", step)
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+    self._recording, self.lost_s = workdir is not None, 0.0
+    if self._recording:
+      self._steps = JsonLines(workdir / "metrics.jsonl", step)
+      self._evals = JsonLines(workdir / "eval.jsonl", step)
+      self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+      self.lost_s = sum(row.get("step_time_s", 0.0) for row in self._steps.dropped)
     self._total, self._every = total_steps, every
     self._examples, self._unit = examples_per_step, unit
     self._flops, self._peak = flops, peak_flops
@@ -86,11 +105,15 @@ class RunLog:
     self.skipped = collections.Counter()
 
   def step(self, step: int, granularity: str, loss: float, grad_norm: float,
-           learning_rate: float, finite: bool, duration: float) -> None:
-    """Records one finished step; `duration` in seconds."""
+           learning_rate: float, finite: bool, duration: float, data_wait: float,
+           draw_hash: int) -> None:
+    """Records one finished step; `duration`, and of it the wait for data, in seconds."""
+    if not self._recording:
+      return
     rate = self._examples / duration
     row = {"step": step, "granularity": granularity, "loss": loss, "grad_norm": grad_norm,
            "learning_rate": learning_rate, "step_time_s": duration,
+           "data_wait_s": data_wait, "draw_hash": draw_hash,
            "tokens_per_s" if self._unit == "tok" else "examples_per_s": rate}
     if self._peak:
       row["mfu"] = self._flops[granularity] / duration / self._peak
@@ -103,7 +126,7 @@ class RunLog:
     self._durations.append(duration)
     if finite:
       self._recent[granularity].append(loss)
-      for name in row.keys() - {"step", "granularity"}:
+      for name in row.keys() - {"step", "granularity", "draw_hash"}:
         self._window[f"{name}/{granularity}"].append(row[name])
     if step % self._every == 0 or step == self._total:
       self._report(step)
@@ -121,6 +144,8 @@ class RunLog:
 
   def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
     """Records validation losses."""
+    if not self._recording:
+      return
     self._evals.write({"step": step, "loss": dict(losses)})
     for name, loss in losses.items():
       self._board.add_scalar(f"validation_loss/{name}", loss, step)
@@ -128,9 +153,12 @@ class RunLog:
           "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()), flush=True)
 
   def flush(self) -> None:
-    self._board.flush()
+    if self._recording:
+      self._board.flush()
 
   def close(self) -> None:
+    if not self._recording:
+      return
     self._steps.close()
     self._evals.close()
     self._board.close()

@@ -43,6 +43,13 @@ def enable_compilation_cache() -> str:
   return path
 
 
+def say(message: str) -> None:
+  """Prints progress, once in a job of several processes."""
+  import jax
+  if jax.process_index() == 0:
+    print(message, flush=True)
+
+
 def cache_dir() -> str:
   """Where tokenizers, token stores and compiled programs are kept between runs.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any, Callable, Mapping, Protocol
 
@@ -42,8 +43,11 @@ class Task(Protocol):
            shards: int) -> tuple[jax.Array, jax.Array]:
     """(objective to differentiate, loss to report) of a submodel on one batch."""
 
-  def batch(self, step: int) -> np.ndarray:
-    """This process's share of the batch of `step`; a pure function of it."""
+  def batch(self, step: int, rows: range | None = None) -> np.ndarray:
+    """Rows (all by default) of the batch of `step`; a pure function of both."""
+
+  def sample_ids(self, step: int, rows: range | None = None) -> list[int]:
+    """What the rows are, for the ledger of samples."""
 
   def evaluate(self, execution: Execution, params, put: Callable,
                should_stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -79,10 +83,10 @@ class LanguageModeling:
                                 data.cache_dir or None)
     seq_len = self.model_config.seq_len
     self._train = text.Windows(self.store.tokens["train"], seq_len, config.batch_size,
-                               config.seed, jax.process_index(), jax.process_count())
+                               config.seed)
     self._validation = text.Windows(self.store.tokens["validation"], seq_len,
-                                    config.eval.batch_size, None, jax.process_index(),
-                                    jax.process_count())
+                                    config.eval.batch_size, None)
+    self._eval_batch_size = config.eval.batch_size
     self._eval_batches = max(1, min(config.eval.batches,
                                     self._validation.num_windows // config.eval.batch_size))
     self._z_loss = config.z_loss
@@ -101,11 +105,15 @@ class LanguageModeling:
     chunks = losses.num_chunks(inputs.size, inputs.shape[1], sub_config.vocab_size, shards)
     return losses.chunked_cross_entropy(hidden, embedding, targets, chunks, shards, self._z_loss)
 
-  def batch(self, step):
-    return self._train.batch(step)
+  def batch(self, step, rows=None):
+    return self._train.batch(step, rows)
+
+  def sample_ids(self, step, rows=None):
+    return self._train.window_ids(step, rows)
 
   def evaluate(self, execution, params, put, should_stop=lambda: False):
-    batches = (put(self._validation.batch(i)) for i in range(self._eval_batches))
+    batches = (put(functools.partial(self._validation.batch, i), self._eval_batch_size)
+               for i in range(self._eval_batches))
     results = lm.evaluate(self.model_config, execution, params, gran.uniform(self.model_config),
                           batches, consistency=False, should_stop=should_stop)
     return None if results is None else {r.granularity: r.loss for r in results}

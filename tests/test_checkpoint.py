@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import matformer_jax
-from matformer_jax import UserError, checkpoint, sharding
+from matformer_jax import UserError, checkpoint, checksums, sharding
 from test_train import MODEL, make_trainer
 
 
@@ -26,7 +26,7 @@ def saved(tmp_path_factory):
   writer = checkpoint.Writer(workdir, keep_last=2, keep_best=1, card=CARD)
   state, states = trainer.init(0), {}
   for i, metric in ((1, 0.5), (2, 3.0), (3, 2.0), (4, None)):
-    state, _ = step(state, trainer.put(trainer.task.batch(i)))
+    state, _ = step(state, trainer.batch(i))
     states[i] = jax.tree.map(np.array, state)
     writer.save(i, state.params, state.opt_state, {"step": i}, {"skipped": 0}, metric)
   writer.close()
@@ -93,7 +93,7 @@ def test_checksums_do_not_depend_on_the_mesh(saved):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
 def test_every_single_bit_flip_changes_the_checksum(dtype):
   x = np.asarray(jnp.arange(60).reshape(3, 20).astype(dtype))
-  sums = lambda a: tuple(map(int, checkpoint._checksums(jnp.asarray(a.view(dtype)))))
+  sums = lambda a: tuple(map(int, checksums.whole(jnp.asarray(a.view(dtype)))))
   base, raw = sums(x), x.tobytes()
   flips = set()
   for bit in range(8 * len(raw)):

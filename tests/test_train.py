@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import hlo
-from matformer_jax import UserError, optim, sharding, train
+from matformer_jax import UserError, optim, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.config import ModelConfig
 from matformer_jax.models import matlm
 from matformer_jax.tasks import LanguageModeling
+from matformer_jax.trainer import Trainer, TrainState
 
 MODEL = ModelConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16,
                     ffn_groups=4, head_groups=2)
@@ -29,11 +30,11 @@ class StubTask(LanguageModeling):
     self.examples_per_step = 16 * model_config.seq_len
     self._z_loss = 1e-4
 
-  def batch(self, step):
-    return np.random.default_rng(step).integers(0, 96, (16, 17)).astype(np.int32)
+  def batch(self, step, rows):
+    return np.random.default_rng(step).integers(0, 96, (16, 17)).astype(np.int32)[rows]
 
 
-def make_trainer(mesh=None, model_config=MODEL, **changes) -> train.Trainer:
+def make_trainer(mesh=None, model_config=MODEL, **changes) -> Trainer:
   config = conftest.get_config("tiny")
   config.batch_size = 16
   config.update_from_flattened_dict(changes)
@@ -41,7 +42,7 @@ def make_trainer(mesh=None, model_config=MODEL, **changes) -> train.Trainer:
     mesh = sharding.make_mesh({}, jax.devices()[:1])
   else:
     mesh = sharding.make_mesh(mesh)
-  return train.Trainer(StubTask(model_config), config, mesh)
+  return Trainer(StubTask(model_config), config, mesh)
 
 
 def run(trainer, steps=6):
@@ -52,7 +53,7 @@ def run(trainer, steps=6):
     i = 3 * (step % 2)
     if i not in programs:
       programs[i] = trainer.lower(trainer.granularities[i]).compile()
-    state, out = programs[i](state, trainer.put(trainer.task.batch(step)))
+    state, out = programs[i](state, trainer.batch(step))
     losses.append(float(out["loss"]))
   return losses, state
 
@@ -158,10 +159,10 @@ def test_a_non_finite_step_changes_no_bit(poison):
   bad = {"nan": np.nan, "inf": np.inf, "large": 3e38}[poison]  # the last overflows on the way
   params = jax.tree.map(lambda x: x, state.params)
   params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(bad)
-  state = train.TrainState(params, state.opt_state)
+  state = TrainState(params, state.opt_state)
   before = jax.tree.map(np.array, state)
   step = trainer.lower(trainer.granularities[1]).compile()
-  after, out = step(state, trainer.put(trainer.task.batch(9)))
+  after, out = step(state, trainer.batch(9))
   assert not out["finite"]
   same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == b.tobytes(), after, before)
   assert all(jax.tree.leaves(same))
@@ -184,7 +185,7 @@ def test_untouched_neurons_move_only_by_optimizer_momentum():
   before = np.array(state.params["blocks"]["0"]["ffn"]["in"])
   step = trainer.lower(trainer.granularities[0]).compile()
   for i in (1, 2):  # the learning rate of the first step is 0
-    state, _ = step(state, trainer.put(trainer.task.batch(i)))
+    state, _ = step(state, trainer.batch(i))
   after = np.array(state.params["blocks"]["0"]["ffn"]["in"])
   k = MODEL.ffn_widths[0] // MODEL.ffn_groups
   np.testing.assert_array_equal(after[:, :, k:], before[:, :, k:])

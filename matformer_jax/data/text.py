@@ -321,29 +321,25 @@ class Windows:
   shuffled anew by `seed`; with seed None windows come in order.
   """
 
-  def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int | None,
-               process_index: int = 0, process_count: int = 1):
+  def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int | None):
     self.num_windows = (len(tokens) - 1) // seq_len
     if self.num_windows < 1:
       raise UserError(f"the corpus has {len(tokens)} tokens in this split, fewer than one window "
                       f"of model.seq_len={seq_len} + 1; use more text or a shorter seq_len")
-    if batch_size % process_count:
-      raise UserError(f"batch_size={batch_size} is not divisible by the {process_count} processes")
     self._tokens, self._seq_len, self._batch_size = tokens, seq_len, batch_size
-    share = batch_size // process_count
-    self._mine = range(process_index * share, (process_index + 1) * share)
     order = grain.MapDataset.range(self.num_windows)
     if seed is not None:
       order = order.seed(seed).shuffle()
     self._order = order.repeat()
 
-  def window_ids(self, step: int) -> list[int]:
-    """Which windows this process reads at `step`."""
+  def window_ids(self, step: int, rows: range | None = None) -> list[int]:
+    """Which windows are in the given rows (all by default) of the batch of `step`."""
     first = step * self._batch_size
-    return [int(self._order[first + i]) for i in self._mine]
+    return [int(self._order[first + i]) for i in rows or range(self._batch_size)]
 
-  def batch(self, step: int) -> np.ndarray:
-    """int32 [B / processes, T+1]."""
+  def batch(self, step: int, rows: range | None = None) -> np.ndarray:
+    """int32 [rows, T+1]: rows of the batch of `step`."""
     length = self._seq_len
-    rows = [self._tokens[i * length:i * length + length + 1] for i in self.window_ids(step)]
-    return np.stack(rows).astype(np.int32)
+    windows = [self._tokens[i * length:i * length + length + 1]
+               for i in self.window_ids(step, rows)]
+    return np.stack(windows).astype(np.int32)

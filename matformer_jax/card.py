@@ -1,0 +1,99 @@
+"""The model card, config.json: what a run is, and what may not change in its course."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from matformer_jax import checkpoint
+from matformer_jax import granularity as gran
+from matformer_jax.config import ModelConfig
+from matformer_jax.errors import UserError
+from matformer_jax.multihost import differences
+from matformer_jax.runtime import say
+from matformer_jax.tasks import Task
+
+VERSIONED = ("matformer_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
+             "numpy", "sentencepiece")
+# Changing these in the course of a run would not be the same run any more.
+FIXED = ("task", "model", "seed", "batch_size", "sampling", "identity", "optimizer")
+
+
+def make_card(config, task: Task) -> dict[str, Any]:
+  """What config.json stores: everything needed to rebuild the model, and how it was made."""
+  return {
+      "format": checkpoint.FORMAT,
+      "task": config.task,
+      "model": task.model_config.to_dict(),
+      "seed": config.seed,
+      "batch_size": config.batch_size,
+      "sampling": list(gran.sampling_probabilities(config.sampling, task.model_config)),
+      "optimizer": config.optim.name,
+      "identity": dict(task.identity()),
+      "config": json.loads(config.to_json_best_effort()),
+      "versions": {name: metadata.version(name) for name in VERSIONED},
+      "python": sys.version.split()[0],
+  }
+
+
+def read_existing(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """The card of a run to resume; None in a fresh directory."""
+  try:
+    return checkpoint.read_card(workdir)
+  except UserError as e:
+    if (workdir / checkpoint.CARD_FILE).exists():
+      say(f"warning: {e}; writing it anew")
+    return None
+
+
+def write(workdir: pathlib.Path, card: dict[str, Any]) -> None:
+  """Writes config.json at once or not at all."""
+  path = workdir / checkpoint.CARD_FILE
+  temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+  temporary.write_text(json.dumps(card, indent=1))
+  temporary.rename(path)
+
+
+def check_model(workdir: pathlib.Path, old_card, config) -> None:
+  """Compares what is known before any data is read, so that a wrong workdir fails fast."""
+  new = json.loads(json.dumps(ModelConfig.from_dict(config.model).to_dict()))
+  _raise_if_different(workdir, {"model": old_card["model"]}, {"model": new})
+
+
+def check_same_run(workdir: pathlib.Path, old_card, new_card) -> None:
+  """Raises UserError where a resumed run would not be the same; notes other changes."""
+  new_card = json.loads(json.dumps(new_card))
+  _raise_if_different(workdir, {k: old_card[k] for k in FIXED}, {k: new_card[k] for k in FIXED})
+  changed = _differences(old_card["config"], new_card["config"])
+  if changed:
+    say(f"note: resuming with a changed config: {'; '.join(changed)}")
+
+
+def host_facts(card: dict[str, Any]) -> dict[str, Any]:
+  """What must be equal on all hosts of a job: the card, this code, the kind of machine."""
+  sources = hashlib.sha256()
+  root = pathlib.Path(__file__).parent
+  for path in sorted(root.rglob("*.py")):
+    sources.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+  return json.loads(json.dumps(card)) | {
+      "code": sources.hexdigest()[:16],
+      "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+  }
+
+
+def _differences(old: Any, new: Any) -> list[str]:
+  return [f"{path} is {was!r} there and {now!r} here" for path, was, now in differences(old, new)]
+
+
+def _raise_if_different(workdir, old, new) -> None:
+  changed = _differences(old, new)
+  if changed:
+    raise UserError(f"--workdir={workdir} holds another run: {'; '.join(changed)}. Use another "
+                    "--workdir, or that run's config")

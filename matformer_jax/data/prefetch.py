@@ -1,0 +1,54 @@
+"""Reading ahead: the next batches are on the device before the step asks for them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Callable
+
+import jax
+
+
+class Prefetcher:
+  """Calls `load(step)` for consecutive steps in a thread of its own.
+
+  Args:
+    load: makes the batch of a step, on the device.
+    first: the first step asked for.
+    last: there is none after this one.
+    depth: batches kept ready.
+  """
+
+  def __init__(self, load: Callable[[int], jax.Array], first: int, last: int, depth: int = 2):
+    self._ready: queue.Queue = queue.Queue(depth)
+    self._stopped = threading.Event()
+    self._load, self._steps = load, iter(range(first, last + 1))
+    self._thread = threading.Thread(target=self._run, daemon=True, name="prefetch")
+    self._thread.start()
+
+  def _run(self) -> None:
+    for step in self._steps:
+      try:
+        item = (self._load(step), None)
+      except BaseException as e:  # raised again where the batch is asked for
+        item = (None, e)
+      while not self._stopped.is_set():
+        try:
+          self._ready.put(item, timeout=0.1)
+          break
+        except queue.Full:
+          continue
+      if self._stopped.is_set() or item[1] is not None:
+        return
+
+  def next(self) -> jax.Array:
+    """The next step's batch. Raises what loading it raised."""
+    batch, error = self._ready.get()
+    if error is not None:
+      raise error
+    return batch
+
+  def close(self) -> None:
+    """Stops reading."""
+    self._stopped.set()
+    self._thread.join()

@@ -1,0 +1,45 @@
+"""Leaves a run that hangs, with the stacks that say where."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from matformer_jax.multihost import Hosts
+
+
+class Watchdog:
+  """As a context manager, watches for `alive` calls, and gives up without them.
+
+  Args:
+    timeout_s: longest time between two calls; 0 never gives up.
+    hosts: gives up with EXIT_RETRY, and takes the other processes along.
+  """
+
+  def __init__(self, timeout_s: float, hosts: Hosts):
+    self._timeout_s, self._hosts = timeout_s, hosts
+    self._stopped = threading.Event()
+
+  def __enter__(self):
+    self.alive("the start of training")
+    if self._timeout_s:
+      threading.Thread(target=self._run, daemon=True, name="watchdog").start()
+    return self
+
+  def __exit__(self, *_):
+    self._stopped.set()
+
+  def alive(self, what: str) -> None:
+    """Tells that `what` has just been done."""
+    self._what, self._when = what, time.monotonic()
+
+  def _run(self) -> None:
+    last_round = time.monotonic()
+    while not self._stopped.wait(min(self._timeout_s / 4, 5.0)):
+      now = time.monotonic()
+      if now - last_round > self._timeout_s / 2:  # the process itself was stopped
+        self.alive(self._what)
+      last_round = now
+      if now - self._when > self._timeout_s:
+        self._hosts.give_up(f"nothing finished for {now - self._when:.0f} s after {self._what} "
+                            f"(hang_timeout_s={self._timeout_s:g})")
