@@ -112,7 +112,7 @@ def dense_programs(config: ModelConfig, width: int, trainer: Trainer):
   def loss(params, batch):
     hidden = dense_hidden(params, batch[:, :-1], config, execution)
     targets = batch[:, 1:]
-    chunks = losses.num_chunks(targets.size, targets.shape[1], config.vocab_size)
+    chunks = losses.num_chunks(targets.shape, config.vocab_size, execution)
     return losses.chunked_cross_entropy(hidden, params["embedding"], targets, chunks)[0]
 
   def step(state, batch):
@@ -277,7 +277,7 @@ def loss_memory() -> list[tuple]:
   for vocab in (32_000, 256_000):
     x, e = jnp.zeros((2, 1024, 256)), jax.ShapeDtypeStruct((vocab, 256), jnp.float32)
     y = jnp.zeros((2, 1024), jnp.int32)
-    chunks = losses.num_chunks(2048, 1024, vocab)
+    chunks = losses.num_chunks(y.shape, vocab)
     chunked = lambda x, e, y: losses.chunked_cross_entropy(x, e, y, chunks)[0]
     temp = [jax.jit(jax.grad(f, (0, 1))).lower(x, e, y).compile().memory_analysis()
             .temp_size_in_bytes for f in (plain, chunked)]

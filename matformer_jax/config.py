@@ -182,6 +182,9 @@ class Execution:
       on TPU.
     attention_block: queries taken at a time by the attention, each block against
       only the keys it may see.
+    logits_bytes: float32 logits that the loss and evaluation hold at a time, per device.
+      What fits a cache is fastest on CPU; elsewhere every chunk reads the whole embedding
+      and adds to its whole gradient, so that chunks should be few.
   """
 
   mesh: Any = None
@@ -190,6 +193,7 @@ class Execution:
   scan_layers: bool = False
   flat_weights: bool = True
   attention_block: int = 128
+  logits_bytes: int = 32 * 2**20
 
   @classmethod
   def for_platform(cls, platform: str, mesh=None, dtype: str = "auto",
@@ -211,7 +215,8 @@ class Execution:
     if mesh is not None and mesh.size == 1:
       mesh = None
     return cls(mesh=mesh, dtype=dtype, remat=remat, scan_layers=not cpu or mesh is not None,
-               flat_weights=cpu and mesh is None, attention_block=128 if cpu else 1024)
+               flat_weights=cpu and mesh is None, attention_block=128 if cpu else 1024,
+               logits_bytes=(32 if cpu else 512) * 2**20)
 
 
 def did_you_mean(key: str, known) -> str:

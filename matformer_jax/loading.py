@@ -248,5 +248,5 @@ def _loss(params, tokens, config, execution, granularity):
   hidden, embedding = matlm.MatLM(config, execution).apply(
       {"params": params}, tokens[:, :-1], granularity=granularity, return_hidden=True)
   targets = tokens[:, 1:]
-  chunks = losses.num_chunks(targets.size, targets.shape[1], config.vocab_size)
+  chunks = losses.num_chunks(targets.shape, config.vocab_size, execution)
   return losses.chunked_cross_entropy(hidden, embedding, targets, chunks)[1]

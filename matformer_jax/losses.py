@@ -6,60 +6,87 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
-# A chunk's float32 logits take at most this much memory per device.
-CHUNK_BYTES = 32 * 2**20
+from matformer_jax import sharding
+from matformer_jax.config import Execution
 
 
-def num_chunks(tokens: int, length: int, vocab_size: int, shards: int = 1,
-               chunk_bytes: int = CHUNK_BYTES) -> int:
-  """Smallest divisor of `length` whose chunks' logits fit `chunk_bytes` per device."""
+def num_chunks(shape: tuple[int, int], vocab_size: int, execution: Execution = Execution()) -> int:
+  """Smallest divisor of T whose chunks' logits fit `execution.logits_bytes` per device.
+
+  Args:
+    shape: (B, T) of the tokens, over all devices.
+  """
+  batch, length = shape
+  rows = max(batch // sharding.batch_shards(execution.mesh), 1)
+  vocab = vocab_size // (execution.mesh.shape["tensor"] if execution.mesh else 1)
   for n in range(1, length + 1):
-    if length % n == 0 and tokens // n // shards * vocab_size * 4 <= chunk_bytes:
+    if length % n == 0 and rows * (length // n) * vocab * 4 <= execution.logits_bytes:
       return n
   return length
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def chunked_cross_entropy(hidden, embedding, targets, chunks: int = 1, shards: int = 1,
+def chunked_cross_entropy(hidden, embedding, targets, chunks: int = 1, mesh: Mesh | None = None,
                           z_loss: float = 0.0):
   """Mean next-token cross-entropy of logits = hidden @ embedding.T, never held whole.
 
-  Gradients are computed in the forward scan, so each chunk's logits are made once.
+  Gradients are computed in the forward scan, so each chunk's logits are made once. On a
+  mesh every device scans its own rows, and the embedding's gradient crosses the network
+  once, reduce-scattered along D.
 
   Args:
-    hidden: [B, T, D], any float dtype.
+    hidden: [B, T, D], any float dtype; B sharded over the batch axes.
     embedding: [V, D], same dtype.
     targets: [B, T] int32.
     chunks: T is cut into this many pieces; must divide T.
-    shards: how many ways B is sharded; the embedding's gradient is summed per
-      shard inside the scan and across shards once, after it.
+    mesh: where the arrays are; None on one device.
     z_loss: weight of mean(logsumexp^2), which keeps logits small (PaLM, 5).
 
   Returns:
     (objective, cross_entropy): float32 scalars in nats per token; the objective
     adds the z-loss.
   """
-  return _forward(hidden, embedding, targets, chunks, shards, z_loss, with_grad=False)[0]
+  return _forward(hidden, embedding, targets, chunks, mesh, z_loss, with_grad=False)[0]
 
 
-def _forward(hidden, embedding, targets, chunks, shards, z_loss, with_grad):
+def _forward(hidden, embedding, targets, chunks, mesh, z_loss, with_grad):
+  scale = 1.0 / targets.size
+  if sharding.batch_shards(mesh) == 1:
+    return _scan_chunks(hidden, embedding, targets, chunks, z_loss, scale, with_grad)
+  batch, shard = PartitionSpec(sharding.RULES["batch"]), PartitionSpec(None, sharding.RULES["embed"])
+
+  def local(hidden, embedding, targets):
+    value, grads = _scan_chunks(hidden, embedding, targets, chunks, z_loss, scale, with_grad)
+    value = jax.lax.psum(value, sharding.RULES["batch"])
+    if not with_grad:
+      return value, None
+    d_hidden, d_embedding = grads
+    d_embedding = jax.lax.psum_scatter(d_embedding, sharding.RULES["embed"], scatter_dimension=1,
+                                       tiled=True)
+    return value, (d_hidden, jax.lax.psum(d_embedding, "data"))
+
+  return jax.shard_map(
+      local, mesh=mesh, in_specs=(batch, PartitionSpec(), batch),
+      out_specs=(PartitionSpec(), (batch, shard) if with_grad else None),
+      axis_names=set(sharding.RULES["batch"]), check_vma=False)(hidden, embedding, targets)
+
+
+def _scan_chunks(hidden, embedding, targets, chunks, z_loss, scale, with_grad):
   batch, length, width = hidden.shape
   vocab = embedding.shape[0]
-  # Under a mesh the split must follow the shards: s is the sharded axis.
-  x = hidden.reshape(shards, batch // shards, chunks, length // chunks, width)
-  y = targets.reshape(shards, batch // shards, chunks, length // chunks)
-  x, y = jnp.moveaxis(x, 2, 0), jnp.moveaxis(y, 2, 0)
-  scale = 1.0 / (batch * length)
+  x = jnp.moveaxis(hidden.reshape(batch, chunks, length // chunks, width), 1, 0)
+  y = jnp.moveaxis(targets.reshape(batch, chunks, length // chunks), 1, 0)
 
   def chunk(sums, xs):
     x_c, y_c = xs
-    logits = jnp.einsum("sbtd,vd->sbtv", x_c, embedding, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("btd,vd->btv", x_c, embedding, preferred_element_type=jnp.float32)
     top = jnp.max(logits, -1, keepdims=True)
     exp = jnp.exp(logits - top)
     total = jnp.sum(exp, -1, keepdims=True)
     lse = top + jnp.log(total)
-    target = jnp.einsum("sbtd,sbtd->sbt", x_c, jnp.take(embedding, y_c, axis=0),
+    target = jnp.einsum("btd,btd->bt", x_c, jnp.take(embedding, y_c, axis=0),
                         preferred_element_type=jnp.float32)
     loss, z, d_embedding = sums
     loss += jnp.sum(lse[..., 0] - target)
@@ -67,23 +94,22 @@ def _forward(hidden, embedding, targets, chunks, shards, z_loss, with_grad):
     if not with_grad:
       return (loss, z, d_embedding), None
     slope = (1.0 + 2.0 * z_loss * lse) / total
-    hit = jax.lax.broadcasted_iota(y_c.dtype, logits.shape, 3) == y_c[..., None]
+    hit = jax.lax.broadcasted_iota(y_c.dtype, logits.shape, 2) == y_c[..., None]
     d_logits = ((exp * slope - hit) * scale).astype(embedding.dtype)
     d_logits = jax.lax.optimization_barrier(d_logits)  # made once, used by both products
-    d_x = jnp.einsum("sbtv,vd->sbtd", d_logits, embedding)
+    d_x = jnp.einsum("btv,vd->btd", d_logits, embedding)
     # [D, V], not [V, D]: on CPU it is cheaper to transpose the narrow operand.
-    d_embedding += jnp.einsum("sbtd,sbtv->sdv", x_c, d_logits,
-                              preferred_element_type=jnp.float32)
+    d_embedding += jnp.einsum("btd,btv->dv", x_c, d_logits, preferred_element_type=jnp.float32)
     return (loss, z, d_embedding), d_x
 
   zero = jnp.zeros((), jnp.float32)
-  accumulator = jnp.zeros((shards, width, vocab) if with_grad else (), jnp.float32)
+  accumulator = jnp.zeros((width, vocab) if with_grad else (), jnp.float32)
   (loss, z, d_embedding), d_x = _scan(chunk, (zero, zero, accumulator), (x, y))
   value = (loss * scale + z_loss * z * scale, loss * scale)
   if not with_grad:
     return value, None
-  d_embedding = jax.lax.optimization_barrier(jnp.sum(d_embedding, 0))
-  d_hidden = jnp.moveaxis(d_x, 0, 2).reshape(hidden.shape)
+  d_embedding = jax.lax.optimization_barrier(d_embedding)
+  d_hidden = jnp.moveaxis(d_x, 0, 1).reshape(hidden.shape)
   return value, (d_hidden, d_embedding.T.astype(embedding.dtype))
 
 
@@ -95,11 +121,11 @@ def _scan(body, init, xs):
   return carry, None if y is None else y[None]
 
 
-def _cross_entropy_fwd(hidden, embedding, targets, chunks, shards, z_loss):
-  return _forward(hidden, embedding, targets, chunks, shards, z_loss, with_grad=True)
+def _cross_entropy_fwd(hidden, embedding, targets, chunks, mesh, z_loss):
+  return _forward(hidden, embedding, targets, chunks, mesh, z_loss, with_grad=True)
 
 
-def _cross_entropy_bwd(chunks, shards, z_loss, grads, cotangent):
+def _cross_entropy_bwd(chunks, mesh, z_loss, grads, cotangent):
   d_hidden, d_embedding = grads
   objective_bar = cotangent[0]  # the reported cross-entropy carries no gradient
   return ((d_hidden * objective_bar).astype(d_hidden.dtype),

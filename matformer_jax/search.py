@@ -77,7 +77,7 @@ def score(config: ModelConfig, execution: Execution, params,
 def _window_losses(params, batch, indices, config: ModelConfig, execution: Execution):
   """[C, B] mean loss of every window under every configuration."""
   targets = batch[:, 1:]
-  chunks = losses.num_chunks(targets.shape[1], targets.shape[1], config.vocab_size)
+  chunks = losses.num_chunks((1, targets.shape[1]), config.vocab_size, execution)
 
   def one(layer_indices):
     hidden, embedding = submodel.apply_dynamic(

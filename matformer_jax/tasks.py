@@ -39,8 +39,8 @@ class Task(Protocol):
   def slice(self, params, granularity: gran.Granularity) -> Any:
     """The submodel's own parameter tree."""
 
-  def loss(self, sub_config: ModelConfig, execution: Execution, sub_params, batch,
-           shards: int) -> tuple[jax.Array, jax.Array]:
+  def loss(self, sub_config: ModelConfig, execution: Execution, sub_params,
+           batch) -> tuple[jax.Array, jax.Array]:
     """(objective to differentiate, loss to report) of a submodel on one batch."""
 
   def batch(self, step: int, rows: range | None = None) -> np.ndarray:
@@ -98,12 +98,13 @@ class LanguageModeling:
   def slice(self, params, granularity):
     return matlm.slice_params(params, self.model_config, granularity)
 
-  def loss(self, sub_config, execution, sub_params, batch, shards):
+  def loss(self, sub_config, execution, sub_params, batch):
     model = matlm.MatLM(sub_config, execution)
     inputs, targets = batch[:, :-1], batch[:, 1:]
     hidden, embedding = model.apply({"params": sub_params}, inputs, return_hidden=True)
-    chunks = losses.num_chunks(inputs.size, inputs.shape[1], sub_config.vocab_size, shards)
-    return losses.chunked_cross_entropy(hidden, embedding, targets, chunks, shards, self._z_loss)
+    chunks = losses.num_chunks(inputs.shape, sub_config.vocab_size, execution)
+    return losses.chunked_cross_entropy(hidden, embedding, targets, chunks, execution.mesh,
+                                        self._z_loss)
 
   def batch(self, step, rows=None):
     return self._train.batch(step, rows)

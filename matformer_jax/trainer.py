@@ -40,8 +40,7 @@ def make_train_step(task: Task, execution: Execution, optimizer: optax.GradientT
   optimizer state are returned unchanged, bit for bit.
   """
   sub_config = gran.submodel_config(task.model_config, granularity)
-  shards = sharding.batch_shards(execution.mesh)
-  loss_fn = functools.partial(task.loss, sub_config, execution, shards=shards)
+  loss_fn = functools.partial(task.loss, sub_config, execution)
   gradient = jax.value_and_grad(lambda sub, batch: loss_fn(sub, batch), has_aux=True)
 
   def train_step(state: TrainState, batch: jax.Array):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matformer_jax import losses
+from matformer_jax import losses, sharding
+from matformer_jax.config import Execution
 
 
 def plain(hidden, embedding, targets, z_loss):
@@ -17,17 +18,19 @@ def plain(hidden, embedding, targets, z_loss):
   return nll + z_loss * jnp.mean(lse**2), nll
 
 
-def inputs(batch=4, length=12, width=8, vocab=50):
+def inputs(batch=4, length=12, width=8, vocab=52):
   a, b, c = jax.random.split(jax.random.key(0), 3)
   return (jax.random.normal(a, (batch, length, width)), jax.random.normal(b, (vocab, width)),
           jax.random.randint(c, (batch, length), 0, vocab))
 
 
-@pytest.mark.parametrize("chunks,shards", [(1, 1), (3, 1), (4, 2), (12, 4)])
+@pytest.mark.parametrize("chunks,mesh", [
+    (1, None), (3, None), (4, dict(data=2, fsdp=2, tensor=2)), (12, dict(fsdp=4, tensor=2))])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_value_and_gradient(chunks, shards, z_loss):
+def test_value_and_gradient(chunks, mesh, z_loss):
   x, e, y = inputs()
-  ours = lambda x, e: losses.chunked_cross_entropy(x, e, y, chunks, shards, z_loss)
+  mesh = mesh and sharding.make_mesh(mesh)
+  ours = jax.jit(lambda x, e: losses.chunked_cross_entropy(x, e, y, chunks, mesh, z_loss))
   np.testing.assert_allclose(ours(x, e), plain(x, e, y, z_loss), rtol=1e-5)
   scaled = lambda f: jax.grad(lambda x, e: 3.0 * f(x, e)[0], (0, 1))(x, e)
   for a, b in zip(scaled(ours), scaled(lambda x, e: plain(x, e, y, z_loss))):
@@ -35,9 +38,11 @@ def test_value_and_gradient(chunks, shards, z_loss):
 
 
 def test_num_chunks_divides_and_fits():
-  n = losses.num_chunks(tokens=8 * 96, length=96, vocab_size=1000, shards=2, chunk_bytes=10**6)
-  assert 96 % n == 0 and 8 * 96 // n // 2 * 4000 <= 10**6 < 8 * 96 // (n - 1) // 2 * 4000
-  assert losses.num_chunks(10, 10, 10**9) == 10  # never more than one token row each
+  execution = Execution(mesh=sharding.make_mesh(dict(fsdp=2, tensor=4)), logits_bytes=10**5)
+  n = losses.num_chunks((8, 96), 1000, execution)
+  assert 96 % n == 0 and 4 * 96 // n * 250 * 4 <= 10**5
+  assert 4 * 96 // (n - 1) * 250 * 4 > 10**5
+  assert losses.num_chunks((1, 10), 10**9) == 10  # never less than one token of each row
 
 
 def test_memory_is_far_below_the_plain_loss():

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import hlo
-from matformer_jax import UserError, optim, sharding
+from matformer_jax import UserError, hlo, optim, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.config import ModelConfig
 from matformer_jax.models import matlm
@@ -114,8 +113,8 @@ def test_nesting_causes_no_collective(mesh, index):
   """A granularity's step communicates exactly what a dense model of its width does."""
   nested = make_trainer(mesh)
   plain = make_trainer(mesh, dense(index))
-  ours = hlo.collectives(nested.lower(nested.granularities[index]).compile().as_text())
-  theirs = hlo.collectives(plain.lower(plain.granularities[0]).compile().as_text())
+  ours = hlo.totals(nested.lower(nested.granularities[index]).compile().as_text())
+  theirs = hlo.totals(plain.lower(plain.granularities[0]).compile().as_text())
   assert ours.keys() == theirs.keys() and ours
   for kind, (count, size) in ours.items():
     assert count == theirs[kind][0], kind
@@ -124,9 +123,9 @@ def test_nesting_causes_no_collective(mesh, index):
 
 def test_a_small_granularity_gathers_less():
   trainer = make_trainer(dict(fsdp=8))
-  size = [hlo.collectives(trainer.lower(g).compile().as_text())["all-gather"][1]
+  size = [hlo.totals(trainer.lower(g).compile().as_text())["all-gather"][1]
           for g in trainer.granularities]
-  ffn = [2 * 4 * width * MODEL.d_model for width in MODEL.ffn_widths]  # one layer, float32
+  ffn = [MODEL.num_layers * 2 * 4 * width * MODEL.d_model for width in MODEL.ffn_widths]  # float32
   assert size == sorted(size)
   assert size[3] - size[0] == ffn[3] - ffn[0]
 

@@ -95,7 +95,7 @@ def _measure(params, batch, reference, config, execution, granularity):
   hidden, embedding = MatLM(config, execution).apply(
       {"params": params}, inputs, granularity=granularity, return_hidden=True)
   rows, length = inputs.shape
-  chunks = losses.num_chunks(rows * length, length, config.vocab_size)
+  chunks = losses.num_chunks(inputs.shape, config.vocab_size, execution)
 
   def split(x):
     x = x.reshape((rows, chunks, length // chunks) + x.shape[2:])

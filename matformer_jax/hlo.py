@@ -1,0 +1,153 @@
+"""Reads collectives out of optimized HLO text, loops counted as often as they run."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1,
+          "s64": 8, "u64": 8, "f64": 8}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(r" = (.*?) (" + "|".join(KINDS) + r")(-start)?\(")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)="
+                     r"(?:\{([^}]*)\}|%?([\w.\-]+))")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\]\s*\{([^}]*)\})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective of a program.
+
+  Attributes:
+    kind: one of KINDS.
+    arrays: how many arrays it moves (XLA combines several into one instruction).
+    bytes: of its results on one device.
+    group: devices that take part in it together; 0 where the text does not say.
+    times: how often it runs in one call of the program.
+  """
+
+  kind: str
+  arrays: int
+  bytes: int
+  group: int
+  times: int
+
+  @property
+  def wire_bytes(self) -> float:
+    """Bytes that a device sends, in the ring algorithm, in one call of the program."""
+    others = max(self.group - 1, 0) / max(self.group, 1) if self.group else 1.0
+    once = {"all-gather": self.bytes * others, "all-reduce": 2 * self.bytes * others,
+            "reduce-scatter": self.bytes * (self.group - 1), "all-to-all": self.bytes * others,
+            "collective-permute": self.bytes}[self.kind]
+    return once * self.times
+
+
+def collectives(text: str) -> list[Collective]:
+  """Every collective of an optimized module.
+
+  An asynchronous collective is often spread over several fusions; its pieces share a
+  channel, so each channel counts once.
+  """
+  computations, entry = _computations(text)
+  times: dict[str, int] = collections.Counter()
+
+  def visit(name: str, factor: int) -> None:
+    if name not in computations:
+      return
+    times[name] = max(times[name], factor)
+    for line in computations[name]:
+      loop = _WHILE.search(line)
+      if loop:
+        visit(loop.group(2), factor * _trip_count(line, computations.get(loop.group(1), [])))
+        continue
+      for several, one in _CALLED.findall(line):
+        for callee in (several.split(",") if several else [one]):
+          visit(callee.strip().lstrip("%"), factor)
+
+  visit(entry, 1)
+  found: dict[object, Collective] = {}
+  for name, factor in times.items():
+    for number, line in enumerate(computations[name]):
+      match = _COLLECTIVE.search(line)
+      if not match:
+        continue
+      channel = _CHANNEL.search(line)
+      key = (match.group(2), channel.group(1)) if channel else (name, number)
+      if key in found and found[key].times >= factor:
+        continue
+      arrays = _arrays(match.group(1), match.group(2), bool(match.group(3)))
+      found[key] = Collective(match.group(2), len(arrays), sum(arrays), _group(line), factor)
+  return list(found.values())
+
+
+def totals(text: str) -> dict[str, tuple[int, int]]:
+  """{kind: (arrays communicated, bytes of their results)} in one call of the program."""
+  result: dict[str, tuple[int, int]] = {}
+  for c in collectives(text):
+    count, size = result.get(c.kind, (0, 0))
+    result[c.kind] = (count + c.arrays * c.times, size + c.bytes * c.times)
+  return result
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  computations: dict[str, list[str]] = {}
+  entry, current = "", []
+  for line in text.splitlines():
+    header = _COMPUTATION.match(line)
+    if header:
+      current = computations[header.group(2)] = []
+      if header.group(1):
+        entry = header.group(2)
+    else:
+      current.append(line)
+  return computations, entry
+
+
+def _trip_count(line: str, condition: list[str]) -> int:
+  known = _TRIPS.search(line)
+  if known:
+    return int(known.group(1))
+  constants = {}
+  for instruction in condition:
+    constant = _CONSTANT.search(instruction)
+    if constant:
+      constants[constant.group(1)] = int(constant.group(2))
+  for instruction in condition:
+    if "ROOT" in instruction:
+      for name in re.findall(r"%?([\w.\-]+)", instruction.split("(", 1)[1]):
+        if name in constants:
+          return constants[name]
+  # A comparison fused away leaves one constant, the bound.
+  return max(constants.values(), default=1)
+
+
+def _arrays(shapes: str, kind: str, started: bool) -> list[int]:
+  """Bytes of each result; a -start's tuple lists its operands first, and counters last."""
+  sizes = [int(np.prod([int(d) for d in dims.split(",") if d])) * _BYTES[dtype]
+           for dtype, dims in _SHAPE.findall(shapes) if dtype in _BYTES]
+  if started and kind in ("all-gather", "collective-permute"):
+    whole = [(dtype, dims) for dtype, dims in _SHAPE.findall(shapes)
+             if not (dtype == "u32" and not dims)]
+    sizes = sizes[len(whole) // 2:len(whole)]
+  return sizes
+
+
+def _group(line: str) -> int:
+  match = _GROUPS.search(line)
+  if not match:
+    return 0
+  if match.group(2):
+    return int(match.group(2))
+  if match.group(3):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(3)))
+    return int(np.prod([int(sizes[a]) for a in re.findall(r"'(\w+)'", match.group(4)) if a in sizes]))
+  return match.group(1).count(",") + 1
