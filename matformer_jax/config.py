@@ -174,6 +174,8 @@ class Execution:
   Attributes:
     mesh: `jax.sharding.Mesh` with axes (data, fsdp, tensor), or None for one
       device without any sharding constraint.
+    per_device: the program is one device's share of a train step, inside a shard_map over
+      the batch axes; it sees its own rows and its own fsdp shards of the parameters.
     dtype: compute dtype; parameters stay float32.
     remat: one of `REMAT_POLICIES`: what a layer saves for the backward pass.
     scan_layers: run a stack with `lax.scan` (one layer is compiled) instead of
@@ -188,6 +190,7 @@ class Execution:
   """
 
   mesh: Any = None
+  per_device: bool = False
   dtype: str = "float32"
   remat: str = "none"
   scan_layers: bool = False

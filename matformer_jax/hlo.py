@@ -19,7 +19,6 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|call
                      r"(?:\{([^}]*)\}|%?([\w.\-]+))")
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\]\s*\{([^}]*)\})")
 
 
@@ -54,39 +53,36 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
   """Every collective of an optimized module.
 
-  An asynchronous collective is often spread over several fusions; its pieces share a
-  channel, so each channel counts once.
+  On TPU an asynchronous collective is spread over several fusions, of which the first
+  counts, and a reduce-scatter may be a fusion named after the two operations it merges.
   """
   computations, entry = _computations(text)
-  times: dict[str, int] = collections.Counter()
+  times: dict[str, int] = {}
 
   def visit(name: str, factor: int) -> None:
-    if name not in computations:
+    if name not in computations or name.startswith("async_collective_fusion"):
       return
-    times[name] = max(times[name], factor)
+    times[name] = max(times.get(name, 0), factor)
     for line in computations[name]:
       loop = _WHILE.search(line)
       if loop:
         visit(loop.group(2), factor * _trip_count(line, computations.get(loop.group(1), [])))
-        continue
-      for several, one in _CALLED.findall(line):
-        for callee in (several.split(",") if several else [one]):
-          visit(callee.strip().lstrip("%"), factor)
+      elif "%async-collective-done" not in line.split(" = ")[0]:
+        for several, one in _CALLED.findall(line):
+          for callee in (several.split(",") if several else [one]):
+            visit(callee.strip().lstrip("%"), factor)
 
   visit(entry, 1)
-  found: dict[object, Collective] = {}
+  found = []
   for name, factor in times.items():
-    for number, line in enumerate(computations[name]):
+    for line in computations[name]:
       match = _COLLECTIVE.search(line)
-      if not match:
-        continue
-      channel = _CHANNEL.search(line)
-      key = (match.group(2), channel.group(1)) if channel else (name, number)
-      if key in found and found[key].times >= factor:
-        continue
-      arrays = _arrays(match.group(1), match.group(2), bool(match.group(3)))
-      found[key] = Collective(match.group(2), len(arrays), sum(arrays), _group(line), factor)
-  return list(found.values())
+      if match:
+        kind, arrays = match.group(2), _arrays(match.group(1), match.group(2), bool(match.group(3)))
+        if name.startswith("all-reduce-scatter"):
+          kind, arrays = "reduce-scatter", [size // max(_group(line), 1) for size in arrays]
+        found.append(Collective(kind, len(arrays), sum(arrays), _group(line), factor))
+  return found
 
 
 def totals(text: str) -> dict[str, tuple[int, int]]:

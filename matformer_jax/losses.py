@@ -6,7 +6,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 
 from matformer_jax import sharding
 from matformer_jax.config import Execution
@@ -16,66 +15,42 @@ def num_chunks(shape: tuple[int, int], vocab_size: int, execution: Execution = E
   """Smallest divisor of T whose chunks' logits fit `execution.logits_bytes` per device.
 
   Args:
-    shape: (B, T) of the tokens, over all devices.
+    shape: (B, T) of the tokens that the program sees.
   """
   batch, length = shape
-  rows = max(batch // sharding.batch_shards(execution.mesh), 1)
-  vocab = vocab_size // (execution.mesh.shape["tensor"] if execution.mesh else 1)
+  mesh = execution.mesh
+  rows = batch if execution.per_device else max(batch // sharding.batch_shards(mesh), 1)
+  vocab = vocab_size // (mesh.shape[sharding.TENSOR] if mesh else 1)
   for n in range(1, length + 1):
     if length % n == 0 and rows * (length // n) * vocab * 4 <= execution.logits_bytes:
       return n
   return length
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def chunked_cross_entropy(hidden, embedding, targets, chunks: int = 1, mesh: Mesh | None = None,
-                          z_loss: float = 0.0):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def chunked_cross_entropy(hidden, embedding, targets, chunks: int = 1, z_loss: float = 0.0):
   """Mean next-token cross-entropy of logits = hidden @ embedding.T, never held whole.
 
-  Gradients are computed in the forward scan, so each chunk's logits are made once. On a
-  mesh every device scans its own rows, and the embedding's gradient crosses the network
-  once, reduce-scattered along D.
+  Gradients are computed in the forward scan, so each chunk's logits are made once.
 
   Args:
-    hidden: [B, T, D], any float dtype; B sharded over the batch axes.
+    hidden: [B, T, D], any float dtype.
     embedding: [V, D], same dtype.
     targets: [B, T] int32.
     chunks: T is cut into this many pieces; must divide T.
-    mesh: where the arrays are; None on one device.
     z_loss: weight of mean(logsumexp^2), which keeps logits small (PaLM, 5).
 
   Returns:
     (objective, cross_entropy): float32 scalars in nats per token; the objective
     adds the z-loss.
   """
-  return _forward(hidden, embedding, targets, chunks, mesh, z_loss, with_grad=False)[0]
+  return _forward(hidden, embedding, targets, chunks, z_loss, with_grad=False)[0]
 
 
-def _forward(hidden, embedding, targets, chunks, mesh, z_loss, with_grad):
-  scale = 1.0 / targets.size
-  if sharding.batch_shards(mesh) == 1:
-    return _scan_chunks(hidden, embedding, targets, chunks, z_loss, scale, with_grad)
-  batch, shard = PartitionSpec(sharding.RULES["batch"]), PartitionSpec(None, sharding.RULES["embed"])
-
-  def local(hidden, embedding, targets):
-    value, grads = _scan_chunks(hidden, embedding, targets, chunks, z_loss, scale, with_grad)
-    value = jax.lax.psum(value, sharding.RULES["batch"])
-    if not with_grad:
-      return value, None
-    d_hidden, d_embedding = grads
-    d_embedding = jax.lax.psum_scatter(d_embedding, sharding.RULES["embed"], scatter_dimension=1,
-                                       tiled=True)
-    return value, (d_hidden, jax.lax.psum(d_embedding, "data"))
-
-  return jax.shard_map(
-      local, mesh=mesh, in_specs=(batch, PartitionSpec(), batch),
-      out_specs=(PartitionSpec(), (batch, shard) if with_grad else None),
-      axis_names=set(sharding.RULES["batch"]), check_vma=False)(hidden, embedding, targets)
-
-
-def _scan_chunks(hidden, embedding, targets, chunks, z_loss, scale, with_grad):
+def _forward(hidden, embedding, targets, chunks, z_loss, with_grad):
   batch, length, width = hidden.shape
   vocab = embedding.shape[0]
+  scale = 1.0 / (batch * length)
   x = jnp.moveaxis(hidden.reshape(batch, chunks, length // chunks, width), 1, 0)
   y = jnp.moveaxis(targets.reshape(batch, chunks, length // chunks), 1, 0)
 
@@ -121,11 +96,11 @@ def _scan(body, init, xs):
   return carry, None if y is None else y[None]
 
 
-def _cross_entropy_fwd(hidden, embedding, targets, chunks, mesh, z_loss):
-  return _forward(hidden, embedding, targets, chunks, mesh, z_loss, with_grad=True)
+def _cross_entropy_fwd(hidden, embedding, targets, chunks, z_loss):
+  return _forward(hidden, embedding, targets, chunks, z_loss, with_grad=True)
 
 
-def _cross_entropy_bwd(chunks, mesh, z_loss, grads, cotangent):
+def _cross_entropy_bwd(chunks, z_loss, grads, cotangent):
   d_hidden, d_embedding = grads
   objective_bar = cotangent[0]  # the reported cross-entropy carries no gradient
   return ((d_hidden * objective_bar).astype(d_hidden.dtype),

@@ -50,6 +50,7 @@ class Hosts:
     self.index, self.count, self.timeout_s = index, count, timeout_s
     self._client, self._coordinator = client, coordinator
     self._beat, self._gathers = 0, 0
+    self._lost: set[int] = set()
     self._state: dict[str, Any] = {"host": socket.gethostname()}
     self._exit_code: int | None = None
     self._watching = False
@@ -119,6 +120,8 @@ class Hosts:
         say_here(f"process {self.index}: {type(e).__name__}: {_first_line(e)}; waiting up to "
                  f"{self.timeout_s:g} s to see whether a peer is gone")
         time.sleep(self.timeout_s + 3 * self._interval)
+        while self._exit_code is not None:  # another thread knows better, and is leaving
+          time.sleep(1)
       self._announce(EXIT_ERROR, f"{type(e).__name__}: {_first_line(e)}")
       raise
 
@@ -154,7 +157,7 @@ class Hosts:
     """Process 0 serves the key-value store: it goes last, if the others come to an end."""
     deadline = time.monotonic() + (self.timeout_s if self.first else 0)
     while time.monotonic() < deadline:
-      if all("code" in peer for peer in self._peers().values()):
+      if all("code" in peer or index in self._lost for index, peer in self._peers().items()):
         time.sleep(0.3)  # for those that have yet to read this process's entry
         return
       time.sleep(0.1)
@@ -208,6 +211,7 @@ class Hosts:
         if peer["beat"] != beat or suspended or not self._watching:
           last_seen[index] = (peer["beat"], now)
         elif now - since > self.timeout_s and self._exit_code is None:
+          self._lost.add(index)
           self.give_up(f"lost process {index} ({peer['host']}): no sign of life for "
                        f"{now - since:.0f} s")
       time.sleep(self._interval)
@@ -215,9 +219,11 @@ class Hosts:
   def _follow(self, index: int, peer: dict[str, Any]) -> NoReturn:
     time.sleep(0.5)  # a failure of this process's own is told first
     if self._exit_code is None:
-      word = "error: " if peer["code"] == EXIT_ERROR else ""
+      word = "" if peer["code"] > 128 else "error: "  # a signal is not an error
       say_here(f"{word}process {self.index} leaves because process {index} ({peer['host']}) did: "
                f"{peer['why']}")
+      if peer["code"] == EXIT_RETRY:
+        faulthandler.dump_traceback(all_threads=True)
       self.leave(peer["code"], peer["why"])
     time.sleep(self.timeout_s)
     os._exit(self._exit_code)

@@ -16,11 +16,13 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from matformer_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+DATA, FSDP, TENSOR = MESH_AXES
 
 # The last two names of a leaf's path -> its logical axes, outermost first.
 _FFN = ("layers", "ffn_groups", "neurons", "embed")
@@ -38,11 +40,11 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 
 # Logical axis -> mesh axis; axes not listed are replicated.
 RULES: dict[str, Any] = {
-    "batch": ("data", "fsdp"),
-    "embed": "fsdp",
-    "ffn_groups": "tensor",
-    "head_groups": "tensor",
-    "vocab": "tensor",
+    "batch": (DATA, FSDP),
+    "embed": FSDP,
+    "ffn_groups": TENSOR,
+    "head_groups": TENSOR,
+    "vocab": TENSOR,
 }
 
 
@@ -94,26 +96,59 @@ def spec(axes: tuple[str, ...], gathered: bool = False) -> PartitionSpec:
   """Mesh axes for logical axes; `gathered` leaves the fsdp axis out."""
   mesh_axes = [RULES.get(a) for a in axes]
   if gathered:
-    mesh_axes = [None if a == "fsdp" else a for a in mesh_axes]
+    mesh_axes = [None if a == FSDP else a for a in mesh_axes]
   return PartitionSpec(*mesh_axes)
 
 
-def constrain(x: jax.Array, axes: tuple[str, ...], mesh: Mesh | None) -> jax.Array:
-  """Pins an activation's sharding; does nothing without a mesh."""
-  if mesh is None:
+def constrain(x: jax.Array, axes: tuple[str, ...], execution) -> jax.Array:
+  """Pins an activation's sharding where the partitioner chooses shardings."""
+  if execution.mesh is None or execution.per_device:
     return x
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(execution.mesh, spec(axes)))
 
 
-def gather(weight: jax.Array, axes: tuple[str, ...], mesh: Mesh | None, dtype) -> jax.Array:
+def stored_shape(shape: tuple[int, ...], axes: tuple[str, ...], execution) -> tuple[int, ...]:
+  """The shape in which a program sees a stored weight: of its fsdp shard, if per device."""
+  if not execution.per_device:
+    return shape
+  shards = execution.mesh.shape[FSDP]
+  return tuple(n // shards if RULES.get(a) == FSDP else n for n, a in zip(shape, axes))
+
+
+def gather(weight: jax.Array, axes: tuple[str, ...], execution) -> jax.Array:
   """Casts a (sliced) weight to the compute dtype, then all-gathers its fsdp shards.
 
-  The cotangent is pinned to the sharded layout, so gradients are reduce-scattered;
-  the transpose of a plain constraint would all-reduce them.
+  In a train step (`execution.per_device`) the gradient is reduce-scattered, explicitly; the
+  sum over `data` is left to the caller, once for all layers. Elsewhere the partitioner moves
+  the shards; the cotangent is pinned to their layout.
   """
-  if mesh is None:
+  dtype = jnp.dtype(execution.dtype)
+  if execution.mesh is None:
     return weight.astype(dtype)
-  return _gather(weight, axes, mesh, jnp.dtype(dtype), weight.dtype)
+  if not execution.per_device:
+    return _gather(weight, axes, execution.mesh, dtype, weight.dtype)
+  return _gather_shards(weight, axes.index("embed"), dtype, weight.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_shards(weight, axis, dtype, param_dtype):
+  return jax.lax.all_gather(weight.astype(dtype), FSDP, axis=axis, tiled=True)
+
+
+def _gather_shards_fwd(weight, axis, dtype, param_dtype):
+  return _gather_shards(weight, axis, dtype, param_dtype), None
+
+
+def _gather_shards_bwd(axis, dtype, param_dtype, _, cotangent):
+  # XLA's TPU backend reduce-scatters along the outermost axis in memory only, and makes a
+  # full all-reduce of any other: put the axis there, and pin the layout.
+  outermost = jnp.moveaxis(cotangent, axis, 0)
+  shard = jax.lax.psum_scatter(outermost, FSDP, scatter_dimension=0, tiled=True)
+  shard = with_layout_constraint(shard, Layout(tuple(range(shard.ndim))))
+  return (jnp.moveaxis(shard, 0, axis).astype(param_dtype),)
+
+
+_gather_shards.defvjp(_gather_shards_fwd, _gather_shards_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -132,6 +167,40 @@ def _gather_bwd(axes, mesh, dtype, param_dtype, _, cotangent):
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def on_each_device(gradient, mesh: Mesh):
+  """Runs (params, rows) -> (loss, gradients) on every device's own shards and rows.
+
+  Args:
+    gradient: sees a `per_device` program's arrays. Its loss is a mean over its rows; its
+      gradients are those of its loss, already reduce-scattered where parameters are sharded.
+
+  Returns:
+    The same function of global arrays: mean loss and its gradients, sharded like params.
+    The tensor axis is left to the partitioner.
+  """
+  shards = batch_shards(mesh)
+
+  def reduce(path, grad):
+    sharded = "embed" in logical_axes(path_names(path))
+    axes = [a for a in ((DATA,) if sharded else (DATA, FSDP)) if mesh.shape[a] > 1]
+    return (jax.lax.psum(grad, axes) if axes else grad) / shards
+
+  def device(params, rows):
+    loss, grads = gradient(params, rows)
+    grads = jax.tree_util.tree_map_with_path(reduce, grads)
+    return jax.lax.pmean(loss, (DATA, FSDP)), grads
+
+  def over_mesh(params, rows):
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, _: PartitionSpec(*(RULES[a] if a == "embed" else None
+                                        for a in logical_axes(path_names(path)))), params)
+    return jax.shard_map(device, mesh=mesh, in_specs=(specs, PartitionSpec((DATA, FSDP))),
+                         out_specs=(PartitionSpec(), specs), axis_names={DATA, FSDP},
+                         check_vma=False)(params, rows)
+
+  return over_mesh
 
 
 def path_names(path) -> tuple[str, ...]:

@@ -103,8 +103,7 @@ class LanguageModeling:
     inputs, targets = batch[:, :-1], batch[:, 1:]
     hidden, embedding = model.apply({"params": sub_params}, inputs, return_hidden=True)
     chunks = losses.num_chunks(inputs.shape, sub_config.vocab_size, execution)
-    return losses.chunked_cross_entropy(hidden, embedding, targets, chunks, execution.mesh,
-                                        self._z_loss)
+    return losses.chunked_cross_entropy(hidden, embedding, targets, chunks, self._z_loss)
 
   def batch(self, step, rows=None):
     return self._train.batch(step, rows)

@@ -40,16 +40,22 @@ def make_train_step(task: Task, execution: Execution, optimizer: optax.GradientT
   optimizer state are returned unchanged, bit for bit.
   """
   sub_config = gran.submodel_config(task.model_config, granularity)
-  loss_fn = functools.partial(task.loss, sub_config, execution)
-  gradient = jax.value_and_grad(lambda sub, batch: loss_fn(sub, batch), has_aux=True)
+  sharded = sharding.batch_shards(execution.mesh) > 1
+  loss_fn = functools.partial(task.loss, sub_config,
+                              dataclasses.replace(execution, per_device=sharded))
+
+  def gradient(params, batch):
+    (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+    return loss, grads
+
+  accumulated = functools.partial(_accumulate, gradient, grad_accum)
+  if sharded:
+    accumulated = sharding.on_each_device(accumulated, execution.mesh)
 
   def train_step(state: TrainState, batch: jax.Array):
     slice_ = functools.partial(task.slice, granularity=granularity)
     sub_params, unslice = jax.vjp(slice_, state.params)
-    if grad_accum == 1:
-      (_, loss), sub_grads = gradient(sub_params, batch)
-    else:
-      loss, sub_grads = _accumulate(gradient, sub_params, batch, grad_accum)
+    loss, sub_grads = accumulated(sub_params, batch)
     grad_norm = optax.tree.norm(sub_grads)
     (grads,) = unslice(sub_grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -61,13 +67,14 @@ def make_train_step(task: Task, execution: Execution, optimizer: optax.GradientT
   return train_step
 
 
-def _accumulate(gradient, params, batch, parts: int):
-  """Mean loss and gradient over `parts` micro-batches, each spread over all batch shards."""
+def _accumulate(gradient, parts: int, params, batch):
+  """Mean loss and gradient over `parts` micro-batches."""
+  if parts == 1:
+    return gradient(params, batch)
   micro = batch.reshape((batch.shape[0] // parts, parts) + batch.shape[1:]).swapaxes(0, 1)
 
   def add(sums, micro_batch):
-    (_, loss), grads = gradient(params, micro_batch)
-    return jax.tree.map(jnp.add, sums, (loss, grads)), None
+    return jax.tree.map(jnp.add, sums, gradient(params, micro_batch)), None
 
   zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
   sums, _ = jax.lax.scan(add, zeros, micro)

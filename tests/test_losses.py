@@ -24,13 +24,11 @@ def inputs(batch=4, length=12, width=8, vocab=52):
           jax.random.randint(c, (batch, length), 0, vocab))
 
 
-@pytest.mark.parametrize("chunks,mesh", [
-    (1, None), (3, None), (4, dict(data=2, fsdp=2, tensor=2)), (12, dict(fsdp=4, tensor=2))])
+@pytest.mark.parametrize("chunks", [1, 3, 12])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_value_and_gradient(chunks, mesh, z_loss):
+def test_value_and_gradient(chunks, z_loss):
   x, e, y = inputs()
-  mesh = mesh and sharding.make_mesh(mesh)
-  ours = jax.jit(lambda x, e: losses.chunked_cross_entropy(x, e, y, chunks, mesh, z_loss))
+  ours = lambda x, e: losses.chunked_cross_entropy(x, e, y, chunks, z_loss)
   np.testing.assert_allclose(ours(x, e), plain(x, e, y, z_loss), rtol=1e-5)
   scaled = lambda f: jax.grad(lambda x, e: 3.0 * f(x, e)[0], (0, 1))(x, e)
   for a, b in zip(scaled(ours), scaled(lambda x, e: plain(x, e, y, z_loss))):

@@ -142,7 +142,7 @@ def test_kills_and_other_numbers_of_processes_change_nothing(one_process, tmp_pa
 def test_every_sample_once_per_epoch(tmp_path):
   """Short epochs, 2 processes."""
   for i in range(10):
-    (tmp_path / f"{i}.txt").write_text("".join(f"value_{j} = {i * j}\n" for j in range(70)))
+    (tmp_path / f"{i}.txt").write_text("".join(f"value_{j} = {i * j}\n" for j in range(25)))
   workdir = tmp_path / "run"
   job = Job(workdir, 2, data__log_samples=True, data__source=f"text:{tmp_path}/*.txt", steps=30,
             data__tokenizer=str(one_tokenizer(tmp_path)), eval__every=0,
@@ -254,4 +254,4 @@ def test_a_checkpoint_of_four_processes_restores_in_two_and_in_one(tmp_path):
         assert key not in leaves or leaves[key].tobytes() == value.tobytes()
         leaves[key] = value
     found.append({key: value.tobytes() for key, value in leaves.items()})
-  assert found[0] == found[1] == found[2] and len(found[0]) > 4 * 20
+  assert found[0] == found[1] == found[2] and len(found[0]) > 60

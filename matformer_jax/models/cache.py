@@ -89,4 +89,4 @@ def extend(blocks: layers.Params, config: ModelConfig, execution: Execution,
 
 def _constrain(leaf, execution: Execution):
   axes = ("batch", "head_groups", "heads", "length", "head_dim")
-  return sharding.constrain(leaf, ("layers",) * (leaf.ndim - 5) + axes, execution.mesh)
+  return sharding.constrain(leaf, ("layers",) * (leaf.ndim - 5) + axes, execution)

@@ -187,7 +187,7 @@ class Block(nn.Module):
         norm("attention_norm")(x_BxTxD), cache, start, layer)
     x_BxTxD = x_BxTxD + checkpoint_name(y, "attn_out")
     x_BxTxD = x_BxTxD + NestedFFN(cfg, exe, width, name="ffn")(norm("ffn_norm")(x_BxTxD))
-    return sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe.mesh), cache
+    return sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe), cache
 
 
 class Stack(nn.Module):
@@ -210,7 +210,10 @@ class Stack(nn.Module):
     block = Block(self.config, Execution(), run, parent=None)
     example = jnp.zeros((1, 1, self.config.d_model))
     init = lambda key: block.init(key, example)["params"]
-    return jax.vmap(init)(jax.random.split(rng, run.num_layers))
+    params = jax.vmap(init)(jax.random.split(rng, run.num_layers))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf[tuple(map(slice, sharding.stored_shape(
+            leaf.shape, sharding.logical_axes(sharding.path_names(path)), self.execution)))], params)
 
 
 def run_layers(block: Block, params: Params, x: jax.Array) -> jax.Array:
@@ -345,4 +348,5 @@ def _weight(module, parent: str, name: str, init, shape) -> jax.Array:
   """Declares a weight and gathers it for compute."""
   exe = module.execution
   axes = sharding.LOGICAL_AXES[f"{parent}/{name}"][1:]
-  return sharding.gather(module.param(name, init, shape), axes, exe.mesh, exe.dtype)
+  stored = module.param(name, init, sharding.stored_shape(shape, axes, exe))
+  return sharding.gather(stored, axes, exe)

@@ -41,12 +41,12 @@ class MatLM(nn.Module):
     """
     cfg, exe = self.config, self.execution
     granularity = granularity or gran.full(cfg)
-    embedding_VxD = self.param("embedding", layers.scaled_normal(cfg.d_model),
-                               (cfg.vocab_size, cfg.d_model))
-    embedding_VxD = sharding.gather(embedding_VxD, sharding.LOGICAL_AXES["embedding"],
-                                    exe.mesh, exe.dtype)
+    axes = sharding.LOGICAL_AXES["embedding"]
+    shape = sharding.stored_shape((cfg.vocab_size, cfg.d_model), axes, exe)
+    stored = self.param("embedding", layers.scaled_normal(cfg.d_model), shape)
+    embedding_VxD = sharding.gather(stored, axes, exe)
     x_BxTxD = embed(embedding_VxD, tokens_BxT)
-    x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe.mesh)
+    x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe)
     x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity)
     x_BxTxD = layers.RMSNorm(cfg.norm_eps, name="final_norm")(x_BxTxD)
     if return_hidden:
