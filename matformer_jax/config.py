@@ -184,6 +184,7 @@ class Execution:
       on TPU.
     attention_block: queries taken at a time by the attention, each block against
       only the keys it may see.
+    flash_attention: use the TPU kernel where the number of tokens allows it.
     logits_bytes: float32 logits that the loss and evaluation hold at a time, per device.
       What fits a cache is fastest on CPU; elsewhere every chunk reads the whole embedding
       and adds to its whole gradient, so that chunks should be few.
@@ -196,12 +197,16 @@ class Execution:
   scan_layers: bool = False
   flat_weights: bool = True
   attention_block: int = 128
+  flash_attention: bool = False
   logits_bytes: int = 32 * 2**20
 
   @classmethod
-  def for_platform(cls, platform: str, mesh=None, dtype: str = "auto",
-                   remat: str = "auto") -> Execution:
+  def for_platform(cls, platform: str, mesh=None, dtype: str = "auto", remat: str = "auto",
+                   device_kind: str = "") -> Execution:
     """What measured best on `cpu`, `gpu` or `tpu`, where dtype and remat are `auto`.
+
+    Args:
+      device_kind: e.g. `TPU v5 lite`; v2 and v3 cannot run the attention kernel.
 
     Raises:
       UserError: for an unknown dtype or remat policy.
@@ -219,6 +224,7 @@ class Execution:
       mesh = None
     return cls(mesh=mesh, dtype=dtype, remat=remat, scan_layers=not cpu or mesh is not None,
                flat_weights=cpu and mesh is None, attention_block=128 if cpu else 1024,
+               flash_attention=platform == "tpu" and device_kind not in ("TPU v2", "TPU v3"),
                logits_bytes=(32 if cpu else 512) * 2**20)
 
 

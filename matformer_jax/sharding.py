@@ -127,25 +127,42 @@ def gather(weight: jax.Array, axes: tuple[str, ...], execution) -> jax.Array:
     return weight.astype(dtype)
   if not execution.per_device:
     return _gather(weight, axes, execution.mesh, dtype, weight.dtype)
-  return _gather_shards(weight, axes.index("embed"), dtype, weight.dtype)
+  return _gather_shards(weight, axes, dtype, weight.dtype)
+
+
+def _on_tensor_shards(f, axes):
+  """f on each tensor shard of an array with these axes, inside a per-device program.
+
+  The partitioner, which has the tensor axis there, would gather what a collective of ours
+  is given.
+  """
+  tensor_spec = spec(axes, gathered=True)
+  return jax.shard_map(f, in_specs=tensor_spec, out_specs=tensor_spec, axis_names={TENSOR},
+                       check_vma=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather_shards(weight, axis, dtype, param_dtype):
-  return jax.lax.all_gather(weight.astype(dtype), FSDP, axis=axis, tiled=True)
+def _gather_shards(weight, axes, dtype, param_dtype):
+  gather_ = functools.partial(jax.lax.all_gather, axis_name=FSDP, axis=axes.index("embed"),
+                              tiled=True)
+  return _on_tensor_shards(gather_, axes)(weight.astype(dtype))
 
 
-def _gather_shards_fwd(weight, axis, dtype, param_dtype):
-  return _gather_shards(weight, axis, dtype, param_dtype), None
+def _gather_shards_fwd(weight, axes, dtype, param_dtype):
+  return _gather_shards(weight, axes, dtype, param_dtype), None
 
 
-def _gather_shards_bwd(axis, dtype, param_dtype, _, cotangent):
-  # XLA's TPU backend reduce-scatters along the outermost axis in memory only, and makes a
-  # full all-reduce of any other: put the axis there, and pin the layout.
-  outermost = jnp.moveaxis(cotangent, axis, 0)
-  shard = jax.lax.psum_scatter(outermost, FSDP, scatter_dimension=0, tiled=True)
-  shard = with_layout_constraint(shard, Layout(tuple(range(shard.ndim))))
-  return (jnp.moveaxis(shard, 0, axis).astype(param_dtype),)
+def _gather_shards_bwd(axes, dtype, param_dtype, _, cotangent):
+  def scatter(whole):
+    # XLA's TPU backend reduce-scatters the rows of a matrix, and makes an all-reduce of most
+    # other forms: so embed by everything else, and its layout pinned.
+    moved = jnp.moveaxis(whole, axes.index("embed"), 0)
+    rows = jax.lax.psum_scatter(moved.reshape(moved.shape[0], -1), FSDP, scatter_dimension=0,
+                                tiled=True)
+    rows = with_layout_constraint(rows, Layout((0, 1)))
+    return jnp.moveaxis(rows.reshape((-1,) + moved.shape[1:]), 0, axes.index("embed"))
+
+  return (_on_tensor_shards(scatter, axes)(cotangent).astype(param_dtype),)
 
 
 _gather_shards.defvjp(_gather_shards_fwd, _gather_shards_bwd)
@@ -183,9 +200,11 @@ def on_each_device(gradient, mesh: Mesh):
   shards = batch_shards(mesh)
 
   def reduce(path, grad):
-    sharded = "embed" in logical_axes(path_names(path))
-    axes = [a for a in ((DATA,) if sharded else (DATA, FSDP)) if mesh.shape[a] > 1]
-    return (jax.lax.psum(grad, axes) if axes else grad) / shards
+    axes = logical_axes(path_names(path))
+    over = [a for a in ((DATA,) if "embed" in axes else (DATA, FSDP)) if mesh.shape[a] > 1]
+    if over:
+      grad = _on_tensor_shards(functools.partial(jax.lax.psum, axis_name=over), axes)(grad)
+    return grad / shards
 
   def device(params, rows):
     loss, grads = gradient(params, rows)

@@ -91,8 +91,9 @@ class Trainer:
 
   @functools.cached_property
   def execution(self) -> Execution:
-    return Execution.for_platform(self.mesh.devices.flat[0].platform, self.mesh,
-                                  self.config.dtype, self.config.remat)
+    device = self.mesh.devices.flat[0]
+    return Execution.for_platform(device.platform, self.mesh, self.config.dtype, self.config.remat,
+                                  device.device_kind)
 
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:

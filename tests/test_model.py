@@ -205,3 +205,19 @@ def test_rms_norm_gradient():
   want, have = (jax.vjp(f, x, scale)[1](g) for f in (plain, lambda x, s: layers.rms_norm(x, s, 1e-6)))
   for a, b in zip(have, want):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, dict(fsdp=2, tensor=2, data=2)])
+def test_the_tpu_kernel_computes_the_same_attention(mesh):
+  """Interpreted on CPU, alone and split over a mesh."""
+  execution = Execution(mesh=mesh and sharding.make_mesh(mesh))
+  q, k, v = (jax.random.normal(key, (4, 2, 2, 256, 16)) for key in jax.random.split(jax.random.key(0), 3))
+  weights = jnp.arange(16.0)
+
+  def run(f):
+    return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(f(*qkv) * weights), (0, 1, 2)))(q, k, v)
+
+  ours = run(lambda q, k, v: attention.flash_attention(q, k, v, execution, interpret=True))
+  plain = run(lambda q, k, v: attention.causal_attention(q, k, v, 128))
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
+    np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)

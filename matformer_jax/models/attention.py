@@ -10,10 +10,21 @@ direct form, whose left operand is contracted along its rows.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from matformer_jax import sharding
+
+
+def self_attention(q, k, v, execution) -> jax.Array:
+  """Causal attention of [B, A, N, T, H], by what suits the device."""
+  if execution.flash_attention and q.shape[3] % 128 == 0:
+    return flash_attention(q, k, v, execution)
+  return causal_attention(q, k, v, execution.attention_block)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -87,6 +98,37 @@ def _attention_bwd(block, residuals, d_out):
 
 
 causal_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def flash_attention(q, k, v, execution, interpret: bool = False) -> jax.Array:
+  """As `causal_attention`, by JAX's Pallas kernel for TPU v4 and later: no scores in HBM.
+
+  At 78M, 64 x 1024 tokens on a TPU v5e core, XLA's own estimate of a step's cycles is 54%
+  attention without it. T must be a multiple of 128.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+      splash_attention_kernel as splash, splash_attention_mask as masks)
+
+  def heads(q, k, v):
+    """[b, n, T, H] of the heads and rows that are here."""
+    _, count, length, _ = q.shape
+    block = next(b for b in (512, 256, 128) if length % b == 0)
+    sizes = splash.BlockSizes(**{field.name: block for field in dataclasses.fields(splash.BlockSizes)
+                                 if field.name.startswith("block_")})
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * count), block_sizes=sizes,
+        head_shards=1, q_seq_shards=1, interpret=interpret)
+    return jax.vmap(kernel)(q, k, v)
+
+  if execution.mesh is not None:  # the partitioner cannot split a kernel
+    batch = None if execution.per_device else sharding.RULES["batch"]
+    spec = PartitionSpec(batch, sharding.RULES["head_groups"])
+    axes = {a for a in sharding.MESH_AXES if a == sharding.TENSOR or not execution.per_device}
+    mesh = None if execution.per_device else execution.mesh
+    heads = jax.shard_map(heads, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, axis_names=axes,
+                          check_vma=False)
+  merged = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+  return heads(merged(q), merged(k), merged(v)).reshape(q.shape).astype(v.dtype)
 
 
 def cached_attention(q, k, v, start) -> jax.Array:

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
 from matformer_jax.config import Execution, ModelConfig, Run
-from matformer_jax.models.attention import cached_attention, causal_attention, write_cache
+from matformer_jax.models.attention import cached_attention, self_attention, write_cache
 
 Params = Any
 
@@ -161,7 +161,7 @@ class Attention(nn.Module):
       cache = jax.lax.optimization_barrier({name: write_cache(cache[name], new, start, layer)
                                             for name, new in (("k", k), ("v", v))})
     if start is None:
-      out_BxAxNxTxH = causal_attention(q, k, v, self.execution.attention_block)
+      out_BxAxNxTxH = self_attention(q, k, v, self.execution)
     else:
       mine = cache if layer is None else jax.tree.map(lambda leaf: leaf[layer], cache)
       k, v = (mine[name][:, :, :self.heads // cfg.head_groups] for name in ("k", "v"))
