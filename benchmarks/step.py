@@ -41,13 +41,11 @@ ONE_THREAD_SHAPE = ModelConfig(vocab_size=8192, num_layers=16, d_model=256, num_
                                seq_len=512)
 
 
-class Tokens(tasks.LanguageModeling):
-  """The language-modelling task on given tokens, without a corpus."""
+class Tokens(tasks.NextToken):
+  """Next-token prediction on given tokens, without a corpus."""
 
   def __init__(self, model_config: ModelConfig, batch_size: int):
-    self.model_config = model_config
-    self.examples_per_step = batch_size * model_config.seq_len
-    self._z_loss = 0.0
+    super().__init__(model_config, batch_size)
     rng = np.random.default_rng(0)
     self.tokens = rng.integers(0, model_config.vocab_size, (batch_size, model_config.seq_len + 1),
                                np.int32)

@@ -1,4 +1,4 @@
-"""Reads collectives out of optimized HLO text, loops counted as often as they run."""
+"""Reads optimized HLO text: collectives and estimated cycles, loops counted as often as they run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)="
                      r"(?:\{([^}]*)\}|%?([\w.\-]+))")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\]\s*\{([^}]*)\})")
@@ -32,6 +33,7 @@ class Collective:
     bytes: of its results on one device.
     group: devices that take part in it together; 0 where the text does not say.
     times: how often it runs in one call of the program.
+    hidden: whether XLA runs it beside computation.
   """
 
   kind: str
@@ -39,6 +41,7 @@ class Collective:
   bytes: int
   group: int
   times: int
+  hidden: bool
 
   @property
   def wire_bytes(self) -> float:
@@ -56,8 +59,32 @@ def collectives(text: str) -> list[Collective]:
   On TPU an asynchronous collective is spread over several fusions, of which the first
   counts, and a reduce-scatter may be a fusion named after the two operations it merges.
   """
+  found = []
+  for name, lines, times, hidden in _executed(text, into_fusions=True):
+    for line in lines:
+      match = _COLLECTIVE.search(line)
+      if match:
+        kind, arrays = match.group(2), _arrays(match.group(1), match.group(2), bool(match.group(3)))
+        group = _group(line)
+        if name.startswith("all-reduce-scatter"):
+          kind, arrays = "reduce-scatter", [size // max(group, 1) for size in arrays]
+        found.append(Collective(kind, len(arrays), sum(arrays), group, times,
+                                hidden or bool(match.group(3))))
+  return found
+
+
+def estimated_cycles(text: str) -> int:
+  """XLA's own estimate of a TPU program's cycles, without collectives and Pallas kernels."""
+  return sum(times * int(cycles.group(1))
+             for _, lines, times, _ in _executed(text, into_fusions=False)
+             for line in lines if (cycles := _CYCLES.search(line)))
+
+
+def _executed(text: str, into_fusions: bool) -> list[tuple[str, list[str], int, bool]]:
+  """(name, instructions, how often it runs, whether beside others) of each computation."""
   computations, entry = _computations(text)
   times: dict[str, int] = {}
+  beside = set()
 
   def visit(name: str, factor: int) -> None:
     if name not in computations or name.startswith("async_collective_fusion"):
@@ -67,22 +94,20 @@ def collectives(text: str) -> list[Collective]:
       loop = _WHILE.search(line)
       if loop:
         visit(loop.group(2), factor * _trip_count(line, computations.get(loop.group(1), [])))
-      elif "%async-collective-done" not in line.split(" = ")[0]:
+        continue
+      if not into_fusions and " fusion(" in line:
+        continue
+      result = line.split(" = ")[0]
+      if "%async-collective-done" not in result:
         for several, one in _CALLED.findall(line):
           for callee in (several.split(",") if several else [one]):
-            visit(callee.strip().lstrip("%"), factor)
+            callee = callee.strip().lstrip("%")
+            if "%async-collective-start" in result:
+              beside.add(callee)
+            visit(callee, factor)
 
   visit(entry, 1)
-  found = []
-  for name, factor in times.items():
-    for line in computations[name]:
-      match = _COLLECTIVE.search(line)
-      if match:
-        kind, arrays = match.group(2), _arrays(match.group(1), match.group(2), bool(match.group(3)))
-        if name.startswith("all-reduce-scatter"):
-          kind, arrays = "reduce-scatter", [size // max(_group(line), 1) for size in arrays]
-        found.append(Collective(kind, len(arrays), sum(arrays), _group(line), factor))
-  return found
+  return [(name, computations[name], n, name in beside) for name, n in times.items()]
 
 
 def totals(text: str) -> dict[str, tuple[int, int]]:

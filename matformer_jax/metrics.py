@@ -12,15 +12,7 @@ from typing import Any, Mapping
 import jax
 import tensorboardX
 
-# Peak dense bf16 FLOP/s of one JAX device, from the vendors' published figures.
-# A TPU v2/v3 device is one core, half a chip.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
-}
-
+from matformer_jax.chips import PEAK_FLOPS
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
   """Peak bf16 FLOP/s of all devices of a mesh; None where unknown."""

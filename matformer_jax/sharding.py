@@ -83,6 +83,16 @@ def check_model_fits_mesh(config, mesh: Mesh) -> None:
                       f"change model.{name} to a multiple, or mesh.{axis}")
 
 
+def check_batch(batch_size: int, grad_accum: int, mesh: Mesh, name: str = "batch_size") -> None:
+  """Raises UserError where a batch does not divide over the mesh and its micro-batches."""
+  shards = batch_shards(mesh)
+  if batch_size % (shards * grad_accum):
+    raise UserError(
+        f"{name}={batch_size} is not divisible by {shards} batch shards (mesh data x fsdp)"
+        + (f" x grad_accum={grad_accum}" if grad_accum > 1 else "")
+        + f"; use a multiple of {shards * grad_accum}")
+
+
 def logical_axes(path: tuple[str, ...]) -> tuple[str, ...]:
   """Logical axes of the parameter at `path`, e.g. ('blocks', '0', 'ffn', 'in')."""
   name = "/".join(path[-2:])

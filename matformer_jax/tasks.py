@@ -60,13 +60,35 @@ class Task(Protocol):
     """Writes what a checkpoint needs beside the weights, such as a tokenizer."""
 
 
-class LanguageModeling:
-  """Next-token prediction with a MatLM."""
+class NextToken:
+  """Next-token prediction with a MatLM: model and loss, without data."""
 
   examples_unit = "tok"
 
+  def __init__(self, model_config: ModelConfig, batch_size: int, z_loss: float = 0.0):
+    self.model_config = model_config
+    self.examples_per_step = batch_size * model_config.seq_len
+    self._z_loss = z_loss
+
+  def init(self, rng):
+    return matlm.init_params(self.model_config, rng)
+
+  def slice(self, params, granularity):
+    return matlm.slice_params(params, self.model_config, granularity)
+
+  def loss(self, sub_config, execution, sub_params, batch):
+    model = matlm.MatLM(sub_config, execution)
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    hidden, embedding = model.apply({"params": sub_params}, inputs, return_hidden=True)
+    chunks = losses.num_chunks(inputs.shape, sub_config.vocab_size, execution)
+    return losses.chunked_cross_entropy(hidden, embedding, targets, chunks, self._z_loss)
+
+
+class LanguageModeling(NextToken):
+  """Next-token prediction on a corpus: a tokenizer, a token store, batches by step."""
+
   def __init__(self, config, workdir: pathlib.Path | None = None):
-    self.model_config = ModelConfig.from_dict(config.model)
+    super().__init__(ModelConfig.from_dict(config.model), config.batch_size, config.z_loss)
     data = config.data
     corpus = text.open_corpus(data.source, data.data_dir or None)
     given = data.tokenizer or _existing(workdir)
@@ -89,21 +111,6 @@ class LanguageModeling:
     self._eval_batch_size = config.eval.batch_size
     self._eval_batches = max(1, min(config.eval.batches,
                                     self._validation.num_windows // config.eval.batch_size))
-    self._z_loss = config.z_loss
-    self.examples_per_step = config.batch_size * seq_len
-
-  def init(self, rng):
-    return matlm.init_params(self.model_config, rng)
-
-  def slice(self, params, granularity):
-    return matlm.slice_params(params, self.model_config, granularity)
-
-  def loss(self, sub_config, execution, sub_params, batch):
-    model = matlm.MatLM(sub_config, execution)
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    hidden, embedding = model.apply({"params": sub_params}, inputs, return_hidden=True)
-    chunks = losses.num_chunks(inputs.shape, sub_config.vocab_size, execution)
-    return losses.chunked_cross_entropy(hidden, embedding, targets, chunks, self._z_loss)
 
   def batch(self, step, rows=None):
     return self._train.batch(step, rows)

@@ -70,7 +70,8 @@ def train(config, workdir: str | os.PathLike, hosts: Hosts = Hosts(),
   mesh = sharding.make_mesh(config.mesh)
   task = make_task(config, workdir)
   sharding.check_model_fits_mesh(task.model_config, mesh)
-  _check_batch(config, mesh)
+  sharding.check_batch(config.batch_size, config.grad_accum, mesh)
+  sharding.check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
   trainer = Trainer(task, config, mesh)
   card = cards.make_card(config, task)
   hosts.check_equal(cards.host_facts(card))
@@ -387,17 +388,6 @@ def _check_config(config) -> None:
     raise UserError(f"checkpoint.keep_last={config.checkpoint.keep_last} must be at least 1")
   if not isinstance(config.seed, int) or config.seed < 0:
     raise UserError(f"seed={config.seed!r} must be a non-negative integer")
-
-
-def _check_batch(config, mesh) -> None:
-  shards = sharding.batch_shards(mesh)
-  for name, value in (("batch_size", config.batch_size), ("eval.batch_size", config.eval.batch_size)):
-    parts = config.grad_accum if name == "batch_size" else 1
-    if value % (shards * parts):
-      raise UserError(
-          f"{name}={value} is not divisible by {shards} batch shards (mesh data x fsdp)"
-          + (f" x grad_accum={parts}" if parts > 1 else "")
-          + f"; use a multiple of {shards * parts}")
 
 
 def _say_what_is_trained(config, trainer: Trainer, counts, hosts: Hosts) -> None:

@@ -172,8 +172,8 @@ class Trainer:
   def _batch_shape(self, batch_size: int) -> tuple[int, int]:
     return (batch_size, self.task.model_config.seq_len + 1)
 
-  def lower(self, granularity: gran.Granularity):
-    """The jitted step of a granularity, lowered for the shapes of this run."""
+  def trace(self, granularity: gran.Granularity):
+    """The jitted step of a granularity, traced for the shapes of this run."""
     step = make_train_step(self.task, self.execution, self.optimizer, granularity,
                            self.config.grad_accum)
     replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
@@ -181,7 +181,11 @@ class Trainer:
                      out_shardings=(self._state_shardings, replicated))
     batch = jax.ShapeDtypeStruct(self._batch_shape(self.config.batch_size), jnp.int32,
                                  sharding=sharding.batch_sharding(self.mesh))
-    return jitted.lower(self.abstract_state, batch)
+    return jitted.trace(self.abstract_state, batch)
+
+  def lower(self, granularity: gran.Granularity):
+    """The same, lowered."""
+    return self.trace(granularity).lower()
 
   def compile(self) -> dict[int, Callable]:
     """Compiles the step of every granularity that is sampled, in parallel."""

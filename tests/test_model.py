@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from matformer_jax import granularity as gran
+from matformer_jax import sharding
 from matformer_jax.config import Execution, ModelConfig
 from matformer_jax.models import attention, layers, matlm
 

@@ -14,20 +14,18 @@ from matformer_jax import UserError, hlo, optim, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.config import ModelConfig
 from matformer_jax.models import matlm
-from matformer_jax.tasks import LanguageModeling
+from matformer_jax.tasks import NextToken
 from matformer_jax.trainer import Trainer, TrainState
 
 MODEL = ModelConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16,
                     ffn_groups=4, head_groups=2)
 
 
-class StubTask(LanguageModeling):
-  """Language modelling on a fixed array of tokens, without corpus or tokenizer."""
+class StubTask(NextToken):
+  """Next-token prediction on random tokens."""
 
   def __init__(self, model_config=MODEL):
-    self.model_config = model_config
-    self.examples_per_step = 16 * model_config.seq_len
-    self._z_loss = 1e-4
+    super().__init__(model_config, 16, z_loss=1e-4)
 
   def batch(self, step, rows):
     return np.random.default_rng(step).integers(0, 96, (16, 17)).astype(np.int32)[rows]

@@ -1,0 +1,64 @@
+"""What accelerators can do, from their vendors' published figures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+  """One generation of TPU. A JAX device is a core of v2 and v3, a chip of later ones.
+
+  Attributes:
+    name: as topologies name it, `v5e:16x16`.
+    device_kind: as JAX names a device.
+    cores_per_chip: JAX devices per chip.
+    hbm_bytes: per chip.
+    peak_flops: bf16 FLOP/s per chip.
+    hbm_bytes_per_s: per chip.
+    links, link_bytes_per_s: inter-chip links of a chip, and one link's rate one way.
+    multiplies: bf16 multiply-accumulates per cycle and chip; with peak_flops, the clock.
+    accelerator_type: what the compiler library wants to hear of the machine.
+    example: a topology.
+  """
+
+  name: str
+  device_kind: str
+  cores_per_chip: int
+  hbm_bytes: int
+  peak_flops: float
+  hbm_bytes_per_s: float
+  links: int
+  link_bytes_per_s: float
+  multiplies: int
+  accelerator_type: str
+  example: str
+
+  @property
+  def clock_hz(self) -> float:
+    """Cycles per second of the matrix units at peak."""
+    return self.peak_flops / (2 * self.multiplies)
+
+
+# Sources: Google Cloud's TPU system architecture pages. Links: v3 656 Gbit/s each; of later
+# generations the pages give a chip's total, both ways counted once (v4 2400, v5e 1600,
+# v5p 4800, v6e 3584 Gbit/s). Matrix units: 128 x 128, and 256 x 256 from v6e.
+TPUS = {tpu.name: tpu for tpu in (
+    Tpu("v3", "TPU v3", 2, 32 * GIB, 123e12, 900e9, 4, 82e9, 4 * 128**2, "v3-32", "v3:16x16"),
+    Tpu("v4", "TPU v4", 1, 32 * GIB, 275e12, 1228e9, 6, 50e9, 8 * 128**2, "v4-128", "v4:4x4x4"),
+    Tpu("v5e", "TPU v5 lite", 1, 16 * GIB, 197e12, 819e9, 4, 50e9, 4 * 128**2, "v5litepod-256",
+        "v5e:16x16"),
+    Tpu("v5p", "TPU v5", 1, 95 * GIB, 459e12, 2765e9, 6, 100e9, 8 * 128**2, "v5p-128", "v5p:4x4x4"),
+    Tpu("v6e", "TPU v6 lite", 1, 32 * GIB, 918e12, 1640e9, 4, 112e9, 4 * 256**2, "v6e-256",
+        "v6e:16x16"),
+)}
+
+# Peak dense bf16 FLOP/s of one JAX device.
+PEAK_FLOPS = {
+    **{tpu.device_kind: tpu.peak_flops / tpu.cores_per_chip for tpu in TPUS.values()},
+    "TPU v2": 22.5e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
+}
