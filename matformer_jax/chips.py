@@ -20,7 +20,7 @@ class Tpu:
     hbm_bytes_per_s: per chip.
     links, link_bytes_per_s: inter-chip links of a chip, and one link's rate one way.
     multiplies: bf16 multiply-accumulates per cycle and chip; with peak_flops, the clock.
-    accelerator_type: what the compiler library wants to hear of the machine.
+    accelerator_type, chip_config: what the compiler library wants to hear of the machine.
     example: a topology.
   """
 
@@ -34,6 +34,7 @@ class Tpu:
   link_bytes_per_s: float
   multiplies: int
   accelerator_type: str
+  chip_config: str
   example: str
 
   @property
@@ -46,12 +47,14 @@ class Tpu:
 # generations the pages give a chip's total, both ways counted once (v4 2400, v5e 1600,
 # v5p 4800, v6e 3584 Gbit/s). Matrix units: 128 x 128, and 256 x 256 from v6e.
 TPUS = {tpu.name: tpu for tpu in (
-    Tpu("v3", "TPU v3", 2, 32 * GIB, 123e12, 900e9, 4, 82e9, 4 * 128**2, "v3-32", "v3:16x16"),
-    Tpu("v4", "TPU v4", 1, 32 * GIB, 275e12, 1228e9, 6, 50e9, 8 * 128**2, "v4-128", "v4:4x4x4"),
+    Tpu("v3", "TPU v3", 2, 32 * GIB, 123e12, 900e9, 4, 82e9, 4 * 128**2, "v3-32", "default", "v3:16x16"),
+    Tpu("v4", "TPU v4", 1, 32 * GIB, 275e12, 1228e9, 6, 50e9, 8 * 128**2, "v4-128", "megacore",
+        "v4:4x4x4"),
     Tpu("v5e", "TPU v5 lite", 1, 16 * GIB, 197e12, 819e9, 4, 50e9, 4 * 128**2, "v5litepod-256",
-        "v5e:16x16"),
-    Tpu("v5p", "TPU v5", 1, 95 * GIB, 459e12, 2765e9, 6, 100e9, 8 * 128**2, "v5p-128", "v5p:4x4x4"),
-    Tpu("v6e", "TPU v6 lite", 1, 32 * GIB, 918e12, 1640e9, 4, 112e9, 4 * 256**2, "v6e-256",
+        "default", "v5e:16x16"),
+    Tpu("v5p", "TPU v5", 1, 95 * GIB, 459e12, 2765e9, 6, 100e9, 8 * 128**2, "v5p-128", "default",
+        "v5p:4x4x4"),
+    Tpu("v6e", "TPU v6 lite", 1, 32 * GIB, 918e12, 1640e9, 4, 112e9, 4 * 256**2, "v6e-256", "default",
         "v6e:16x16"),
 )}
 

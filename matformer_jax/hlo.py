@@ -18,6 +18,7 @@ _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)="
                      r"(?:\{([^}]*)\}|%?([\w.\-]+))")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN_CYCLES = 2**62
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\]\s*\{([^}]*)\})")
@@ -77,7 +78,8 @@ def estimated_cycles(text: str) -> int:
   """XLA's own estimate of a TPU program's cycles, without collectives and Pallas kernels."""
   return sum(times * int(cycles.group(1))
              for _, lines, times, _ in _executed(text, into_fusions=False)
-             for line in lines if (cycles := _CYCLES.search(line)))
+             for line in lines
+             if (cycles := _CYCLES.search(line)) and int(cycles.group(1)) < _UNKNOWN_CYCLES)
 
 
 def _executed(text: str, into_fusions: bool) -> list[tuple[str, list[str], int, bool]]:

@@ -16,8 +16,10 @@ import functools
 import json
 import math
 import os
+import pathlib
 import re
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -26,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matformer_jax import chips, cli, hlo, runtime, sharding, tables
+from matformer_jax import chips, cli, hlo, sharding, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import ModelConfig
 from matformer_jax.decode import Decoder, State
@@ -59,7 +61,8 @@ def topology_devices(topology: str) -> tuple[chips.Tpu, list[jax.Device]]:
   jax.config.update("jax_platforms", "cpu")
   from jax.experimental import topologies
   try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology,
+                                           chip_config_name=tpu.chip_config).devices
   except Exception as e:
     text = " ".join(str(e).split())
     if "libtpu" in text.lower() and "open" in text.lower() or "not found" in text.lower():
@@ -136,15 +139,19 @@ class DoesNotFit(Exception):
 
 
 def compile_program(lowered):
-  """`lowered.compile()`. Raises DoesNotFit where memory does not suffice."""
-  try:
-    return lowered.compile()
-  except jax.errors.JaxRuntimeError as e:
-    text = str(e)
-    used = re.search(r"Used ([\d.]+)([KMGT])? of [\d.]+[KMGT]? hbm", text)
-    if "RESOURCE_EXHAUSTED" not in text or not used:
-      raise
-    raise DoesNotFit(int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " "))) from e
+  """(compiled, optimized HLO text). Raises DoesNotFit where memory does not suffice."""
+  with tempfile.TemporaryDirectory() as directory:
+    try:
+      # `as_text` cannot print what the compiler makes for a v5p; its own dump can.
+      compiled = lowered.compile(compiler_options={"xla_dump_to": directory})
+    except jax.errors.JaxRuntimeError as e:
+      text = str(e)
+      used = re.search(r"Used ([\d.]+)([KMGT])? of [\d.]+[KMGT]? hbm", text)
+      if "RESOURCE_EXHAUSTED" not in text or not used:
+        raise
+      raise DoesNotFit(int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " "))) from e
+    dumps = pathlib.Path(directory).glob("*.after_optimizations.txt")
+    return compiled, max(dumps, key=lambda path: path.stat().st_size).read_text()
 
 
 def memory(compiled) -> dict[str, int]:
@@ -165,7 +172,7 @@ def plan_step(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu) -
   started = time.perf_counter()
   traced = trainer.trace(granularity)
   try:
-    compiled = compile_program(traced.lower())
+    compiled, text = compile_program(traced.lower())
   except DoesNotFit as e:
     parts["temporaries"] = e.used - sum(parts.values())
     return result | {"fits": False, "hbm_bytes_per_core": e.used,
@@ -173,7 +180,6 @@ def plan_step(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu) -
   used = memory(compiled)
   parts |= {k: used[k] for k in ("temporaries", "code")}
   parts["batch and other"] = used["arguments"] + used["outputs"] - tree_bytes(state)
-  text = compiled.as_text()
   collectives = hlo.collectives(text)
   kinds = {kind: [c for c in collectives if c.kind == kind] for kind in hlo.KINDS}
   wire = sum(c.wire_bytes for c in collectives)
@@ -228,11 +234,10 @@ def plan_decode(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu,
                 decoder.heads)
   capacity = tpu.hbm_bytes // tpu.cores_per_chip
   try:
-    compiled = compile_program(Decoder._advance.lower(decoder, weights, state, jnp.int32(1)))
+    compiled, text = compile_program(Decoder._advance.lower(decoder, weights, state, jnp.int32(1)))
   except DoesNotFit as e:
     return {"fits": False, "hbm_bytes_per_core": e.used, "hbm_capacity": capacity}
   used = memory(compiled)
-  text = compiled.as_text()
   # One pass through the loop; what is read must be read once a token.
   exposed = sum(c.wire_bytes for c in hlo.collectives(text))
   seconds = max(hlo.estimated_cycles(text) / tpu.clock_hz,
@@ -392,7 +397,6 @@ def main(argv) -> None:
   config = cli.read_config(_CONFIG)
   if not _TOPOLOGY.value:
     raise UserError("--topology is missing; give e.g. --topology=v3:16x16, or list")
-  runtime.enable_compilation_cache()
   plan = make_plan(config, _TOPOLOGY.value, _MESH.value, _GRANULARITIES.value, _DECODE_BATCH.value,
                    lambda message: print(message, file=sys.stderr, flush=True))
   print(json.dumps(plan, indent=1) if _JSON.value else "\n" + report(plan))
