@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Runs a training command until it is done, through preemptions and lost machines.
+#
+#   launch/babysit.sh [--max-restarts=20] [--backoff=10] [--dry-run] -- COMMAND...
+#   launch/babysit.sh --tpu=NAME [--queued] ... -- --config=configs/matlm.py:850M --workdir=/mnt/runs/{run_id}
+#
+# Starts the command again when it ends with 42 (a lost peer, a hang) or 143 (preempted), after a
+# pause that doubles up to 10 minutes and starts anew after a run of 10 minutes; ends with its
+# code on any other, and after --max-restarts. {run_id} in the command is the same string in every
+# attempt: RUN_ID, or the time of the first start. SIGTERM to babysit.sh goes to the command, and
+# then nothing is started again.
+#
+# With --tpu=NAME the command is matformer_jax.train's arguments, run on all workers of that TPU
+# VM; a node found preempted or gone is deleted and created anew first (tpu_vm.sh, or
+# queued_resource.sh with --queued; their settings are taken from the environment).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
+
+max_restarts=20 backoff=10 tpu='' maker=tpu_vm.sh
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --dry-run) DRY_RUN=1 ;;
+    --max-restarts=*) max_restarts=${1#*=} ;;
+    --backoff=*) backoff=${1#*=} ;;
+    --tpu=*) tpu=${1#*=} ;;
+    --queued) maker=queued_resource.sh ;;
+    --) shift; break ;;
+    *) fail "unknown option $1; see $0 --help" ;;
+  esac
+  shift
+done
+[ $# -gt 0 ] || fail "no command; see $0 --help"
+export DRY_RUN
+RUN_ID=${RUN_ID:-$(date -u +%Y%m%d-%H%M%S)}
+export RUN_ID
+command=("${@//\{run_id\}/$RUN_ID}")
+if [ -n "$tpu" ]; then
+  export TPU_NAME=$tpu
+  command=(launch/tpu_vm.sh run -- "${command[@]}")
+fi
+
+child='' stopped=0
+forward() {
+  stopped=1
+  [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+}
+trap forward TERM INT
+
+attempt=0 pause=$backoff
+while true; do
+  started=$SECONDS
+  code=0
+  if [ -n "$tpu" ]; then
+    launch/"$maker" ensure || fail "$maker could not provide $tpu"
+  fi
+  if [ "$DRY_RUN" = 1 ]; then
+    if [ -n "$tpu" ]; then "${command[@]}"; else run "${command[@]}"; fi
+    exit 0
+  fi
+  "${command[@]}" &
+  child=$!
+  while true; do
+    code=0
+    wait "$child" || code=$?
+    kill -0 "$child" 2>/dev/null || break # else a signal interrupted the wait
+  done
+  child=''
+  if [ -n "$tpu" ] && [ "$code" = 255 ]; then
+    code=42 # the connection broke: the node is probably gone
+  fi
+  if ! is_retryable "$code" || [ "$stopped" = 1 ]; then
+    say "run $RUN_ID: ended with $code after $attempt restarts"
+    exit "$code"
+  fi
+  if [ "$attempt" -ge "$max_restarts" ]; then
+    say "run $RUN_ID: ended with $code; giving up after $attempt restarts"
+    exit "$code"
+  fi
+  attempt=$((attempt + 1))
+  [ $((SECONDS - started)) -lt 600 ] || pause=$backoff
+  say "run $RUN_ID: ended with $code; restart $attempt of $max_restarts in $pause s"
+  sleep "$pause" &
+  wait $! || true
+  [ "$stopped" = 0 ] || exit 143
+  pause=$((pause * 2 > 600 ? 600 : pause * 2))
+done

@@ -1,0 +1,36 @@
+# Sourced by the other scripts: messages, dry runs, options.
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # used by the scripts that source this
+
+DRY_RUN=${DRY_RUN:-0}
+# The exit codes of matformer_jax.train that mean: run the same command again.
+RETRYABLE="42 143"
+
+say() { printf '%s\n' "$*" >&2; }
+
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# usage: prints the comment at the head of the calling script.
+usage() { sed -n '2,/^[^#]/{ /^#/s/^# \{0,1\}//p; }' "$0"; }
+
+# run COMMAND...: runs it, or with --dry-run prints exactly what would run.
+run() {
+  if [ "$DRY_RUN" = 1 ]; then
+    printf '%s\n' "${*@Q}"
+  else
+    "$@"
+  fi
+}
+
+# need NAME...: fails unless the variables are set.
+need() {
+  local name
+  for name; do
+    [ -n "${!name:-}" ] || fail "$name is not set; see $0 --help"
+  done
+}
+
+is_retryable() { [[ " $RETRYABLE " == *" $1 "* ]]; }

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Trains on GKE as a JobSet (jobset.yaml). Needs kubectl and the JobSet controller.
+#
+#   launch/jobset.sh [--dry-run] apply|logs|status|delete -- --config=configs/matlm.py:850M --workdir=/mnt/runs/first
+#
+# Settings, by environment: NAME (matformer), IMAGE, TPU_ACCELERATOR (tpu-v5-lite-podslice),
+# TPU_TOPOLOGY (4x4), HOSTS (4), CHIPS_PER_HOST (4), CLAIM (matformer-runs, a shared volume that
+# is mounted at /mnt/runs), MAX_RESTARTS (20).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
+
+action='' train_args=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --dry-run) DRY_RUN=1 ;;
+    --) shift; train_args=("$@"); break ;;
+    *) action=$1 ;;
+  esac
+  shift
+done
+NAME=${NAME:-matformer}
+
+manifest() {
+  need IMAGE
+  [ ${#train_args[@]} -gt 0 ] || fail "no arguments for training; see $0 --help"
+  local args='' arg
+  for arg in "${train_args[@]}"; do
+    arg=${arg//\\/\\\\}
+    args+="\"${arg//\"/\\\"}\", "
+  done
+  local text
+  text=$(cat launch/jobset.yaml)
+  text=${text//@NAME@/$NAME}
+  text=${text//@IMAGE@/$IMAGE}
+  text=${text//@TPU_ACCELERATOR@/${TPU_ACCELERATOR:-tpu-v5-lite-podslice}}
+  text=${text//@TPU_TOPOLOGY@/${TPU_TOPOLOGY:-4x4}}
+  text=${text//@HOSTS@/${HOSTS:-4}}
+  text=${text//@CHIPS_PER_HOST@/${CHIPS_PER_HOST:-4}}
+  text=${text//@CLAIM@/${CLAIM:-matformer-runs}}
+  text=${text//@MAX_RESTARTS@/${MAX_RESTARTS:-20}}
+  printf '%s\n' "${text//@ARGS@/${args%, }}"
+}
+
+case "$action" in
+  apply)
+    rendered=$(manifest)
+    if [ "$DRY_RUN" = 1 ]; then
+      printf '%s\n' "$rendered"
+      run kubectl apply -f -
+    else
+      printf '%s\n' "$rendered" | kubectl apply -f -
+    fi ;;
+  logs) run kubectl logs --follow --tail=100 "--selector=jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0" ;;
+  status) run kubectl get jobset "$NAME" ;;
+  delete) run kubectl delete jobset "$NAME" ;;
+  *) fail "unknown action '$action'; see $0 --help" ;;
+esac

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# A TPU slice by queued resource: waits in line for capacity, and lines up again when preempted.
+#
+#   launch/queued_resource.sh [--dry-run] create|ensure|status|delete
+#   launch/queued_resource.sh run -- --config=configs/matlm.py:850M --workdir=/mnt/runs/first
+#
+# Settings as for tpu_vm.sh, and QUEUE_FOR (24h): how long to stay in line.
+#
+#   ensure   lines up, waits until the slice is active, copies this checkout and installs it;
+#            a request that was suspended (preempted) or has failed is deleted and made again
+#   run      ensure, then train once (babysit.sh --queued goes on through preemptions)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
+
+action='' train_args=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --dry-run) DRY_RUN=1 ;;
+    --) shift; train_args=("$@"); break ;;
+    *) action=$1 ;;
+  esac
+  shift
+done
+export DRY_RUN
+need TPU_NAME ZONE
+where=("$TPU_NAME" "--zone=$ZONE")
+[ -z "${PROJECT:-}" ] || where+=("--project=$PROJECT")
+queue=(gcloud compute tpus queued-resources)
+
+state() {
+  "${queue[@]}" describe "${where[@]}" '--format=value(state.state)' 2>/dev/null || echo ABSENT
+}
+
+create() {
+  local spot=()
+  [ "${SPOT:-0}" != 1 ] || spot=(--spot)
+  run "${queue[@]}" create "${where[@]}" "--node-id=$TPU_NAME" \
+    "--accelerator-type=${ACCELERATOR_TYPE:-v5litepod-16}" \
+    "--runtime-version=${RUNTIME:-v2-alpha-tpuv5-lite}" \
+    "--valid-until-duration=${QUEUE_FOR:-24h}" "${spot[@]}"
+}
+
+delete() { run "${queue[@]}" delete "${where[@]}" --force --quiet; }
+
+ensure() {
+  local now fresh=0
+  if [ "$DRY_RUN" = 1 ]; then
+    create
+    fresh=1
+  fi
+  while [ "$DRY_RUN" = 0 ]; do
+    now=$(state)
+    case "$now" in
+      ACTIVE) break ;;
+      ABSENT) create; fresh=1 ;;
+      SUSPENDED | SUSPENDING | FAILED)
+        say "queued resource $TPU_NAME is $now; making it again"
+        delete ;;
+      *) say "queued resource $TPU_NAME is $now; waiting"; sleep "${POLL_SECONDS:-30}" ;;
+    esac
+  done
+  [ "$fresh" = 0 ] || { launch/tpu_vm.sh copy && launch/tpu_vm.sh install; }
+}
+
+case "$action" in
+  create | delete | ensure) "$action" ;;
+  status) run "${queue[@]}" describe "${where[@]}" '--format=value(state.state)' ;;
+  run) ensure; exec launch/tpu_vm.sh run -- "${train_args[@]}" ;;
+  *) fail "unknown action '$action'; see $0 --help" ;;
+esac

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# A TPU VM slice, from creation to deletion. Needs gcloud, signed in.
+#
+#   launch/tpu_vm.sh [--dry-run] create|ensure|copy|install|run|logs|status|delete
+#   launch/tpu_vm.sh run -- --config=configs/matlm.py:850M --workdir=/mnt/runs/first
+#   launch/tpu_vm.sh all -- ...          ensure, run, delete
+#
+# Settings, by environment: TPU_NAME, ZONE, PROJECT, ACCELERATOR_TYPE (v5litepod-16), RUNTIME
+# (v2-alpha-tpuv5-lite), SPOT=1 for preemptible capacity.
+#
+#   ensure   creates the slice unless it is ready; one that was preempted is deleted first;
+#            then copies this checkout to all workers and installs it
+#   run      trains on all workers, attached: their output appears here and in ~/train.log
+#            there, and the exit code is the training's
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
+
+action='' train_args=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --dry-run) DRY_RUN=1 ;;
+    --) shift; train_args=("$@"); break ;;
+    *) action=$1 ;;
+  esac
+  shift
+done
+need TPU_NAME ZONE
+ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v5litepod-16}
+RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
+where=("$TPU_NAME" "--zone=$ZONE")
+[ -z "${PROJECT:-}" ] || where+=("--project=$PROJECT")
+tpus=(gcloud compute tpus tpu-vm)
+
+on_all() { run "${tpus[@]}" ssh "${where[@]}" --worker=all "--command=$1"; }
+
+state() { "${tpus[@]}" describe "${where[@]}" '--format=value(state)' 2>/dev/null || echo ABSENT; }
+
+create() {
+  local spot=()
+  [ "${SPOT:-0}" != 1 ] || spot=(--spot)
+  run "${tpus[@]}" create "${where[@]}" "--accelerator-type=$ACCELERATOR_TYPE" \
+    "--version=$RUNTIME" "${spot[@]}"
+}
+
+delete() { run "${tpus[@]}" delete "${where[@]}" --quiet; }
+
+copy() {
+  run mkdir -p build
+  run git archive --format=tar.gz --output=build/matformer_jax.tar.gz HEAD
+  run "${tpus[@]}" scp build/matformer_jax.tar.gz "$TPU_NAME:" "${where[@]:1}" --worker=all
+}
+
+install() {
+  on_all "mkdir -p matformer_jax && tar -xzf matformer_jax.tar.gz -C matformer_jax && python3 -m venv .venv && .venv/bin/pip install -q './matformer_jax[tpu,gcs]'"
+}
+
+ensure() {
+  local now=ABSENT
+  [ "$DRY_RUN" = 1 ] || now=$(state)
+  case "$now" in
+    READY) say "$TPU_NAME is ready"; return ;;
+    ABSENT) ;;
+    CREATING | STARTING | RESTARTING | REPAIRING)
+      say "$TPU_NAME is $now; waiting"
+      sleep "${POLL_SECONDS:-30}"
+      ensure
+      return ;;
+    *) say "$TPU_NAME is $now; deleting it"; delete ;;
+  esac
+  create
+  copy
+  install
+}
+
+train() {
+  [ ${#train_args[@]} -gt 0 ] || fail "no arguments for training; see $0 --help"
+  # exec: the signals of a dying connection reach Python, which saves.
+  on_all "cd matformer_jax && exec ../.venv/bin/python -u -m matformer_jax.train ${train_args[*]@Q} > >(tee -a ~/train.log) 2>&1"
+}
+
+case "$action" in
+  create | delete | copy | install | ensure) "$action" ;;
+  run) train ;;
+  logs) run "${tpus[@]}" ssh "${where[@]}" --worker=0 '--command=tail -n 100 -F train.log' ;;
+  status) run "${tpus[@]}" describe "${where[@]}" '--format=value(state)' ;;
+  all) ensure; train; delete ;;
+  *) fail "unknown action '$action'; see $0 --help" ;;
+esac
