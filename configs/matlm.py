@@ -85,7 +85,7 @@ def _base() -> ml_collections.ConfigDict:
           norm_eps=1e-6,
       ),
       data=dict(
-          source="stdlib",  # text:GLOB, tfds:NAME[/CONFIG]:FEATURE
+          source="stdlib",  # text:GLOB, tfds:NAME[/CONFIG]:FEATURE, tokens:DIR (data.prepare)
           data_dir="",  # where TFDS datasets were prepared
           tokenizer="",  # a SentencePiece .model file; empty trains one
           tokenizer_type="bpe",
@@ -126,6 +126,8 @@ def _table_4(config, d_model: int, billion_tokens: int) -> None:
   # multiple of 16 at every size, which bf16 tiles want.
   config.model.ffn_groups = 8
   config.model.head_groups = 4
+  # Fits every slice in docs/pods.md; fewer than 16 devices want a smaller mesh.fsdp.
+  config.mesh.update(dict(data=-1, fsdp=16))
   config.batch_size = 1024  # x 1024 tokens = 1M
   config.steps = GRANULARITIES * billion_tokens * 10**9 // (1024 * 1024)
   config.data.source = "tfds:c4/en:text"

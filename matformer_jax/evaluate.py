@@ -17,29 +17,29 @@ from matformer_jax import cli, runtime, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import ModelConfig
 from matformer_jax.data import text
+from matformer_jax.data.store import TokenStore
 from matformer_jax.errors import UserError
 from matformer_jax.evals import lm
 from matformer_jax.evals.bigram import bigram_loss
 from matformer_jax.loading import Model, load
 
 
-def validation_store(model: Model) -> text.TokenStore:
+def validation_store(model: Model) -> TokenStore:
   """The token store the model was trained with, remade from its source if need be.
 
   Raises:
     UserError: if the source no longer gives the same tokens.
   """
   data = model.card["config"]["data"]
-  corpus = text.open_corpus(data["source"], data["data_dir"] or None)
-  store = text.get_store(corpus, model.tokenizer, data["validation_fraction"],
-                         data["cache_dir"] or None)
+  store = text.open_source(data["source"], data["data_dir"] or None, lambda corpus: model.tokenizer,
+                           data["validation_fraction"], data["cache_dir"] or None)[0]
   if store.fingerprint != model.card["identity"]["tokens"]:
     raise UserError(f"data.source={data['source']!r} no longer gives the tokens this model was "
                     "trained on (another version of the corpus?); evaluate where it was trained")
   return store
 
 
-def evaluate(model: Model, store: text.TokenStore, granularities: Sequence[gran.Granularity],
+def evaluate(model: Model, store: TokenStore, granularities: Sequence[gran.Granularity],
              consistency: bool, max_batches: int = 0, batch_size: int = 16) -> list[lm.Result]:
   """Measures `granularities` on whole validation windows, in order.
 

@@ -150,7 +150,7 @@ def compile_program(lowered):
       if "RESOURCE_EXHAUSTED" not in text or not used:
         raise
       raise DoesNotFit(int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " "))) from e
-    dumps = pathlib.Path(directory).glob("*.after_optimizations.txt")
+    dumps = pathlib.Path(directory).glob("*.after_codegen.txt")
     return compiled, max(dumps, key=lambda path: path.stat().st_size).read_text()
 
 

@@ -90,19 +90,21 @@ class LanguageModeling(NextToken):
   def __init__(self, config, workdir: pathlib.Path | None = None):
     super().__init__(ModelConfig.from_dict(config.model), config.batch_size, config.z_loss)
     data = config.data
-    corpus = text.open_corpus(data.source, data.data_dir or None)
     given = data.tokenizer or _existing(workdir)
-    if given:
-      self.tokenizer = Tokenizer.from_file(given)
-    else:
-      self.tokenizer = text.get_tokenizer(corpus, self.model_config.vocab_size,
-                                          data.tokenizer_type, data.tokenizer_sample_bytes,
-                                          data.cache_dir or None)
+    cache_dir = data.cache_dir or None
+
+    def make_tokenizer(corpus: text.Corpus) -> Tokenizer:
+      if given:
+        return Tokenizer.from_file(given)
+      return text.get_tokenizer(corpus, self.model_config.vocab_size, data.tokenizer_type,
+                                data.tokenizer_sample_bytes, cache_dir)
+
+    self.store, self.tokenizer = text.open_source(
+        data.source, data.data_dir or None, make_tokenizer, data.validation_fraction, cache_dir)
     if self.tokenizer.vocab_size > self.model_config.vocab_size:
       raise UserError(f"model.vocab_size={self.model_config.vocab_size} is smaller than the "
-                      f"tokenizer's {self.tokenizer.vocab_size} pieces ({given}); raise it")
-    self.store = text.get_store(corpus, self.tokenizer, data.validation_fraction,
-                                data.cache_dir or None)
+                      f"tokenizer's {self.tokenizer.vocab_size} pieces ({given or data.source}); "
+                      "raise it")
     seq_len = self.model_config.seq_len
     self._train = text.Windows(self.store.tokens["train"], seq_len, config.batch_size,
                                config.seed)

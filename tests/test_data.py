@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 
 from matformer_jax import UserError
+from matformer_jax.data import prepare
+from matformer_jax.data import store as store_format
 from matformer_jax.data import text
 from matformer_jax.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -203,28 +207,28 @@ def test_store_holds_every_document_once(corpus, tokenizer, tmp_path):
   store = text.get_store(corpus, tokenizer, 0.2, str(tmp_path / "cache"))
   documents = list(corpus.documents())
   decoded = []
-  for split in text.SPLITS:
-    tokens = store.tokens[split]
+  for split in store_format.SPLITS:
+    tokens = np.asarray(store.tokens[split])
     assert tokens[-1] == tokenizer.eos_id
     ends = np.flatnonzero(tokens == tokenizer.eos_id)
     for start, stop in zip([0, *(ends[:-1] + 1)], ends):
       decoded.append(tokenizer.decode(tokens[start:stop]))
   assert sorted(decoded) == sorted(documents)
-  assert store.manifest["files"]["validation"]["documents"] == pytest.approx(0.2 * len(documents), abs=1)
+  assert store.total("validation", "documents") == pytest.approx(0.2 * len(documents), abs=1)
 
 
 def test_store_is_made_once_and_remade_when_damaged(corpus, tmp_path, capfd):
   tokenizer = train_tokenizer(SAMPLE, 400, "bpe", 10**6)
   get = lambda: text.get_store(corpus, tokenizer, 0.2, str(tmp_path / "cache"))
   first = get()
-  made = (first.path / "train.bin").stat().st_mtime_ns
+  made = (first.path / "train-00000.bin").stat().st_mtime_ns
   assert get().fingerprint == first.fingerprint
-  assert (first.path / "train.bin").stat().st_mtime_ns == made
-  content = bytearray((first.path / "train.bin").read_bytes())
+  assert (first.path / "train-00000.bin").stat().st_mtime_ns == made
+  content = bytearray((first.path / "train-00000.bin").read_bytes())
   content[100] ^= 1
-  (first.path / "train.bin").write_bytes(content)
-  with pytest.raises(UserError, match="train.bin fails its checksum"):
-    text.open_store(first.path)
+  (first.path / "train-00000.bin").write_bytes(content)
+  with pytest.raises(UserError, match="train-00000.bin fails its checksum"):
+    store_format.open_store(first.path)
   assert get().fingerprint == first.fingerprint
   assert "tokenising again" in capfd.readouterr().err
 
@@ -258,7 +262,7 @@ def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
   process = subprocess.Popen([sys.executable, "-c", program], cwd=conftest.ROOT,
                              stderr=subprocess.DEVNULL)
   deadline = time.time() + 120
-  while not [p for p in cache.glob("tokens-*.tmp*/train.bin") if p.stat().st_size > 0]:
+  while not [p for p in cache.glob("tokens-*.tmp*/train-00000.bin") if p.stat().st_size > 0]:
     assert time.time() < deadline and process.poll() is None
     time.sleep(0.005)
   process.send_signal(signal.SIGKILL)
@@ -267,7 +271,7 @@ def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
   corpus = text.open_corpus("stdlib")
   tokenizer = text.get_tokenizer(corpus, 400, "bpe", 10**5, str(cache))
   store = text.get_store(corpus, tokenizer, 0.1, str(cache))
-  assert store.manifest["files"]["train"]["bytes"] > 4e6
+  assert store.total("train", "bytes") > 4e6
   assert not list(cache.glob("*.tmp*"))
 
 
@@ -275,6 +279,121 @@ def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
 def test_split_errors(corpus, fraction, words, tmp_path):
   with pytest.raises(UserError, match=words):
     text.get_store(corpus, train_tokenizer(SAMPLE, 400, "bpe", 10**6), fraction, str(tmp_path / "c"))
+
+
+def test_shards_read_like_one_array():
+  whole = np.arange(100, dtype=np.uint16)
+  tokens = store_format.Tokens(np.split(whole, [0, 7, 7, 40, 99]), np.uint16)
+  assert len(tokens) == 100 and tokens[40] == 40 and tokens[-1] == 99
+  for start in range(0, 100, 3):
+    for stop in range(start, 101, 7):
+      np.testing.assert_array_equal(tokens[start:stop], whole[start:stop])
+  np.testing.assert_array_equal(np.asarray(tokens), whole)
+  np.testing.assert_array_equal(tokens[90:200], whole[90:])
+
+
+# ------------------------------------------------------------------ preparation
+
+PREPARE = ["--source=stdlib", "--vocab_size=600", "--tokenizer_type=bpe",
+           "--tokenizer_sample_bytes=300000", "--validation_fraction=0.05", "--parts=6"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> pathlib.Path:
+  out = tmp_path_factory.mktemp("prepared") / "store"
+  result = conftest.run_program("data.prepare", *PREPARE, f"--out={out}", "--workers=2")
+  assert result.returncode == 0, result.stderr
+  assert "MB/s a process" in result.stdout and "c4/en" in result.stdout
+  return out
+
+
+def test_a_prepared_store_is_the_corpus(prepared):
+  store, tokenizer = text.open_prepared(str(prepared))
+  corpus = text.open_corpus("stdlib")
+  assert [len(v) for v in store.manifest["shards"].values()] == [6, 6]
+  assert sum(store.total(s, "documents") for s in store_format.SPLITS) == len(list(corpus.documents()))
+  assert sum(store.total(s, "bytes") for s in store_format.SPLITS) == sum(
+      len(d.encode("utf-8", "replace")) for d in corpus.documents())
+  first = next(corpus.part(3, 6))
+  shard = np.fromfile(prepared / "train-00003.bin", np.uint16)
+  assert tokenizer.decode(shard[:np.flatnonzero(shard == tokenizer.eos_id)[0]]) == first
+
+
+def test_the_parts_are_the_corpus():
+  corpus = text.open_corpus("stdlib")
+  whole = list(corpus.documents())
+  for count in (3, 64):
+    assert [d for i in range(count) for d in corpus.part(i, count)] == whole
+  sizes = [sum(map(len, corpus.part(i, 4))) for i in range(4)]
+  assert max(sizes) < 1.3 * min(sizes)
+
+
+def test_preparation_goes_on_after_a_kill(prepared, tmp_path):
+  out = tmp_path / "store"
+  command = conftest.command("data.prepare", *PREPARE, f"--out={out}", "--workers=1")
+  process = subprocess.Popen(command, cwd=conftest.ROOT, env=conftest.PROGRAM_ENV,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+  deadline = time.time() + 120
+  while len(store_format.written_parts(out, 6)) < 2:
+    assert time.time() < deadline and process.poll() is None
+    time.sleep(0.01)
+  os.killpg(process.pid, signal.SIGKILL)
+  process.wait()
+  before = {i: (out / f"train-{i:05d}.bin").stat().st_mtime_ns for i in store_format.written_parts(out, 6)}
+  with pytest.raises(UserError, match="incomplete"):
+    store_format.open_store(out)
+  result = conftest.run_program("data.prepare", *PREPARE, f"--out={out}", "--workers=2")
+  assert result.returncode == 0 and "parts were done before" in result.stdout, result.stderr
+  assert before == {i: (out / f"train-{i:05d}.bin").stat().st_mtime_ns for i in before}
+  assert store_format.open_store(out).fingerprint == store_format.open_store(prepared).fingerprint
+  again = conftest.run_program("data.prepare", *PREPARE, f"--out={out}")
+  assert again.returncode == 0 and "already prepared" in again.stdout
+
+
+def test_preparation_mistakes(prepared, tmp_path):
+  changed = [a for a in PREPARE if "vocab" not in a] + ["--vocab_size=700", f"--out={prepared}"]
+  result = conftest.run_program("data.prepare", *changed)
+  assert result.returncode == 1 and "tokenizer='bpe, 600 pieces" in result.stderr
+  (tmp_path / "mine.txt").write_text("precious")
+  result = conftest.run_program("data.prepare", *PREPARE, f"--out={tmp_path}")
+  assert result.returncode == 1 and "is not empty" in result.stderr
+  assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_a_damaged_shard_is_named(prepared, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(prepared, copy)
+  shard = copy / "train-00004.bin"
+  content = bytearray(shard.read_bytes())
+  content[50] ^= 4
+  shard.write_bytes(content)
+  result = conftest.run_program("data.prepare", f"--out={copy}", "--verify")
+  assert result.returncode == 1 and "train-00004.bin fails its checksum" in result.stderr
+  shard.write_bytes(content[:-2])
+  with pytest.raises(UserError, match="train-00004.bin has"):
+    store_format.open_store(copy, verify=False)
+
+
+def test_training_reads_a_prepared_store(prepared, tmp_path):
+  args = conftest.train_args(tmp_path / "run", data__source=f"tokens:{prepared}", steps=3,
+                             model__vocab_size=600, eval__every=0, eval__batches=1)
+  result = conftest.run_program("train", *args)
+  assert result.returncode == 0, result.stderr
+  result = conftest.run_program("evaluate", f"--workdir={tmp_path / 'run'}", "--batches=1")
+  assert result.returncode == 0, result.stderr
+
+
+def test_a_sample_reads_no_more_than_it_needs():
+  read = []
+
+  def part(index, count):
+    for i in range(1000):
+      read.append(index)
+      yield "x" * 1000
+
+  corpus = text.Corpus("many", "many", part)
+  sample = list(prepare.spread(corpus, 640_000, places=64))
+  assert len(sample) == len(read) == 640 and len(set(read)) == 64
 
 
 # ------------------------------------------------------------------- windows

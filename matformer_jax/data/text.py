@@ -1,9 +1,9 @@
-"""Text: sources of documents, the token store, and batches addressed by step.
+"""Text: sources of documents, cached token stores, and batches addressed by step.
 
-  source  -> documents -> token store (train.bin, validation.bin) -> [B, T+1] windows
+  source -> documents -> token store (store.py) -> [B, T+1] windows
 
-A store is made once per (source, tokenizer) under the cache directory, and
-verified by checksum at every opening.
+A store is made once per (source, tokenizer) under the cache directory; large ones are
+made by prepare.py and named as `tokens:DIR`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ import shutil
 import sys
 import sysconfig
 import time
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 import tqdm
 
 from matformer_jax import runtime
-from matformer_jax.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_jax.data import store
+from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer
 from matformer_jax.errors import UserError
 
-STORE_VERSION = 1
-SPLITS = ("train", "validation")
 DOCUMENT_CHARS = 16_384  # longer files are cut at line ends into documents of this size
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -46,14 +45,19 @@ class Corpus:
   Attributes:
     name: the source as the user wrote it.
     identity: what changes when the corpus does; part of the store's key.
-    documents: opens a fresh iterator.
+    part: (index, count) -> a fresh iterator of a contiguous share of the documents; one
+      after the other the parts are the corpus.
     size: bytes, for the progress bar; 0 where unknown.
   """
 
   name: str
   identity: str
-  documents: Callable[[], Iterator[str]]
+  part: Callable[[int, int], Iterator[str]]
   size: int = 0
+
+  def documents(self) -> Iterator[str]:
+    """All documents."""
+    return self.part(0, 1)
 
 
 def open_corpus(source: str, data_dir: str | None = None) -> Corpus:
@@ -80,8 +84,8 @@ def open_corpus(source: str, data_dir: str | None = None) -> Corpus:
     return _file_corpus(source, files, pathlib.Path("/"))
   if kind == "tfds" and rest:
     return _tfds_corpus(source, rest, data_dir)
-  raise UserError(f"data.source={source!r} is not a source; use stdlib, text:GLOB or "
-                  "tfds:NAME[/CONFIG]:FEATURE")
+  raise UserError(f"data.source={source!r} is not a source; use stdlib, text:GLOB, "
+                  "tfds:NAME[/CONFIG]:FEATURE or tokens:DIR")
 
 
 def _file_corpus(name: str, files: list[pathlib.Path], root: pathlib.Path) -> Corpus:
@@ -91,12 +95,17 @@ def _file_corpus(name: str, files: list[pathlib.Path], root: pathlib.Path) -> Co
   if size == 0:
     raise UserError(f"data.source={name!r}: the {len(files)} matching files are empty")
 
-  def documents():
-    for path in files:
+  def part(index, count):
+    # By bytes, so that parts take equally long.
+    sizes = [s for _, s, _ in stats]
+    starts = [sum(sizes[:i]) * count // size for i in range(len(files))]
+    for path, start in zip(files, starts):
+      if start != index:
+        continue
       # Undecodable bytes (some test data in real corpora) become U+FFFD.
       yield from _cut(path.read_text(encoding="utf-8", errors="replace"))
 
-  return Corpus(name, json.dumps(stats), documents, size)
+  return Corpus(name, json.dumps(stats), part, size)
 
 
 def _cut(text: str) -> Iterator[str]:
@@ -132,20 +141,23 @@ def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
   split = builder.info.splits["train"]
   file_format = builder.info.file_format.value
   if file_format == "array_record":
-    def examples():
+    def examples(index, count):
       # The data source keeps its split's examples in order and reads without TensorFlow.
-      yield from builder.as_data_source(split="train")
+      source = builder.as_data_source(split="train")
+      for i in range(len(source) * index // count, len(source) * (index + 1) // count):
+        yield source[i]
   elif file_format == "tfrecord":
-    def examples():
-      for path in split.filepaths:
+    def examples(index, count):
+      paths = list(split.filepaths)
+      for path in paths[len(paths) * index // count:len(paths) * (index + 1) // count]:
         records = grain.experimental.TFRecordIterDataset(os.fspath(path))
         yield from records.map(builder.info.features.deserialize_example_np)
   else:
     raise UserError(f"data.source={source!r}: file format {file_format!r} is not supported; "
                     "prepare the dataset as array_record or tfrecord")
 
-  def documents():
-    for example in examples():
+  def part(index, count):
+    for example in examples(index, count):
       text = example[feature]
       if isinstance(text, np.ndarray):
         text = text.item()
@@ -153,32 +165,34 @@ def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
 
   identity = json.dumps([str(builder.info.full_name), file_format, split.num_examples,
                          split.shard_lengths, split.num_bytes, os.fspath(builder.data_dir)])
-  return Corpus(source, identity, documents, int(split.num_bytes or 0))
+  return Corpus(source, identity, part, int(split.num_bytes or 0))
 
 
-# --------------------------------------------------------------- token store
+# -------------------------------------------------------------------- cache
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenStore:
-  """Tokens of both splits, as read-only memory maps.
+def open_source(source: str, data_dir: str | None, make_tokenizer: Callable[[Corpus], Tokenizer],
+                validation_fraction: float, cache_dir: str | None = None):
+  """(token store, tokenizer) of a source: a corpus, tokenised into the cache, or `tokens:DIR`.
 
-  Attributes:
-    tokens: split -> int array; documents one after the other, each closed by the
-      tokenizer's end-of-text id.
-    manifest: version, source, tokenizer hash, counts, file checksums.
-    path: the store's directory.
+  Args:
+    make_tokenizer: called for a corpus; a prepared store brings its own.
   """
+  if source.startswith("tokens:"):
+    return open_prepared(source.removeprefix("tokens:"))
+  corpus = open_corpus(source, data_dir)
+  tokenizer = make_tokenizer(corpus)
+  return get_store(corpus, tokenizer, validation_fraction, cache_dir), tokenizer
 
-  tokens: dict[str, np.ndarray]
-  manifest: dict[str, Any]
-  path: pathlib.Path
 
-  @property
-  def fingerprint(self) -> str:
-    """Changes when any token does; equal on every machine with the same tokens."""
-    files = self.manifest["files"]
-    return hashlib.sha256("".join(files[s]["sha256"] for s in SPLITS).encode()).hexdigest()[:16]
+def open_prepared(path: str) -> tuple[store.TokenStore, Tokenizer]:
+  """What prepare.py made. Raises UserError if it is damaged or unfinished."""
+  tokenizer = Tokenizer.from_file(os.path.join(path, TOKENIZER_FILE))
+  opened = store.open_store(path)
+  if opened.manifest["tokenizer"] != tokenizer.sha256:
+    raise UserError(f"data.source='tokens:{path}': its {TOKENIZER_FILE} is not the one its tokens "
+                    "were made with; prepare it again")
+  return opened, tokenizer
 
 
 def get_tokenizer(corpus: Corpus, vocab_size: int, model_type: str, sample_bytes: int,
@@ -203,7 +217,7 @@ def get_tokenizer(corpus: Corpus, vocab_size: int, model_type: str, sample_bytes
 
 
 def get_store(corpus: Corpus, tokenizer: Tokenizer, validation_fraction: float,
-              cache_dir: str | None = None) -> TokenStore:
+              cache_dir: str | None = None) -> store.TokenStore:
   """The corpus as tokens; made once, then opened from the cache.
 
   Two processes may call this at once (one waits), and a killed one leaves nothing
@@ -214,74 +228,25 @@ def get_store(corpus: Corpus, tokenizer: Tokenizer, validation_fraction: float,
   """
   if not 0 < validation_fraction < 1:
     raise UserError(f"data.validation_fraction={validation_fraction} must be between 0 and 1")
-  key = _key(STORE_VERSION, corpus.identity, tokenizer.sha256, validation_fraction)
+  key = _key(store.STORE_VERSION, corpus.identity, tokenizer.sha256, validation_fraction)
   path = _cache(cache_dir) / f"tokens-{key}"
   with _locked(path):
     for leftover in path.parent.glob(f"{path.name}.tmp*"):
       shutil.rmtree(leftover)
     if path.exists():
       try:
-        return open_store(path)
+        return store.open_store(path)
       except UserError as e:
         _say(f"{e}; tokenising again")
         shutil.rmtree(path)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     temporary.mkdir()
-    _write_store(temporary, corpus, tokenizer, validation_fraction)
+    with tqdm.tqdm(total=corpus.size or None, unit="B", unit_scale=True, file=sys.stderr,
+                   desc=f"tokenising {corpus.name}", mininterval=1.0) as bar:
+      store.write_part(temporary, 0, corpus.documents(), tokenizer, validation_fraction, bar.update)
+    store.finish(temporary, 1, corpus.name, tokenizer, validation_fraction)
     temporary.rename(path)
-  return open_store(path)
-
-
-def open_store(path: str | os.PathLike) -> TokenStore:
-  """Opens and verifies a store. Raises UserError naming the damaged file."""
-  path = pathlib.Path(path)
-  try:
-    manifest = json.loads((path / "manifest.json").read_text())
-    files, dtype = manifest["files"], np.dtype(manifest["dtype"])
-    if manifest["version"] != STORE_VERSION:
-      raise UserError(f"token store {path} has version {manifest['version']}, this program "
-                      f"writes {STORE_VERSION}")
-    for split in SPLITS:
-      if _sha256(path / f"{split}.bin") != files[split]["sha256"]:
-        raise UserError(f"token store file {path / split}.bin fails its checksum")
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    if isinstance(e, UserError):
-      raise
-    raise UserError(f"token store {path} is incomplete ({e})") from e
-  tokens = {split: np.memmap(path / f"{split}.bin", dtype, "r", shape=(files[split]["tokens"],))
-            if files[split]["tokens"] else np.zeros(0, dtype) for split in SPLITS}
-  return TokenStore(tokens, manifest, path)
-
-
-def _write_store(path: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer,
-                 validation_fraction: float) -> None:
-  dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-  counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
-  # Every k-th document is held out; k // 2 first, so that small corpora have one.
-  every = max(2, round(1 / validation_fraction))
-  bar = tqdm.tqdm(total=corpus.size or None, unit="B", unit_scale=True, file=sys.stderr,
-                  desc=f"tokenising {corpus.name}", mininterval=1.0)
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(bar)
-    out = {s: stack.enter_context(open(path / f"{s}.bin", "wb")) for s in SPLITS}
-    for index, text in enumerate(corpus.documents()):
-      split = "validation" if index % every == every // 2 else "train"
-      ids = np.asarray(tokenizer.encode(text) + [tokenizer.eos_id], dtype)
-      out[split].write(ids.tobytes())
-      size = len(text.encode("utf-8", "replace"))
-      for name, amount in (("documents", 1), ("bytes", size), ("tokens", len(ids))):
-        counts[split][name] += amount
-      bar.update(size)
-  for split in SPLITS:
-    if not counts[split]["documents"]:
-      raise UserError(
-          f"data.source={corpus.name!r} has {sum(c['documents'] for c in counts.values())} "
-          f"documents, which leaves the {split} split empty; use more text or raise "
-          "data.validation_fraction")
-    counts[split]["sha256"] = _sha256(path / f"{split}.bin")
-  (path / "manifest.json").write_text(json.dumps({
-      "version": STORE_VERSION, "source": corpus.name, "tokenizer": tokenizer.sha256,
-      "dtype": dtype.name, "validation_fraction": validation_fraction, "files": counts}, indent=1))
+  return store.open_store(path)
 
 
 def _cache(cache_dir: str | None) -> pathlib.Path:
@@ -298,13 +263,13 @@ def _locked(path: pathlib.Path):
     yield
 
 
+def corpus_key(corpus: Corpus) -> str:
+  """A short name that changes when the corpus does."""
+  return _key(corpus.identity)
+
+
 def _key(*parts: Any) -> str:
   return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, "rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _say(message: str) -> None:
@@ -321,7 +286,7 @@ class Windows:
   shuffled anew by `seed`; with seed None windows come in order.
   """
 
-  def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int | None):
+  def __init__(self, tokens: Sequence[int], seq_len: int, batch_size: int, seed: int | None):
     self.num_windows = (len(tokens) - 1) // seq_len
     if self.num_windows < 1:
       raise UserError(f"the corpus has {len(tokens)} tokens in this split, fewer than one window "

@@ -58,7 +58,7 @@ class Tokenizer:
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """As `encode`, for several texts at once."""
     texts = [t.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for t in texts]
-    result = self._sp.encode(texts)
+    result = self._sp.encode(texts, num_threads=1)  # parallelism is the callers', by process
     for i, text in enumerate(texts):
       if _SPACE in text:
         parts = self._sp.encode(text.split(_SPACE))
