@@ -1,0 +1,142 @@
+"""Plans from the real TPU compiler, and how its programs are read."""
+
+import json
+
+import conftest
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import run_program
+
+from matformer_jax import UserError, hlo, pod_plan
+from matformer_jax.config import ModelConfig
+
+TPU_TEXT = """HloModule jit_step
+
+%fused_computation.7 (p: bf16[8,16]) -> bf16[8,64] {
+  ROOT %all-gather.9 = bf16[8,64]{1,0} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={1}
+}
+
+%async_collective_fusion.1 (p: bf16[8,16]) -> bf16[8,64] {
+  ROOT %all-gather.10 = bf16[8,64]{1,0} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={1}
+}
+
+%all-reduce-scatter (p: bf16[64,8]) -> bf16[16,8] {
+  %all-reduce.1 = bf16[64,8]{1,0} all-reduce(%p), channel_id=4, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %async-collective-start = (bf16[8,16], bf16[8,64]) fusion(%x), kind=kCustom, calls=%fused_computation.7
+  %fusion.1 = bf16[8,64] fusion(%y), kind=kCustom, calls=%async_collective_fusion.1, backend_config={"estimated_cycles":"100"}
+  %fusion.2 = bf16[16,8] fusion(%z), kind=kCustom, calls=%all-reduce-scatter, backend_config={"estimated_cycles":"10"}
+}
+
+%condition (p: (s32[], bf16[8,16])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[] compare(%i, %constant.1), direction=LT
+}
+
+ENTRY %main (a: f32[]) -> f32[] {
+  %while.1 = (s32[], bf16[8,16]) while(%t), condition=%condition, body=%body
+  %fusion.3 = f32[] fusion(%a), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"7"}
+  %odd = f32[] fusion(%a), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"9223372036854775807"}
+  ROOT %all-reduce.2 = (f32[], f32[4]) all-reduce(%a, %b), replica_groups=[2,8]<=[16], to_apply=%add
+}
+"""
+
+
+def test_reading_a_tpu_program():
+  """Loops count, pieces of one asynchronous collective do not, fused reduce-scatters are seen."""
+  assert hlo.totals(TPU_TEXT) == {"all-gather": (12, 12 * 1024), "reduce-scatter": (12, 12 * 256),
+                                  "all-reduce": (2, 20)}
+  found = {c.kind: c for c in hlo.collectives(TPU_TEXT)}
+  assert found["all-gather"].hidden and not found["all-reduce"].hidden
+  assert [found[k].group for k in ("all-gather", "reduce-scatter", "all-reduce")] == [4, 4, 8]
+  assert found["all-gather"].wire_bytes == 12 * 1024 * 3 / 4
+  assert found["reduce-scatter"].wire_bytes == 12 * 256 * 3
+  assert found["all-reduce"].wire_bytes == 2 * 20 * 7 / 8
+  assert hlo.estimated_cycles(TPU_TEXT) == 12 * 110 + 7
+
+
+def test_flops_through_loops():
+  def f(w, x):
+    step = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+    return jnp.sum(jax.lax.scan(step, x, w)[0])
+
+  w, x = jnp.ones((5, 8, 8)), jnp.ones((3, 8))
+  product = 2 * 3 * 8 * 8
+  count = lambda f: pod_plan.matmul_flops(jax.jit(f).trace(w, x).jaxpr.jaxpr)
+  assert count(f) == 5 * product
+  assert count(jax.grad(f, (0, 1))) == 5 * 4 * product  # forward, again, and two gradients
+
+
+@pytest.mark.parametrize("text,sizes", [
+    ("fsdp:16", {"data": -1, "fsdp": 16, "tensor": 1}),
+    ("fsdp:8,tensor:2,data:1", {"data": 1, "fsdp": 8, "tensor": 2}), ("", {"fsdp": 3})])
+def test_mesh_flag(text, sizes):
+  assert pod_plan.parse_mesh(text, {"fsdp": 3}) == sizes
+
+
+@pytest.mark.parametrize("text", ["fsdp=16", "rows:3", "fsdp:x"])
+def test_mesh_mistakes(text):
+  with pytest.raises(UserError, match="is not AXIS:SIZE"):
+    pod_plan.parse_mesh(text, {})
+
+
+@pytest.mark.parametrize("args,words", [
+    ([], "--topology is missing"), (["--topology=v9:2x2"], "is not CHIP:SHAPE"),
+    (["--topology=v5e:3x7"], "no such slice"),
+    (["--topology=v5e:4x4", "--mesh=fsdp:5"], "does not use the 16 devices"),
+    (["--topology=v5e:4x4", "--mesh=fsdp:16", "--config.batch_size=8"], "batch_size=8 is not divisible")])
+def test_mistakes(args, words):
+  result = run_program("pod_plan", "--config=configs/matlm.py:78M", *args)
+  assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_list_of_chips():
+  result = run_program("pod_plan", "--topology=list")
+  assert result.returncode == 0
+  for name in ("v3", "v4", "v5e", "v5p", "v6e"):
+    assert f"\n{name} " in result.stdout
+
+
+def plan(*args) -> dict:
+  result = run_program("pod_plan", "--config=configs/matlm.py:78M", "--topology=v5e:4x4", "--json", *args)
+  assert result.returncode == 0, result.stderr
+  return json.loads(result.stdout)
+
+
+@pytest.mark.slow
+def test_a_plan_of_78m_on_a_small_slice():
+  """Tensor degrees 1, 2 and 4: nesting costs no collective, and a small size gathers less."""
+  config = ModelConfig.from_dict(conftest.get_config("78M").model)
+  ffn = [2 * 2 * config.num_layers * width * config.d_model for width in config.ffn_widths]  # bf16
+  for tensor in (1, 2, 4):
+    mesh = f"--mesh=fsdp:4,tensor:{tensor}"
+    nested = plan(mesh, "--granularities=S,XL")["granularities"]
+    dense = plan(mesh, "--granularities=S", "--config.model.ffn_ratios=(0.5,)")["granularities"]["S"]
+    # What S moves is what a dense model of S's width moves, but for the full tree's optimizer.
+    for kind in ("all-gather", "reduce-scatter"):
+      assert nested["S"]["collective_count"][kind] == dense["collective_count"][kind]
+      assert nested["S"]["collective_bytes"][kind] == dense["collective_bytes"][kind]
+    for kind in ("all-to-all", "collective-permute"):
+      assert (nested["S"]["collective_count"].get(kind, 0)
+              <= dense["collective_count"].get(kind, 0))
+    saved = (nested["XL"]["collective_bytes"]["all-gather"]
+             - nested["S"]["collective_bytes"]["all-gather"])
+    # Gathered twice a step, forward and backward: S takes less than half of XL's FFN bytes.
+    assert saved == 2 * (ffn[3] - ffn[0]) // tensor > 0.5 * 2 * ffn[3] // tensor
+    row = nested["XL"]
+    assert row["fits"] and 0 < row["hbm_bytes_per_core"] < row["hbm_capacity"] == 16 * 2**30
+    assert row["estimated_cycles"] > 0 and 0 < row["mfu"] < 1
+    assert row["step_time_s"] >= max(row["bounds"].values())
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_told_with_a_way_out():
+  args = ("--granularities=XL", "--config.remat=none", "--config.model.num_layers=64",
+          "--config.model.ffn_groups=1", "--config.model.d_model=1024")
+  told = plan(*args)
+  assert not told["fits"] and not told["granularities"]["XL"]["fits"]
+  assert told["granularities"]["XL"]["hbm_bytes_per_core"] > 16 * 2**30
+  assert "more than there is" in told["advice"][0] and "--config.remat=full" in told["advice"][0]
