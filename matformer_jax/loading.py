@@ -230,7 +230,9 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Model:
   if tokenizer.sha256 != card["identity"]["tokenizer"]:
     raise UserError(f"{workdir / TOKENIZER_FILE} is not the tokenizer this model was trained with "
                     "(its checksum differs); restore the file, or run train there again")
-  execution = Execution.for_platform(jax.devices()[0].platform, dtype="float32", remat="none")
+  device = jax.devices()[0]
+  execution = Execution.for_platform(device.platform, dtype="float32", remat="none",
+                                     device_kind=device.device_kind)
   return Model(items["params"], config, tokenizer, meta["step"], card, workdir, execution)
 
 
