@@ -50,12 +50,13 @@ class Hosts:
     self.index, self.count, self.timeout_s = index, count, timeout_s
     self._client, self._coordinator = client, coordinator
     self._beat, self._gathers = 0, 0
-    self._lost: set[int] = set()
+    self._silent: dict[int, float] = {}  # seconds since each peer's last sign of life
+    self._peer_hosts: dict[int, str] = {}
     self._state: dict[str, Any] = {"host": socket.gethostname()}
     self._exit_code: int | None = None
     self._watching = False
     self._answered = time.monotonic()
-    self._publishing = threading.Lock()
+    self._publishing = threading.RLock()  # a signal handler may interrupt its holder
     if client is not None:
       self._publish()
       self._abort_handler = _on_abort(self._aborted)
@@ -82,7 +83,6 @@ class Hosts:
       if len(found) == self.count:
         break
       time.sleep(0.05)
-    self._watching = True  # all have come this far: from now on silence means trouble
     values = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in found}
     return [values[i] for i in range(self.count)]
 
@@ -91,7 +91,11 @@ class Hosts:
     self.gather(None)
 
   def check_equal(self, facts: dict[str, Any]) -> None:
-    """Raises UserError, on every process, naming a host and field that differ from process 0."""
+    """Raises UserError, on every process, naming a host and field that differ from process 0.
+
+    From then on a silent process is taken for lost. (Before, one may train a tokenizer for an
+    hour, which holds Python's lock.)
+    """
     everyone = self.gather({"host": self._state["host"], "facts": facts})
     reference = everyone[0]
     for index, other in enumerate(everyone):
@@ -103,6 +107,7 @@ class Hosts:
             f"the processes were not started alike: {path} is {theirs!r} on process {index} "
             f"({other['host']}) and {ours!r} on process 0 ({reference['host']}){more}; start all "
             "processes with the same command, code and data")
+    self._watching = True
 
   # ------------------------------------------------------------------ leaving
 
@@ -142,9 +147,7 @@ class Hosts:
 
   def give_up(self, why: str) -> NoReturn:
     """Dumps the stacks of all threads and leaves with EXIT_RETRY."""
-    say_here(f"error: process {self.index}: {why}; exit code {EXIT_RETRY}: run the same command "
-             "again. Stacks of this process:")
-    faulthandler.dump_traceback(all_threads=True)
+    self._dump(why)
     self.leave(EXIT_RETRY, why)
 
   def _announce(self, code: int, why: str) -> None:
@@ -157,7 +160,7 @@ class Hosts:
     """Process 0 serves the key-value store: it goes last, if the others come to an end."""
     deadline = time.monotonic() + (self.timeout_s if self.first else 0)
     while time.monotonic() < deadline:
-      if all("code" in peer or index in self._lost for index, peer in self._peers().items()):
+      if all("code" in peer or self._is_lost(index) for index, peer in self._peers().items()):
         time.sleep(0.3)  # for those that have yet to read this process's entry
         return
       time.sleep(0.1)
@@ -208,13 +211,19 @@ class Hosts:
         if self._exit_code is None and "code" in peer:
           self._follow(index, peer)
         beat, since = last_seen.get(index, (0, now))
-        if peer["beat"] != beat or suspended or not self._watching:
-          last_seen[index] = (peer["beat"], now)
-        elif now - since > self.timeout_s and self._exit_code is None:
-          self._lost.add(index)
-          self.give_up(f"lost process {index} ({peer['host']}): no sign of life for "
-                       f"{now - since:.0f} s")
+        if peer["beat"] != beat or suspended:
+          beat, since = last_seen[index] = (peer["beat"], now)
+        self._silent[index], self._peer_hosts[index] = now - since, peer["host"]
+        if self._watching and self._is_lost(index) and self._exit_code is None:
+          self.give_up(self._who_is_lost())
       time.sleep(self._interval)
+
+  def _is_lost(self, index: int) -> bool:
+    return self._silent.get(index, 0.0) > self.timeout_s
+
+  def _who_is_lost(self) -> str:
+    return "; ".join(f"lost process {index} ({self._peer_hosts[index]}): no sign of life for "
+                     f"{self._silent[index]:.0f} s" for index in self._silent if self._is_lost(index))
 
   def _follow(self, index: int, peer: dict[str, Any]) -> NoReturn:
     time.sleep(0.5)  # a failure of this process's own is told first
@@ -238,23 +247,29 @@ class Hosts:
         self._answered = now  # this process itself was stopped
       last_round = now
       if now - self._answered > self.timeout_s and self._exit_code is None:
-        say_here(f"error: process {self.index}: lost process 0, the coordinator at "
-                 f"{self._coordinator}: no answer for {now - self._answered:.0f} s; exit code "
-                 f"{EXIT_RETRY}: run the same command again. Stacks of this process:")
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(EXIT_RETRY)
+        self._give_up_alone(f"{self._lost_coordinator()}: no answer for {now - self._answered:.0f} s")
 
   def _aborted(self) -> None:
-    """JAX's client aborts the process when the coordinator goes away."""
+    """JAX's client aborts the process when the coordinator goes away, or reports a lost peer."""
     if self._exit_code is not None:
       os._exit(self._exit_code)
-    if _reachable(self._coordinator):
-      return
-    say_here(f"error: process {self.index}: lost process 0, the coordinator at "
-             f"{self._coordinator}; exit code {EXIT_RETRY}: run the same command again. Stacks of "
-             "this process:")
-    faulthandler.dump_traceback(all_threads=True)
+    if not _reachable(self._coordinator):
+      self._give_up_alone(self._lost_coordinator())
+    elif self._who_is_lost():
+      self._give_up_alone(self._who_is_lost())
+
+  def _lost_coordinator(self) -> str:
+    return f"lost process 0, the coordinator at {self._coordinator}"
+
+  def _give_up_alone(self, why: str) -> NoReturn:
+    """As `give_up`, where the others cannot be told."""
+    self._dump(why)
     os._exit(EXIT_RETRY)
+
+  def _dump(self, why: str) -> None:
+    say_here(f"error: process {self.index}: {why}; exit code {EXIT_RETRY}: run the same command "
+             "again. Stacks of this process:")
+    faulthandler.dump_traceback(all_threads=True)
 
 
 class Signals:
