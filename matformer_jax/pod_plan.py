@@ -132,10 +132,16 @@ def tree_bytes(tree) -> int:
 
 
 class DoesNotFit(Exception):
-  """The compiler found no way to run a program in the memory there is."""
+  """The compiler found no way to run a program in the memory there is.
 
-  def __init__(self, used: int):
-    self.used = used
+  Attributes:
+    bytes: what it would take, or its temporaries alone would.
+    temporaries_only: which of the two.
+  """
+
+  def __init__(self, size: str, unit: str | None, temporaries_only: bool):
+    self.bytes = int(float(size) * 1024 ** " KMGT".index(unit or " "))
+    self.temporaries_only = temporaries_only
 
 
 def compile_program(lowered):
@@ -145,11 +151,12 @@ def compile_program(lowered):
       # `as_text` cannot print what the compiler makes for a v5p; its own dump can.
       compiled = lowered.compile(compiler_options={"xla_dump_to": directory})
     except jax.errors.JaxRuntimeError as e:
-      text = str(e)
-      used = re.search(r"Used ([\d.]+)([KMGT])? of [\d.]+[KMGT]? hbm", text)
-      if "RESOURCE_EXHAUSTED" not in text or not used:
+      size = r"([\d.]+)([KMGT])?"
+      used = re.search(f"Used {size} of .* hbm", str(e))
+      temporaries = re.search(rf"HLO temporaries \({size}\) exceeds", str(e))
+      if "RESOURCE_EXHAUSTED" not in str(e) or not (used or temporaries):
         raise
-      raise DoesNotFit(int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " "))) from e
+      raise DoesNotFit(*(used or temporaries).groups(), temporaries_only=not used) from e
     dumps = pathlib.Path(directory).glob("*.after_codegen.txt")
     return compiled, max(dumps, key=lambda path: path.stat().st_size).read_text()
 
@@ -174,8 +181,8 @@ def plan_step(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu) -
   try:
     compiled, text = compile_program(traced.lower())
   except DoesNotFit as e:
-    parts["temporaries"] = e.used - sum(parts.values())
-    return result | {"fits": False, "hbm_bytes_per_core": e.used,
+    parts["temporaries"] = e.bytes - (0 if e.temporaries_only else sum(parts.values()))
+    return result | {"fits": False, "hbm_bytes_per_core": sum(parts.values()),
                      "compile_s": time.perf_counter() - started}
   used = memory(compiled)
   parts |= {k: used[k] for k in ("temporaries", "code")}
@@ -236,7 +243,7 @@ def plan_decode(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu,
   try:
     compiled, text = compile_program(Decoder._advance.lower(decoder, weights, state, jnp.int32(1)))
   except DoesNotFit as e:
-    return {"fits": False, "hbm_bytes_per_core": e.used, "hbm_capacity": capacity}
+    return {"fits": False, "hbm_bytes_per_core": e.bytes, "hbm_capacity": capacity}
   used = memory(compiled)
   # One pass through the loop; what is read must be read once a token.
   exposed = sum(c.wire_bytes for c in hlo.collectives(text))
