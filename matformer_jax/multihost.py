@@ -153,14 +153,16 @@ class Hosts:
   def _announce(self, code: int, why: str) -> None:
     if self.count > 1 and self._exit_code is None:
       self._exit_code = code
-      self._publish(code=code, why=why)
+      self._publish(code=code, why=why, lost=[i for i in self._silent if self._is_lost(i)])
       self._linger()
 
   def _linger(self) -> None:
     """Process 0 serves the key-value store: it goes last, if the others come to an end."""
     deadline = time.monotonic() + (self.timeout_s if self.first else 0)
     while time.monotonic() < deadline:
-      if all("code" in peer or self._is_lost(index) for index, peer in self._peers().items()):
+      peers = self._peers()
+      lost = {i for entry in (self._state, *peers.values()) for i in entry.get("lost", ())}
+      if all("code" in peer or index in lost for index, peer in peers.items()):
         time.sleep(0.3)  # for those that have yet to read this process's entry
         return
       time.sleep(0.1)

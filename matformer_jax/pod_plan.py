@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -55,6 +56,8 @@ def topology_devices(topology: str) -> tuple[chips.Tpu, list[jax.Device]]:
   if tpu is None or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
     raise UserError(f"--topology={topology!r} is not CHIP:SHAPE, e.g. v3:16x16; chips are "
                     f"{', '.join(chips.TPUS)} (--topology=list)")
+  if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+    raise UserError("the TPU compiler is not installed; pip install 'matformer_jax[tpu]'")
   # The library is told of a machine that does not exist, and not to look for one.
   os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
                     TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE=tpu.accelerator_type)
@@ -64,11 +67,8 @@ def topology_devices(topology: str) -> tuple[chips.Tpu, list[jax.Device]]:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology,
                                            chip_config_name=tpu.chip_config).devices
   except Exception as e:
-    text = " ".join(str(e).split())
-    if "libtpu" in text.lower() and "open" in text.lower() or "not found" in text.lower():
-      raise UserError("the TPU compiler is not installed; pip install 'matformer_jax[tpu]'") from e
     raise UserError(f"--topology={topology!r}: the TPU compiler knows no such slice "
-                    f"({text[:200]}); try {tpu.example}") from e
+                    f"({' '.join(str(e).split())[:200]}); try {tpu.example}") from e
   return tpu, devices
 
 

@@ -129,15 +129,17 @@ def gather(weight: jax.Array, axes: tuple[str, ...], execution) -> jax.Array:
   """Casts a (sliced) weight to the compute dtype, then all-gathers its fsdp shards.
 
   In a train step (`execution.per_device`) the gradient is reduce-scattered, explicitly; the
-  sum over `data` is left to the caller, once for all layers. Elsewhere the partitioner moves
-  the shards; the cotangent is pinned to their layout.
+  sum over `data` is left to the caller, once for all layers. Elsewhere, without gradients,
+  the partitioner moves the shards.
   """
   dtype = jnp.dtype(execution.dtype)
+  if execution.per_device:
+    return _gather_shards(weight, axes, dtype, weight.dtype)
+  weight = weight.astype(dtype)
   if execution.mesh is None:
-    return weight.astype(dtype)
-  if not execution.per_device:
-    return _gather(weight, axes, execution.mesh, dtype, weight.dtype)
-  return _gather_shards(weight, axes, dtype, weight.dtype)
+    return weight
+  whole = NamedSharding(execution.mesh, spec(axes, gathered=True))
+  return jax.lax.with_sharding_constraint(weight, whole)
 
 
 def _on_tensor_shards(f, axes):
@@ -176,24 +178,6 @@ def _gather_shards_bwd(axes, dtype, param_dtype, _, cotangent):
 
 
 _gather_shards.defvjp(_gather_shards_fwd, _gather_shards_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather(weight, axes, mesh, dtype, _):
-  sharding = NamedSharding(mesh, spec(axes, gathered=True))
-  return jax.lax.with_sharding_constraint(weight.astype(dtype), sharding)
-
-
-def _gather_fwd(weight, axes, mesh, dtype, param_dtype):
-  return _gather(weight, axes, mesh, dtype, param_dtype), None
-
-
-def _gather_bwd(axes, mesh, dtype, param_dtype, _, cotangent):
-  sharding = NamedSharding(mesh, spec(axes))
-  return (jax.lax.with_sharding_constraint(cotangent, sharding).astype(param_dtype),)
-
-
-_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def on_each_device(gradient, mesh: Mesh):

@@ -37,7 +37,9 @@ class Job:
   """`count` processes that train the tiny row together."""
 
   def __init__(self, workdir, count: int, program=None, per_process=None, **overrides):
-    overrides = {"peer_timeout_s": float(PEER_TIMEOUT), "log_every": 1, **overrides}
+    # One granularity is one program to compile, unless a test wants more.
+    overrides = {"peer_timeout_s": float(PEER_TIMEOUT), "log_every": 1, "sampling": "0/0/0/1",
+                 **overrides}
     self._logs = workdir.parent / f"logs-{time.time_ns()}"
     self._logs.mkdir()
     port = free_port()
@@ -113,7 +115,7 @@ def one_process(tmp_path_factory) -> pathlib.Path:
 def test_kills_and_other_numbers_of_processes_change_nothing(one_process, tmp_path):
   """4 processes until SIGTERM, 2 until SIGKILL, then 1: the same run as 1 process throughout."""
   workdir = tmp_path / "run"
-  job = Job(workdir, 4, data__log_samples=True)
+  job = Job(workdir, 4, data__log_samples=True, sampling="uniform")
   job.wait_for(0, "step 12/40")
   job.processes[2].send_signal(signal.SIGTERM)
   asked = time.time()
@@ -122,7 +124,7 @@ def test_kills_and_other_numbers_of_processes_change_nothing(one_process, tmp_pa
   stopped = checkpoint.steps(workdir)[-1]
   assert 12 <= stopped < 40 and f"saved step {stopped}" in job.log(0)
 
-  job = Job(workdir, 2, data__log_samples=True)
+  job = Job(workdir, 2, data__log_samples=True, sampling="uniform")
   job.wait_for(0, f"step {stopped + 13}/40")
   job.processes[1].kill()
   assert job.wait()[0] == 42, job.logs()

@@ -93,6 +93,13 @@ def test_mistakes(args, words):
   assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr
 
 
+def test_without_the_compiler(monkeypatch):
+  monkeypatch.setattr(pod_plan.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+  with pytest.raises(UserError, match=r"pip install 'matformer_jax\[tpu\]'"):
+    pod_plan.topology_devices("v5e:4x4")
+
+
 def test_list_of_chips():
   result = run_program("pod_plan", "--topology=list")
   assert result.returncode == 0
@@ -115,7 +122,8 @@ def test_a_plan_of_78m_on_a_small_slice():
     # AdamW, which works element by element: Adafactor's moments of the full tree are factored
     # along other axes than a narrow model's.
     args = (f"--mesh=fsdp:4,tensor:{tensor}", "--config.optim.name=adamw")
-    nested = plan(*args, "--granularities=S,XL")["granularities"]
+    sizes = "S,XL" if tensor == 1 else "S"
+    nested = plan(*args, f"--granularities={sizes}")["granularities"]
     dense = plan(*args, "--config.model.ffn_ratios=(0.5,)")["granularities"]["G1"]
     for kind in ("all-gather", "reduce-scatter"):
       assert nested["S"]["collective_count"][kind] == dense["collective_count"][kind]
@@ -123,14 +131,15 @@ def test_a_plan_of_78m_on_a_small_slice():
     for kind in ("all-to-all", "collective-permute"):
       assert (nested["S"]["collective_count"].get(kind, 0)
               <= dense["collective_count"].get(kind, 0))
-    saved = (nested["XL"]["collective_bytes"]["all-gather"]
-             - nested["S"]["collective_bytes"]["all-gather"])
-    # Gathered twice a step, forward and backward: S takes less than half of XL's FFN bytes.
-    assert saved == 2 * (ffn[3] - ffn[0]) // tensor > 0.5 * 2 * ffn[3] // tensor
-    row = nested["XL"]
-    assert row["fits"] and 0 < row["hbm_bytes_per_core"] < row["hbm_capacity"] == 16 * 2**30
-    assert row["estimated_cycles"] > 0 and 0 < row["mfu"] < 1
-    assert row["step_time_s"] >= max(row["bounds"].values())
+    if tensor == 1:
+      row = nested["XL"]
+      saved = (row["collective_bytes"]["all-gather"]
+               - nested["S"]["collective_bytes"]["all-gather"])
+      # Gathered twice a step, forward and backward: S takes less than half of XL's FFN bytes.
+      assert saved == 2 * (ffn[3] - ffn[0]) > 0.5 * 2 * ffn[3]
+      assert row["fits"] and 0 < row["hbm_bytes_per_core"] < row["hbm_capacity"] == 16 * 2**30
+      assert row["estimated_cycles"] > 0 and 0 < row["mfu"] < 1
+      assert row["step_time_s"] >= max(row["bounds"].values())
 
 
 @pytest.mark.slow
