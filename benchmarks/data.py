@@ -21,7 +21,7 @@ from matformer_jax.data import prepare, store, text
 from matformer_jax.data.tokenizer import train_tokenizer
 
 _REPS = flags.DEFINE_integer("reps", 3, "Repetitions; the fastest counts.")
-_VOCABS = flags.DEFINE_multi_integer("vocab", [2048, 32_000], "Vocabulary sizes.")
+_VOCABS = flags.DEFINE_multi_integer("vocab", [2048, 16_000], "Vocabulary sizes.")
 _BATCHES = ((16, 128), (4, 1024), (64, 1024))  # rows of one host, tokens
 
 
