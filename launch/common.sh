@@ -25,6 +25,20 @@ run() {
   fi
 }
 
+# parse_action [--dry-run] ACTION [-- TRAIN_ARGS...]: sets action, train_args and DRY_RUN.
+parse_action() {
+  action='' train_args=()
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      -h | --help) usage; exit 0 ;;
+      --dry-run) DRY_RUN=1 ;;
+      --) shift; train_args=("$@"); break ;;
+      *) action=$1 ;;
+    esac
+    shift
+  done
+}
+
 # need NAME...: fails unless the variables are set.
 need() {
   local name

@@ -11,16 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 source launch/common.sh
 
-action='' train_args=()
-while [ $# -gt 0 ]; do
-  case "$1" in
-    -h | --help) usage; exit 0 ;;
-    --dry-run) DRY_RUN=1 ;;
-    --) shift; train_args=("$@"); break ;;
-    *) action=$1 ;;
-  esac
-  shift
-done
+parse_action "$@"
 NAME=${NAME:-matformer}
 
 manifest() {

@@ -14,16 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 source launch/common.sh
 
-action='' train_args=()
-while [ $# -gt 0 ]; do
-  case "$1" in
-    -h | --help) usage; exit 0 ;;
-    --dry-run) DRY_RUN=1 ;;
-    --) shift; train_args=("$@"); break ;;
-    *) action=$1 ;;
-  esac
-  shift
-done
+parse_action "$@"
 export DRY_RUN
 need TPU_NAME ZONE
 where=("$TPU_NAME" "--zone=$ZONE")

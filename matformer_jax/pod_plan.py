@@ -27,7 +27,6 @@ from typing import Any
 from absl import flags
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from matformer_jax import chips, cli, hlo, sharding, tables
 from matformer_jax import granularity as gran

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -36,7 +35,7 @@ from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError
 from matformer_jax.multihost import Hosts
 from matformer_jax.runtime import say
-from matformer_jax.tasks import Task, make_task
+from matformer_jax.tasks import make_task
 from matformer_jax.trainer import Trainer, TrainState
 from matformer_jax.watchdog import Watchdog
 

@@ -1,7 +1,6 @@
 """Several real processes on loopback: agreement, preemption, lost peers."""
 
 import json
-import os
 import pathlib
 import re
 import signal

@@ -14,7 +14,6 @@ from conftest import run_program, train_args
 
 from matformer_jax import UserError, goodput, multihost, replicas, sharding
 from matformer_jax.data.prefetch import Prefetcher
-from matformer_jax.multihost import Hosts
 
 # ---------------------------------------------------------------------- ledger
 
