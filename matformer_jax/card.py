@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 import sys
 from importlib import metadata
@@ -12,7 +11,7 @@ from typing import Any
 
 import jax
 
-from matformer_jax import checkpoint
+from matformer_jax import checkpoint, runtime
 from matformer_jax import granularity as gran
 from matformer_jax.config import ModelConfig
 from matformer_jax.errors import UserError
@@ -55,10 +54,7 @@ def read_existing(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 def write(workdir: pathlib.Path, card: dict[str, Any]) -> None:
   """Writes config.json at once or not at all."""
-  path = workdir / checkpoint.CARD_FILE
-  temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-  temporary.write_text(json.dumps(card, indent=1))
-  temporary.rename(path)
+  runtime.replace_file(workdir / checkpoint.CARD_FILE, json.dumps(card, indent=1).encode())
 
 
 def check_model(workdir: pathlib.Path, old_card, config) -> None:

@@ -10,7 +10,7 @@ import pathlib
 import time
 from typing import Iterator, Sequence
 
-from matformer_jax import tables
+from matformer_jax import runtime, tables
 
 # What a run's time is spent on. `step` is goodput; `lost` are steps done, but not saved,
 # before a restart; `down` is the time between a process's last word and the next one's start.
@@ -70,9 +70,8 @@ class Ledger:
     self.enter(self._phase)
     if self._path is not None:
       attempts = self._earlier + [_Attempt(self._started, self._since, self._seconds)]
-      temporary = self._path.with_suffix(".tmp")
-      temporary.write_text(json.dumps([dataclasses.asdict(a) for a in attempts], indent=1))
-      temporary.rename(self._path)
+      account = json.dumps([dataclasses.asdict(a) for a in attempts], indent=1)
+      runtime.replace_file(self._path, account.encode())
 
   def totals(self) -> dict[str, float]:
     """Seconds by phase since the first attempt started; their sum is the wall-clock."""

@@ -14,6 +14,7 @@ import tensorboardX
 
 from matformer_jax.chips import PEAK_FLOPS
 
+
 def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
   """Peak bf16 FLOP/s of all devices of a mesh; None where unknown."""
   peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)

@@ -28,7 +28,7 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
-from matformer_jax import chips, cli, hlo, sharding, tables
+from matformer_jax import chips, cli, hlo, metrics, sharding, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import ModelConfig
 from matformer_jax.decode import Decoder, State
@@ -290,8 +290,8 @@ def make_plan(config, topology: str, mesh_sizes: str = "", granularities=(), dec
     plan["granularities"][name] = row | _totals(row, config.steps, count)
     if decode_batch:
       say(f"compiling decoding with {name}")
-      row["decode"] = plan_decode(trainer, g, tpu, decode_batch, model_config.seq_len)
-      plan["granularities"][name]["decode"] = row["decode"]
+      plan["granularities"][name]["decode"] = plan_decode(trainer, g, tpu, decode_batch,
+                                                          model_config.seq_len)
   plan["mean"] = _mean(plan, trainer, config.steps, count)
   plan["fits"] = all(row["fits"] for row in plan["granularities"].values())
   plan["advice"] = advice(plan, config)
@@ -312,7 +312,7 @@ def _mean(plan, trainer: Trainer, steps: int, count: int) -> dict[str, float] | 
   if any(row is None or "step_time_s" not in row for _, row in rows):
     return None
   seconds = sum(p * row["step_time_s"] for p, row in rows)
-  peak = chips.PEAK_FLOPS[trainer.mesh.devices.flat[0].device_kind] * trainer.mesh.size
+  peak = metrics.peak_flops(trainer.mesh)
   row = {"step_time_s": seconds, "tokens_per_s": plan["tokens_per_step"] / seconds,
          "mfu": sum(p * row["model_flops"] for p, row in rows) / seconds / peak}
   return row | _totals(row, steps, count)

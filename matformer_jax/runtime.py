@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import glob
 import os
+import pathlib
 import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -41,6 +42,13 @@ def enable_compilation_cache() -> str:
   jax.config.update("jax_compilation_cache_dir", path)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   return path
+
+
+def replace_file(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file at once or not at all."""
+  temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+  temporary.write_bytes(content)
+  temporary.rename(path)
 
 
 def say(message: str) -> None:

@@ -15,7 +15,6 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
-import os
 import pathlib
 import sys
 import time
@@ -53,14 +52,13 @@ class Job:
   tokenizer: str
 
 
-def prepare(job: Job, out: pathlib.Path, workers: int, given_tokenizer: str, vocab_size: int,
+def prepare(corpus: text.Corpus, job: Job, out: pathlib.Path, workers: int, given_tokenizer: str, vocab_size: int,
             tokenizer_type: str, sample_bytes: int) -> store.TokenStore:
   """Makes, or goes on making, the store at `out`; says how fast.
 
   Raises:
     UserError: if `out` holds another job, or the corpus is empty.
   """
-  corpus = text.open_corpus(job.source, job.data_dir or None)
   out.mkdir(parents=True, exist_ok=True)
   _check_same_job(out, job)
   if (out / store.MANIFEST).exists():
@@ -117,9 +115,7 @@ def _tokenizer(corpus: text.Corpus, out: pathlib.Path, given: str, vocab_size: i
     tokenizer = train_tokenizer(spread(corpus, sample_bytes), vocab_size, tokenizer_type,
                                 2 * sample_bytes)
     print(f"tokenizer trained in {time.perf_counter() - started:,.1f} s", flush=True)
-  temporary = path.with_suffix(f".tmp{os.getpid()}")
-  temporary.write_bytes(tokenizer.model)
-  temporary.rename(path)
+  runtime.replace_file(path, tokenizer.model)
   return tokenizer
 
 
@@ -206,7 +202,7 @@ def main(argv) -> None:
                f"{_TYPE.value}, {_VOCAB.value} pieces, {_SAMPLE.value} bytes")
   job = Job(_SOURCE.value, _DATA_DIR.value or "", text.corpus_key(corpus),
             _PARTS.value or _parts_before(out) or 4 * workers, _FRACTION.value, tokenizer)
-  made = prepare(job, out, workers, _TOKENIZER.value or "", _VOCAB.value,
+  made = prepare(corpus, job, out, workers, _TOKENIZER.value or "", _VOCAB.value,
                  _TYPE.value, _SAMPLE.value)
   rows = [[split, f"{len(made.manifest['shards'][split])}", f"{made.total(split, 'documents'):,}",
            tables.si(made.total(split, "bytes"), "B"), f"{len(made.tokens[split]):,}"]

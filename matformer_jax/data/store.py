@@ -23,6 +23,7 @@ from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
 
+from matformer_jax import runtime
 from matformer_jax.data.tokenizer import Tokenizer
 from matformer_jax.errors import UserError
 
@@ -201,9 +202,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes at once or not at all."""
-  temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-  temporary.write_text(json.dumps(value, indent=1))
-  temporary.rename(path)
+  runtime.replace_file(path, json.dumps(value, indent=1).encode())
 
 
 def _part_file(path: pathlib.Path, index: int) -> pathlib.Path:

@@ -210,9 +210,7 @@ def get_tokenizer(corpus: Corpus, vocab_size: int, model_type: str, sample_bytes
     _say(f"training a {model_type} tokenizer of {vocab_size:,} pieces on {corpus.name}")
     tokenizer = train_tokenizer(corpus.documents(), vocab_size, model_type, sample_bytes)
     _say(f"tokenizer trained in {time.perf_counter() - started:.1f} s")
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_bytes(tokenizer.model)
-    temporary.rename(path)
+    runtime.replace_file(path, tokenizer.model)
   return tokenizer
 
 
