@@ -27,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from matformer_jax import granularity as gran
-from matformer_jax import losses, metrics, runtime, sharding, tables, tasks, train
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax import losses, metrics, runtime, sharding, tables, train
+from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.models import attention, layers
+from matformer_jax.tasks import make_task
+from matformer_jax.tasks.language import NextToken
 from matformer_jax.trainer import Trainer, TrainState
 
 _REPS = flags.DEFINE_integer("reps", 15, "Repetitions of every program.")
@@ -37,14 +39,14 @@ _LOOP_STEPS = flags.DEFINE_integer("loop_steps", 120, "Steps of the loop measure
 _ONE_THREAD = flags.DEFINE_bool("one_thread", False, "Internal: the one-thread measurement.")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ONE_THREAD_SHAPE = ModelConfig(vocab_size=8192, num_layers=16, d_model=256, num_heads=16,
+ONE_THREAD_SHAPE = MatLMConfig(vocab_size=8192, num_layers=16, d_model=256, num_heads=16,
                                seq_len=512)
 
 
-class Tokens(tasks.NextToken):
+class Tokens(NextToken):
   """Next-token prediction on given tokens, without a corpus."""
 
-  def __init__(self, model_config: ModelConfig, batch_size: int):
+  def __init__(self, model_config: MatLMConfig, batch_size: int):
     super().__init__(model_config, batch_size)
     rng = np.random.default_rng(0)
     self.tokens = rng.integers(0, model_config.vocab_size, (batch_size, model_config.seq_len + 1),
@@ -62,7 +64,7 @@ def quickstart():
   return module.get_config("quickstart")
 
 
-def make_trainer(model_config: ModelConfig, batch_size: int) -> Trainer:
+def make_trainer(model_config: MatLMConfig, batch_size: int) -> Trainer:
   config = quickstart()
   config.batch_size = batch_size
   return Trainer(Tokens(model_config, batch_size), config, sharding.make_mesh({}))
@@ -71,7 +73,7 @@ def make_trainer(model_config: ModelConfig, batch_size: int) -> Trainer:
 # ------------------------------------------------------- an independent dense model
 
 
-def dense_params(config: ModelConfig, width: int):
+def dense_params(config: MatLMConfig, width: int):
   """A list of per-layer weights of FFN width `width`."""
   d, keys = config.d_model, iter(jax.random.split(jax.random.key(0), 4 * config.num_layers + 1))
   normal = lambda *shape: jax.random.normal(next(keys), shape) * shape[-1] ** -0.5
@@ -81,7 +83,7 @@ def dense_params(config: ModelConfig, width: int):
                       "norm2": {"scale": jnp.ones(d)}} for _ in range(config.num_layers)]}
 
 
-def dense_hidden(params, tokens, config: ModelConfig, execution: Execution):
+def dense_hidden(params, tokens, config: MatLMConfig, execution: Execution):
   b, t, d, n, h = *tokens.shape, config.d_model, config.num_heads, config.head_dim
   table = layers.rope_table(t, h, config.rope_base)
   norm = lambda x, p: layers.rms_norm(x, p["scale"], config.norm_eps)
@@ -93,7 +95,8 @@ def dense_hidden(params, tokens, config: ModelConfig, execution: Execution):
                for z in jax.lax.split(qkv, (1, 1, 1), axis=2))
     q, k, v = jax.lax.optimization_barrier((q, k, v))
     q = layers.apply_rope(q, *table) * h**-0.5
-    o = attention.causal_attention(q, layers.apply_rope(k, *table), v, execution.attention_block)
+    o = attention.blocked_attention(q, layers.apply_rope(k, *table), v, True,
+                                    execution.attention_block)
     o = o.transpose(0, 3, 1, 2, 4).reshape(b * t, d)
     x = x + layers.flat_matmul(o, p["out"]).reshape(b, t, d)
     y = norm(x, p["norm2"]).reshape(b * t, d)
@@ -102,7 +105,7 @@ def dense_hidden(params, tokens, config: ModelConfig, execution: Execution):
   return norm(x, params["final"])
 
 
-def dense_programs(config: ModelConfig, width: int, trainer: Trainer):
+def dense_programs(config: MatLMConfig, width: int, trainer: Trainer):
   """(train step, forward) of a dense model, in the form `nested_programs` has."""
   optimizer, execution = trainer.optimizer, trainer.execution
   params = dense_params(config, width)
@@ -173,14 +176,14 @@ def paired(a: list[float], b: list[float]) -> float:
 def against_dense(reps: int):
   """Rows of the main table, and the two ratios that have targets."""
   config = quickstart()
-  model = ModelConfig.from_dict(config.model)
+  model = MatLMConfig.from_dict(config.model)
   trainer = make_trainer(model, config.batch_size)
   batch = trainer.batch(0)
   names = gran.names(model)
   nested = [Program(*nested_programs(trainer, i), batch) for i in range(len(names))]
   dense = [Program(*dense_programs(model, w, trainer), batch) for w in model.ffn_widths]
   measure([p for pair in zip(nested, dense) for p in pair], reps)
-  flops = [gran.count(model, n).flops_per_token for n in names]
+  flops = [gran.count(model, n).flops for n in names]
   rows, ratios = [], []
   for i, name in enumerate(names):
     a, b = nested[i], dense[i]
@@ -248,7 +251,7 @@ def loop_overhead(steps: int) -> float:
       train.train(config, workdir)
       rows = metrics.read_jsonl(workdir / "metrics.jsonl")[steps // 4:]
       in_loop = sum(r["step_time_s"] for r in rows)
-      trainer = Trainer(tasks.make_task(config), config, sharding.make_mesh({}))
+      trainer = Trainer(make_task(config), config, sharding.make_mesh({}))
       programs, state = trainer.compile(), trainer.init(0)
       names = gran.names(trainer.task.model_config)
       batch = trainer.batch(0)

@@ -95,13 +95,14 @@ def _base() -> ml_collections.ConfigDict:
           log_samples=False,  # samples-<process>.jsonl: which windows each step trained on
       ),
       optim=dict(
-          name="adamw",
+          name="adamw",  # or adafactor, sgd
           schedule="cosine",
           peak_lr=0.0,
           warmup_steps=0,
           final_lr_ratio=0.1,
           b1=0.9,
           b2=0.95,
+          momentum=0.9,  # of sgd
           eps=1e-8,
           weight_decay=0.1,  # matrices only
           clip_norm=1.0,

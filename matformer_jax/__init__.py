@@ -6,11 +6,13 @@
   model.generate("def main(", granularity="XL", draft="S")
 """
 
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import (Execution, MatLMConfig, MatViTConfig, ModelConfig,
+                                  model_config)
 from matformer_jax.errors import UserError
 from matformer_jax.granularity import (Granularity, count, mix_n_match, mix_n_match_ladder, parse,
                                        to_text)
-from matformer_jax.loading import Model, load
+from matformer_jax.loading import LanguageModel, Model, VisionModel, load
 
-__all__ = ["Execution", "Granularity", "Model", "ModelConfig", "UserError", "count", "load",
-           "mix_n_match", "mix_n_match_ladder", "parse", "to_text"]
+__all__ = ["Execution", "Granularity", "LanguageModel", "MatLMConfig", "MatViTConfig", "Model",
+           "ModelConfig", "UserError", "VisionModel", "count", "load", "mix_n_match",
+           "mix_n_match_ladder", "model_config", "parse", "to_text"]

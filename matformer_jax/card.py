@@ -13,7 +13,7 @@ import jax
 
 from matformer_jax import checkpoint, runtime
 from matformer_jax import granularity as gran
-from matformer_jax.config import ModelConfig
+from matformer_jax.config import model_config
 from matformer_jax.errors import UserError
 from matformer_jax.multihost import differences
 from matformer_jax.runtime import say
@@ -59,7 +59,7 @@ def write(workdir: pathlib.Path, card: dict[str, Any]) -> None:
 
 def check_model(workdir: pathlib.Path, old_card, config) -> None:
   """Compares what is known before any data is read, so that a wrong workdir fails fast."""
-  new = json.loads(json.dumps(ModelConfig.from_dict(config.model).to_dict()))
+  new = json.loads(json.dumps(model_config(config).to_dict()))
   _raise_if_different(workdir, {"model": old_card["model"]}, {"model": new})
 
 

@@ -32,7 +32,7 @@ import tensorstore
 from orbax.checkpoint import checkpoint_managers
 
 from matformer_jax import checksums
-from matformer_jax.config import ModelConfig, Run
+from matformer_jax.config import ModelConfig, Run, model_config
 from matformer_jax.errors import UserError
 from matformer_jax.multihost import Hosts
 from matformer_jax.sharding import logical_axes, path_names
@@ -364,7 +364,7 @@ class Writer:
                card: Mapping[str, Any]):
     self._root = pathlib.Path(workdir).absolute() / STEPS_DIR
     self._card = dict(card)
-    self._config = ModelConfig.from_dict(card["model"])
+    self._config = model_config(card)
     self._metric: dict[int, float] = {}
     for step in steps(workdir):
       try:

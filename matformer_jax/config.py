@@ -1,7 +1,7 @@
 """What a model is (`ModelConfig`) and how it is run (`Execution`).
 
 Both are frozen and hashable, so they can be static arguments of `jax.jit`.
-`ModelConfig` is what a checkpoint's `config.json` stores; `Execution` is chosen
+A `ModelConfig` is what a checkpoint's `config.json` stores; `Execution` is chosen
 anew on every machine and never stored.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Mapping
+from typing import Any, ClassVar, Mapping
 
 from matformer_jax.errors import UserError
 
@@ -32,17 +32,14 @@ class Run:
   heads: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """A MatLM: decoder-only Transformer with nested FFNs (and, optionally, heads).
+  """The stack of nested blocks that every MatFormer is made of; its subclasses add the ends.
 
   Attributes:
-    vocab_size: V, rows of the tied input/output embedding.
     num_layers: L.
     d_model: D, residual width.
     num_heads: N attention heads of the widest granularity, each D/N wide.
-    seq_len: T, training context in tokens. RoPE has no parameters, so any
-      length can be evaluated.
     ffn_ratios: FFN width / d_model per granularity, increasing; its length is g.
     activation: one of `ACTIVATIONS`; `relu2` is squared ReLU.
     gated: FFN computes `act(x W_gate) * (x W_up)` instead of `act(x W_in)`.
@@ -52,17 +49,14 @@ class ModelConfig:
     ffn_groups: G; each group holds its share of every granularity, so that a
       tensor-parallel degree dividing G never moves weights. See sharding.py.
     head_groups: the same for attention heads.
-    rope_base: wavelength base of the rotary embedding.
-    norm_eps: added to the mean square in RMSNorm.
+    norm_eps: added to the mean square (the variance, in LayerNorm).
     runs: layer widths actually stored. The universal model has one run of full
       width; an extracted submodel has narrower ones.
   """
 
-  vocab_size: int
   num_layers: int
   d_model: int
   num_heads: int
-  seq_len: int
   ffn_ratios: tuple[float, ...] = (0.5, 1, 2, 4)
   activation: str = "gelu"
   gated: bool = False
@@ -70,16 +64,28 @@ class ModelConfig:
   head_ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 1)
   ffn_groups: int = 1
   head_groups: int = 1
-  rope_base: float = 10_000.0
   norm_eps: float = 1e-6
   runs: tuple[Run, ...] | None = None
 
+  # What a kind of model fixes for its blocks.
+  causal: ClassVar[bool]  # a token attends to those before it only
+  layer_norm: ClassVar[bool]  # LayerNorm, or RMSNorm
+  biases: ClassVar[bool]  # projections have them
+  glorot: ClassVar[bool]  # weights start Glorot-uniform, or normal and scaled by depth
+  rope_base: ClassVar[float | None] = None
+  dropout: ClassVar[float] = 0.0
+  stochastic_depth: ClassVar[float] = 0.0
+  name: ClassVar[str]
+  unit: ClassVar[str]  # what FLOPs are counted for: a token or an image
+  blocks_name: ClassVar[str]  # what the paper calls the parameters of all but the ends
+  adaptable: ClassVar[tuple[str, ...]] = ()  # what further training may change
+  _sizes: ClassVar[tuple[str, ...]] = ("num_layers", "d_model", "num_heads", "ffn_groups",
+                                       "head_groups")
+
   def __post_init__(self):
-    set_ = lambda name, value: object.__setattr__(self, name, value)
-    set_("ffn_ratios", tuple(self.ffn_ratios))
-    set_("head_ratios", tuple(self.head_ratios))
-    for name in ("vocab_size", "num_layers", "d_model", "num_heads", "seq_len",
-                 "ffn_groups", "head_groups"):
+    self._set("ffn_ratios", tuple(self.ffn_ratios))
+    self._set("head_ratios", tuple(self.head_ratios))
+    for name in self._sizes:
       value = getattr(self, name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"model.{name}={value!r} must be a positive integer")
@@ -87,7 +93,7 @@ class ModelConfig:
       raise UserError(
           f"model.d_model={self.d_model} is not divisible by model.num_heads="
           f"{self.num_heads}; choose num_heads among {_divisors(self.d_model)}")
-    if self.head_dim % 2:
+    if self.rope_base and self.head_dim % 2:
       raise UserError(
           f"model.d_model/model.num_heads = {self.head_dim} must be even for "
           "rotary position embeddings; use fewer or more heads")
@@ -117,7 +123,10 @@ class ModelConfig:
     runs = tuple(r if isinstance(r, Run) else Run(**r) for r in runs)
     if sum(r.num_layers for r in runs) != self.num_layers:
       raise UserError(f"model.runs={runs} do not add up to num_layers={self.num_layers}")
-    set_("runs", runs)
+    self._set("runs", runs)
+
+  def _set(self, name: str, value: Any) -> None:
+    object.__setattr__(self, name, value)
 
   @property
   def num_granularities(self) -> int:
@@ -146,12 +155,40 @@ class ModelConfig:
     return {"neurons": self.ffn_widths[run.ffn] // self.ffn_groups,
             "heads": self.head_counts[run.heads] // self.head_groups}
 
+  @property
+  def num_tokens(self) -> int:
+    """T, tokens that attend to each other."""
+    raise NotImplementedError
+
+  @property
+  def summary(self) -> str:
+    """Its measures, for people."""
+    text = f"{self.num_layers} layers, d_model {self.d_model}, {self.num_heads} heads"
+    if self.nested_heads:
+      text += f" ({'/'.join(map(str, self.head_counts))})"
+    return text
+
+  @property
+  def end_params(self) -> int:
+    """Parameters outside the blocks and the last norm: what turns input into x, and x into output."""
+    raise NotImplementedError
+
+  @property
+  def end_flops(self) -> int:
+    """Forward FLOPs of their matmuls, per `unit`."""
+    raise NotImplementedError
+
+  @property
+  def sharded_sizes(self) -> dict[str, str]:
+    """{field: mesh axis that must divide it}."""
+    return {"ffn_groups": "tensor", "head_groups": "tensor", "d_model": "fsdp"}
+
   def to_dict(self) -> dict[str, Any]:
     """JSON-ready form; `from_dict` inverts it."""
     return dataclasses.asdict(self)
 
   @classmethod
-  def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+  def from_dict(cls, values: Mapping[str, Any]):
     """Builds a config from a mapping.
 
     Raises:
@@ -165,6 +202,162 @@ class ModelConfig:
       if field.default is dataclasses.MISSING and values.get(name) is None:
         raise UserError(f"model.{name} is missing from the config")
     return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatLMConfig(ModelConfig):
+  """A MatLM: decoder-only language model with rotary positions (Section 4.1).
+
+  Attributes:
+    vocab_size: V, rows of the tied input/output embedding.
+    seq_len: T, training context in tokens. RoPE has no parameters, so any
+      length can be evaluated.
+    rope_base: wavelength base of the rotary embedding.
+  """
+
+  vocab_size: int
+  seq_len: int
+  rope_base: float = 10_000.0
+
+  causal = True
+  layer_norm = False
+  biases = False
+  glorot = False
+  name = "MatLM"
+  unit = "token"
+  blocks_name = "non-embedding"
+  _sizes = ModelConfig._sizes + ("vocab_size", "seq_len")
+
+  @property
+  def num_tokens(self):
+    return self.seq_len
+
+  @property
+  def summary(self):
+    return f"{super().summary}, vocabulary {self.vocab_size:,}, context {self.seq_len:,}"
+
+  @property
+  def end_params(self):
+    return self.vocab_size * self.d_model
+
+  @property
+  def end_flops(self):
+    return 2 * self.end_params  # as the output head; looking up a row is no matmul
+
+  @property
+  def sharded_sizes(self):
+    return super().sharded_sizes | {"vocab_size": "tensor"}
+
+
+POOLING = ("cls", "mean")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatViTConfig(ModelConfig):
+  """A MatViT: Vision Transformer encoder and classifier (Section 4.2).
+
+  Attributes:
+    image_size: side of the square input, pixels; a multiple of patch_size.
+    patch_size: side of a patch, pixels.
+    channels: of the input image.
+    num_classes: outputs of the head.
+    pooling: what represents an image: the [CLS] token, or the mean of all tokens.
+    representation_size: width of a tanh layer before the head; 0 has none.
+    head_bias: initial bias of the head, e.g. -6.9 with a sigmoid loss over 1,000 classes.
+    dropout: in training, of embeddings and in both sub-layers of a block.
+    stochastic_depth: in training, probability of skipping a sub-layer of the last block;
+      lower in earlier ones, linearly from 0 (Huang et al. 2016).
+  """
+
+  image_size: int
+  patch_size: int
+  num_classes: int
+  channels: int = 3
+  pooling: str = "cls"
+  representation_size: int = 0
+  head_bias: float = 0.0
+  dropout: float = 0.0
+  stochastic_depth: float = 0.0
+
+  causal = False
+  layer_norm = True
+  biases = True
+  glorot = True
+  adaptable = ("image_size", "num_classes", "representation_size", "head_bias", "dropout",
+               "stochastic_depth")
+  name = "MatViT"
+  unit = "image"
+  blocks_name = "encoder"
+  _sizes = ModelConfig._sizes + ("image_size", "patch_size", "num_classes", "channels")
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.image_size % self.patch_size:
+      raise UserError(f"model.image_size={self.image_size} is not a multiple of "
+                      f"model.patch_size={self.patch_size}")
+    if self.pooling not in POOLING:
+      raise UserError(f"model.pooling={self.pooling!r} is not one of {POOLING}")
+    if not isinstance(self.representation_size, int) or self.representation_size < 0:
+      raise UserError(f"model.representation_size={self.representation_size!r} must be a "
+                      "non-negative integer")
+    for name in ("dropout", "stochastic_depth"):
+      if not 0 <= getattr(self, name) < 1:
+        raise UserError(f"model.{name}={getattr(self, name)!r} must be in [0, 1)")
+
+  @property
+  def summary(self):
+    channels = "grey" if self.channels == 1 else "RGB"
+    return (f"{super().summary}, {self.image_size} x {self.image_size} {channels} pixels in patches "
+            f"of {self.patch_size} x {self.patch_size}, {self.num_classes:,} classes")
+
+  @property
+  def grid(self) -> int:
+    """Patches along a side of the image."""
+    return self.image_size // self.patch_size
+
+  @property
+  def num_tokens(self):
+    return self.grid**2 + (self.pooling == "cls")
+
+  @property
+  def sharded_sizes(self):
+    return super().sharded_sizes | {"features": "fsdp"}
+
+  @property
+  def patch_pixels(self) -> int:
+    """Numbers in a patch."""
+    return self.patch_size**2 * self.channels
+
+  @property
+  def features(self) -> int:
+    """Width of an image's representation."""
+    return self.representation_size or self.d_model
+
+  @property
+  def end_params(self):
+    d, r = self.d_model, self.representation_size
+    tokens = d * (self.num_tokens + (self.pooling == "cls"))  # positions, [CLS]
+    return ((self.patch_pixels + 1) * d + tokens + (d + 1) * r
+            + (self.features + 1) * self.num_classes)
+
+  @property
+  def end_flops(self):
+    return 2 * (self.grid**2 * self.patch_pixels * self.d_model
+                + self.d_model * self.representation_size + self.features * self.num_classes)
+
+
+KINDS = {"matlm": MatLMConfig, "matvit": MatViTConfig}
+
+
+def model_config(source: Mapping[str, Any]) -> ModelConfig:
+  """The model of a config file or a model card: its `model`, of the kind its `task` names.
+
+  Raises:
+    UserError: for an unknown task, or as `from_dict`.
+  """
+  if source["task"] not in KINDS:
+    raise UserError(f"task={source['task']!r} is unknown{did_you_mean(str(source['task']), KINDS)}")
+  return KINDS[source["task"]].from_dict(source["model"])
 
 
 @dataclasses.dataclass(frozen=True)

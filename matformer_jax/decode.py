@@ -25,7 +25,7 @@ import numpy as np
 
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.errors import UserError
 from matformer_jax.models import cache as kv
 from matformer_jax.models import layers, matlm
@@ -162,7 +162,7 @@ class Decoder:
     eos_id: the token that ends a sequence; -1 for none.
   """
 
-  config: ModelConfig
+  config: MatLMConfig
   execution: Execution
   granularity: gran.Granularity
   sampling: Sampling = Sampling()

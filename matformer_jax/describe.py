@@ -1,6 +1,7 @@
 """What a model is: sizes and costs of every granularity.
 
   python -m matformer_jax.describe --config=configs/matlm.py:850M
+  python -m matformer_jax.describe --config=configs/matvit.py:B16_i1k_augreg
   python -m matformer_jax.describe --workdir=runs/quickstart --json
   python -m matformer_jax.describe --config=configs/matlm.py:850M --budget=nonembedding:245.5M
 """
@@ -14,7 +15,7 @@ from absl import flags
 from matformer_jax import checkpoint, cli, tables
 from matformer_jax import granularity as gran
 from matformer_jax import profile as profiling
-from matformer_jax.config import ModelConfig
+from matformer_jax.config import ModelConfig, model_config
 from matformer_jax.errors import UserError
 
 
@@ -36,8 +37,8 @@ def describe(config: ModelConfig, chosen: gran.Granularity | None = None) -> dic
 def _sizes(config: ModelConfig, g: gran.Granularity) -> dict:
   n = gran.count(config, g)
   return {"params": n.params, "non_embedding_params": n.non_embedding_params,
-          "ffn_params": n.ffn_params, "flops_per_token": n.flops_per_token,
-          "train_flops_per_token": n.train_flops_per_token,
+          "ffn_params": n.ffn_params, f"flops_per_{config.unit}": n.flops,
+          f"train_flops_per_{config.unit}": n.train_flops,
           "weight_bytes_float32": 4 * n.params, "weight_bytes_bfloat16": 2 * n.params}
 
 
@@ -47,21 +48,17 @@ def report(config: ModelConfig, chosen: gran.Granularity | None = None,
   sizes = {gran.to_text(g, config): _sizes(config, g)
            for g in [*gran.uniform(config), *([chosen] if chosen else [])]}
   rows = [(name, f"{r['params']:,}", f"{r['non_embedding_params']:,}", f"{r['ffn_params']:,}",
-           tables.si(r["flops_per_token"]), tables.si(r["train_flops_per_token"]),
+           tables.si(r[f"flops_per_{config.unit}"]), tables.si(r[f"train_flops_per_{config.unit}"]),
            tables.si(r["weight_bytes_float32"], "B"), tables.si(r["weight_bytes_bfloat16"], "B"))
           for name, r in sorted(sizes.items(), key=lambda item: item[1]["params"])]
-  header = ("granularity", "parameters", "non-embedding", "FFN", "FLOPs/token", "training",
-            "float32", "bfloat16")
   c = config
-  what = [f"{c.num_layers} layers", f"d_model {c.d_model}", f"{c.num_heads} heads",
-          f"vocabulary {c.vocab_size:,}", f"context {c.seq_len:,}",
-          f"{'gated ' if c.gated else ''}{c.activation} FFN widths "
+  header = ("granularity", "parameters", c.blocks_name, "FFN", f"FLOPs/{c.unit}", "training",
+            "float32", "bfloat16")
+  what = [c.summary, f"{'gated ' if c.gated else ''}{c.activation} FFN widths "
           + "/".join(map(str, c.ffn_widths))]
-  if c.nested_heads:
-    what.append("heads " + "/".join(map(str, c.head_counts)))
   mixes = len(gran.mix_n_match_ladder(c)) - len(gran.uniform(c))
   text = (f"{', '.join(what)}\n\n{tables.table(header, rows)}\n\n"
-          f"FLOPs are per token at the training context, attention counted in full. Between the "
+          f"FLOPs are of a forward pass, attention counted in full. Between the "
           f"sizes lie {mixes:,} Mix'n'Match models.")
   if chosen is not None:
     text += f"\nWithin --budget={budget}: {gran.to_text(chosen, config)}"
@@ -71,11 +68,8 @@ def report(config: ModelConfig, chosen: gran.Granularity | None = None,
 def main(argv) -> None:
   if bool(_WORKDIR.value) == bool(_CONFIG.value is not None):
     raise UserError("give exactly one of --config=configs/matlm.py:ROW and --workdir=DIR")
-  if _WORKDIR.value:
-    model = checkpoint.read_card(_WORKDIR.value)["model"]
-  else:
-    model = cli.read_config(_CONFIG).model
-  config = ModelConfig.from_dict(model)
+  config = model_config(checkpoint.read_card(_WORKDIR.value) if _WORKDIR.value else
+                        cli.read_config(_CONFIG))
   chosen = None
   if _BUDGET.value:
     profile = profiling.read(_WORKDIR.value, config) if _WORKDIR.value else None

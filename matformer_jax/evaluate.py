@@ -5,57 +5,68 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Sequence
 
 from absl import flags
+import ml_collections
 import numpy as np
 import tqdm
 
 from matformer_jax import cli, runtime, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import ModelConfig
-from matformer_jax.data import text
 from matformer_jax.data.store import TokenStore
 from matformer_jax.errors import UserError
-from matformer_jax.evals import lm
+from matformer_jax.evals import Result, classification, lm
 from matformer_jax.evals.bigram import bigram_loss
-from matformer_jax.loading import Model, load
+from matformer_jax.loading import LanguageModel, Model, VisionModel, load
+from matformer_jax.tasks import Task, make_task
 
 
-def validation_store(model: Model) -> TokenStore:
-  """The token store the model was trained with, remade from its source if need be.
+def open_task(model: Model) -> Task:
+  """The task that the model was trained on, with its data; made anew from the source if need be.
 
   Raises:
-    UserError: if the source no longer gives the same tokens.
+    UserError: if the source no longer gives the same data.
   """
-  data = model.card["config"]["data"]
-  store = text.open_source(data["source"], data["data_dir"] or None, lambda corpus: model.tokenizer,
-                           data["validation_fraction"], data["cache_dir"] or None)[0]
-  if store.fingerprint != model.card["identity"]["tokens"]:
-    raise UserError(f"data.source={data['source']!r} no longer gives the tokens this model was "
-                    "trained on (another version of the corpus?); evaluate where it was trained")
-  return store
+  config = ml_collections.ConfigDict(model.card["config"])
+  config.model = model.config.to_dict()
+  config.data.tokenizer = ""  # the one beside the weights
+  task = make_task(config, model.workdir)
+  trained_on = model.card["identity"]
+  changed = [key for key, value in task.identity().items()
+             if json.loads(json.dumps(value)) != trained_on.get(key)]
+  if changed:
+    raise UserError(f"data.source={config.data.source!r} no longer gives the {', '.join(changed)} "
+                    "this model was trained on (another version of it?); evaluate where it was "
+                    "trained")
+  return task
 
 
-def evaluate(model: Model, store: TokenStore, granularities: Sequence[gran.Granularity],
-             consistency: bool, max_batches: int = 0, batch_size: int = 16) -> list[lm.Result]:
-  """Measures `granularities` on whole validation windows, in order.
+def validation_store(model: LanguageModel) -> TokenStore:
+  """The token store that a language model was trained with."""
+  return open_task(model).store
+
+
+def evaluate(model: Model, task: Task, granularities: Sequence[gran.Granularity],
+             consistency: bool, max_batches: int = 0, batch_size: int = 16) -> list[Result]:
+  """Measures `granularities` on validation data, in order.
 
   Args:
-    max_batches: 0 measures every full batch.
+    max_batches: 0 measures everything.
   """
-  tokens = store.tokens["validation"]
-  windows = text.Windows(tokens, model.config.seq_len, 1, None)
-  batch_size = min(batch_size, windows.num_windows)
-  windows = text.Windows(tokens, model.config.seq_len, batch_size, None)
-  batches = windows.num_windows // batch_size
-  batches = min(batches, max_batches) if max_batches else batches
-  with tqdm.tqdm(total=batches, desc="evaluating", unit="batch", mininterval=1.0) as bar:
-    return lm.evaluate(model.config, model.execution, model.params, granularities,
-                       map(windows.batch, range(batches)), consistency,
-                       progress=lambda n: bar.update())
+  on_this_device = lambda read, size: read(range(size))
+  with tqdm.tqdm(desc="evaluating", unit="batch", mininterval=1.0) as bar:
+    def progress(done, total):
+      bar.total = total
+      bar.update(done - bar.n)
+
+    return task.evaluate(model.execution, model.params, on_this_device, granularities,
+                         consistency=consistency, batches=max_batches, batch_size=batch_size,
+                         progress=progress)
 
 
 def ladder(config: ModelConfig, points: int) -> list[gran.Granularity]:
@@ -65,68 +76,84 @@ def ladder(config: ModelConfig, points: int) -> list[gran.Granularity]:
   return [rungs[i] for i in picks]
 
 
-def plot(model: Model, results: Sequence[lm.Result], path: str, baseline: float | None) -> None:
-  """Validation loss against parameters: explicit sizes, Mix'n'Match, the bigram baseline."""
+# What may be measured -> (column, format); {full} is the largest granularity.
+COLUMNS = {"loss": ("loss", ".4f"), "perplexity": ("perplexity", ".2f"),
+           "accuracy": ("top-1", ".2%"), "agreement": ("agrees with {full}", ".1%"),
+           "kl": ("KL from {full}", ".4f")}
+
+
+def plot(model: Model, results: Sequence[Result], path: str, baseline: float | None) -> None:
+  """Accuracy, or else loss, against parameters: explicit sizes, Mix'n'Match, a baseline."""
   import matplotlib
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
   sizes = [gran.count(model.config, r.granularity).params / 1e6 for r in results]
   explicit = {gran.to_text(g, model.config) for g in gran.uniform(model.config)}
+  metric, label = (("accuracy", "top-1 accuracy (%)") if "accuracy" in results[0].metrics else
+                   ("loss", "validation loss (nats per token)"))
+  values = [r.metrics[metric] * (100 if metric == "accuracy" else 1) for r in results]
   figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-  curve = sorted(zip(sizes, (r.loss for r in results)))
+  curve = sorted(zip(sizes, values))
   axes.plot(*zip(*curve), color="0.75", zorder=1)
-  for names, marker, size, label in ((explicit, "o", 70, "trained granularity"),
-                                     (None, "D", 30, "Mix'n'Match, never trained")):
-    chosen = [(s, r) for s, r in zip(sizes, results)
+  for names, marker, size, kind in ((explicit, "o", 70, "trained granularity"),
+                                    (None, "D", 30, "Mix'n'Match, never trained")):
+    chosen = [(s, v, r.granularity) for s, v, r in zip(sizes, values, results)
               if (r.granularity in explicit) == (names is not None)]
     if chosen:
-      axes.scatter([s for s, _ in chosen], [r.loss for _, r in chosen], marker=marker, s=size,
-                   label=label, zorder=2)
-    for s, r in chosen if names else ():
-      axes.annotate(r.granularity, (s, r.loss), textcoords="offset points", xytext=(7, 6))
-  axes.set(xlabel="parameters (million)", ylabel="validation loss (nats per token)",
+      axes.scatter([s for s, _, _ in chosen], [v for _, v, _ in chosen], marker=marker, s=size,
+                   label=kind, zorder=2)
+    for s, v, name in chosen if names else ():
+      axes.annotate(name, (s, v), textcoords="offset points", xytext=(7, 6))
+  axes.set(xlabel="parameters (million)", ylabel=label,
            title=f"One universal checkpoint, every size ({model.workdir.name}, step {model.step:,})")
   if baseline is not None:
     axes.text(0.99, 0.97, f"bigram baseline: {baseline:.3f}", transform=axes.transAxes,
               ha="right", va="top", color="0.4")
   axes.margins(0.06, 0.1)
   axes.grid(alpha=0.3)
-  axes.legend(loc="lower left")
+  axes.legend(loc="lower right" if metric == "accuracy" else "lower left")
   figure.savefig(path, dpi=140)
   plt.close(figure)
 
 
-def report(model: Model, results: Sequence[lm.Result], metrics: Sequence[str],
-           baseline: float | None) -> str:
+def report(model: Model, results: Sequence[Result], baseline: float | None) -> str:
   """The table a person reads."""
   full = gran.to_text(gran.full(model.config), model.config)
-  header = ["granularity", "parameters", "FLOPs/token"]
-  header += ["loss", "perplexity"] if "loss" in metrics else []
-  header += [f"agrees with {full}"] if "agreement" in metrics else []
-  header += [f"KL from {full}"] if "kl" in metrics else []
+  shown = [name for name in COLUMNS if name in results[0].metrics]
+  header = ["granularity", "parameters", f"FLOPs/{model.config.unit}"]
+  header += [COLUMNS[name][0].format(full=full) for name in shown]
   rows = []
   for r in results:
     n = gran.count(model.config, r.granularity)
-    row = [r.granularity, f"{n.params:,}", tables.si(n.flops_per_token)]
-    row += [f"{r.loss:.4f}", f"{r.perplexity:.2f}"] if "loss" in metrics else []
-    row += [f"{100 * r.agreement:.1f}%"] if "agreement" in metrics else []
-    row += [f"{r.kl:.4f}"] if "kl" in metrics else []
-    rows.append(row)
+    rows.append([r.granularity, f"{n.params:,}", tables.si(n.flops)]
+                + [format(r.metrics[name], COLUMNS[name][1]) for name in shown])
   if baseline is not None:
     row = ["bigram baseline", "", "", f"{baseline:.4f}", f"{np.exp(baseline):.2f}"]
     rows.append(row + [""] * (len(header) - len(row)))
   return tables.table(header, rows)
 
 
+def only(results: Sequence[Result], metrics: Sequence[str]) -> list[Result]:
+  """Results with these metrics; perplexity goes with the loss."""
+  wanted = {*metrics, *(["perplexity"] if "loss" in metrics else [])}
+  return [dataclasses.replace(r, metrics={k: v for k, v in r.metrics.items() if k in wanted})
+          for r in results]
+
+
 def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value)
-  unknown = set(_METRICS.value) - set(lm.METRICS)
-  if unknown or not _METRICS.value:
-    raise UserError(f"--metrics={','.join(_METRICS.value)!r}: choose among {','.join(lm.METRICS)}")
-  if (_BIGRAM.value or _PLOT.value) and "loss" not in _METRICS.value:
-    raise UserError("--bigram and --plot show the loss; add it to --metrics")
   runtime.enable_compilation_cache()
   model = load(_WORKDIR.value, _STEP.value)
+  vision = isinstance(model, VisionModel)
+  known = classification.METRICS if vision else lm.METRICS
+  metrics = _METRICS.value or known
+  if set(metrics) - set(known):
+    raise UserError(f"--metrics={','.join(metrics)!r}: choose among {','.join(known)}")
+  plotted = "accuracy" if vision else "loss"
+  if (_BIGRAM.value or _PLOT.value) and plotted not in metrics:
+    raise UserError(f"--bigram and --plot show the {plotted}; add it to --metrics")
+  if _BIGRAM.value and vision:
+    raise UserError("--bigram is a baseline of language models")
   if _GRANULARITIES.value:
     chosen = [gran.parse(g, model.config) for g in _GRANULARITIES.value]
   else:
@@ -134,38 +161,35 @@ def main(argv) -> None:
   if _LADDER.value:
     chosen += ladder(model.config, _LADDER.value)
   chosen = sorted(dict.fromkeys(chosen), key=lambda g: gran.count(model.config, g).params)
-  store = validation_store(model)
-  consistency = bool({"agreement", "kl"} & set(_METRICS.value))
-  results = evaluate(model, store, chosen, consistency, _BATCHES.value, _BATCH_SIZE.value)
+  task = open_task(model)
+  consistency = bool({"agreement", "kl"} & set(metrics))
+  results = evaluate(model, task, chosen, consistency, _BATCHES.value, _BATCH_SIZE.value)
+  results = only(results, metrics)
   baseline = None
   if _BIGRAM.value:
-    measured = store.tokens["validation"][:results[0].tokens + 1]  # the same predictions
-    baseline = bigram_loss(store.tokens["train"], measured, model.config.vocab_size)
-  print(f"{model.workdir}, step {model.step:,}, {results[0].tokens:,} validation tokens\n")
-  print(report(model, results, _METRICS.value, baseline))
+    measured = task.store.tokens["validation"][:results[0].examples + 1]  # the same predictions
+    baseline = bigram_loss(task.store.tokens["train"], measured, model.config.vocab_size)
+  print(f"{model.workdir}, step {model.step:,}, {results[0].examples:,} validation "
+        f"{model.config.unit}s\n")
+  print(report(model, results, baseline))
   if _PLOT.value:
     plot(model, results, _PLOT.value, baseline)
     print(f"\nwrote {_PLOT.value}")
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(json.dumps(
-        as_json(model, results, _METRICS.value, baseline), indent=1))
+    pathlib.Path(_JSON.value).write_text(json.dumps(as_json(model, results, baseline), indent=1))
     print(f"wrote {_JSON.value}")
 
 
-def as_json(model: Model, results: Sequence[lm.Result], metrics: Sequence[str],
-            baseline: float | None) -> dict:
+def as_json(model: Model, results: Sequence[Result], baseline: float | None) -> dict:
   """{"granularities": {"S": {"params", "flops_per_token", "loss", ...}}, ...}."""
   rows = {}
   for r in results:
     n = gran.count(model.config, r.granularity)
-    row = {"params": n.params, "non_embedding_params": n.non_embedding_params,
-           "flops_per_token": n.flops_per_token}
-    if "loss" in metrics:
-      row |= {"loss": r.loss, "perplexity": r.perplexity}
-    row |= {name: getattr(r, name) for name in ("agreement", "kl") if name in metrics}
-    rows[r.granularity] = row
-  return {"workdir": str(model.workdir), "step": model.step, "tokens": results[0].tokens,
-          "bigram_loss": baseline, "granularities": rows}
+    rows[r.granularity] = {"params": n.params, "non_embedding_params": n.non_embedding_params,
+                           f"flops_per_{model.config.unit}": n.flops, **r.metrics}
+  return {"workdir": str(model.workdir), "step": model.step,
+          f"{model.config.unit}s": results[0].examples, "bigram_loss": baseline,
+          "granularities": rows}
 
 
 if __name__ == "__main__":
@@ -175,11 +199,12 @@ if __name__ == "__main__":
       "granularities", [], "What to measure, e.g. S,M,'M*2+L*2',XL; default the trained sizes.")
   _LADDER = flags.DEFINE_integer("ladder", 0, "Also measure this many Mix'n'Match models.",
                                  lower_bound=0)
-  _METRICS = flags.DEFINE_list("metrics", list(lm.METRICS), "Any of " + ",".join(lm.METRICS) +
-                               ". Agreement and KL are against the full model.")
+  _METRICS = flags.DEFINE_list("metrics", [], "Any of loss, agreement, kl and, of images, "
+                               "accuracy; default all. Agreement and KL are against the full model.")
   _BATCHES = flags.DEFINE_integer("batches", 0, "Validation batches; 0 is all.", lower_bound=0)
-  _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows per batch.", lower_bound=1)
+  _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows or images per batch.",
+                                     lower_bound=1)
   _BIGRAM = flags.DEFINE_bool("bigram", False, "Also show a bigram baseline.")
-  _PLOT = flags.DEFINE_string("plot", None, "Write a PNG of loss against parameters.")
+  _PLOT = flags.DEFINE_string("plot", None, "Write a PNG of loss or accuracy against parameters.")
   _JSON = flags.DEFINE_string("json", None, "Write the results to this file.")
   cli.run(main)

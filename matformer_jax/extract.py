@@ -17,18 +17,15 @@ import shutil
 import time
 
 from absl import flags
+import jax
 import tqdm
 
-from matformer_jax import checkpoint, cli, describe
+from matformer_jax import checkpoint, cli, describe, models, sharding
 from matformer_jax import granularity as gran
 from matformer_jax import profile as profiling
-from matformer_jax.config import ModelConfig
+from matformer_jax.config import ModelConfig, model_config
 from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError
-
-_BLOCK_LEAVES = (("attention", "qkv"), ("attention", "out"), ("attention_norm", "scale"),
-                 ("ffn", "in"), ("ffn", "gate"), ("ffn", "out"), ("ffn_norm", "scale"))
-
 
 def extract(workdir: str | os.PathLike, granularity: gran.GranularityLike, out: str | os.PathLike,
             step: int | None = None) -> ModelConfig:
@@ -50,7 +47,7 @@ def extract(workdir: str | os.PathLike, granularity: gran.GranularityLike, out: 
   """
   workdir, out = pathlib.Path(workdir), pathlib.Path(out)
   card = checkpoint.read_card(workdir)
-  config = ModelConfig.from_dict(card["model"])
+  config = model_config(card)
   g = gran.parse(granularity, config)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"--out={out} exists already and is not empty; give a new directory")
@@ -73,7 +70,8 @@ def extract(workdir: str | os.PathLike, granularity: gran.GranularityLike, out: 
   temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
   temporary.mkdir(parents=True)
   try:
-    shutil.copyfile(workdir / TOKENIZER_FILE, temporary / TOKENIZER_FILE)
+    if (workdir / TOKENIZER_FILE).exists():
+      shutil.copyfile(workdir / TOKENIZER_FILE, temporary / TOKENIZER_FILE)
     (temporary / checkpoint.CARD_FILE).write_text(json.dumps(card, indent=1))
     writer = checkpoint.Writer(temporary, keep_last=1, keep_best=0, card=card)
     writer.save(number, params, None, {"step": number})
@@ -89,28 +87,28 @@ def extract(workdir: str | os.PathLike, granularity: gran.GranularityLike, out: 
 def _read(workdir: pathlib.Path, step: int, config: ModelConfig, g: gran.Granularity):
   """The submodel's parameter tree, read slice by slice."""
   reader = checkpoint.SliceReader(workdir, step, config)
-  everything = slice(None)
-  params = {"embedding": reader.read(("embedding",), everything, {}),
-            "final_norm": {"scale": reader.read(("final_norm", "scale"), everything, {})},
-            "blocks": {}}
-  leaves = [leaf for leaf in _BLOCK_LEAVES if config.gated or leaf[1] != "gate"]
   parts = gran.slices(config, g)
-  with tqdm.tqdm(total=len(parts) * len(leaves), desc="reading slices", mininterval=1.0) as bar:
-    for i, part in enumerate(parts):
-      block = params["blocks"][str(i)] = {}
-      for group, name in leaves:
-        block.setdefault(group, {})[name] = reader.read(
-            ("blocks", str(part.source), group, name), slice(part.start, part.stop),
-            config.slice_lengths(part.run))
-        bar.update()
-  return params
+
+  def read(path, _):
+    names = sharding.path_names(path)
+    bar.update()
+    if names[0] != "blocks":
+      return reader.read(names, slice(None), {})
+    part = parts[int(names[1])]
+    return reader.read(("blocks", str(part.source), *names[2:]), slice(part.start, part.stop),
+                       config.slice_lengths(part.run))
+
+  wanted = jax.eval_shape(lambda: models.init_params(gran.submodel_config(config, g),
+                                                     jax.random.key(0)))
+  with tqdm.tqdm(total=len(jax.tree.leaves(wanted)), desc="reading slices", mininterval=1.0) as bar:
+    return jax.tree_util.tree_map_with_path(read, wanted)
 
 
 def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value, out=_OUT.value)
   if bool(_GRANULARITY.value) == bool(_BUDGET.value):
     raise UserError("give exactly one of --granularity='M*2+L*2' and --budget=0.6x")
-  config = ModelConfig.from_dict(checkpoint.read_card(_WORKDIR.value)["model"])
+  config = model_config(checkpoint.read_card(_WORKDIR.value))
   chosen = _GRANULARITY.value or gran.mix_n_match(
       config, _BUDGET.value, profile=profiling.read(_WORKDIR.value, config))
   started = time.perf_counter()

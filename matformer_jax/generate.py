@@ -17,7 +17,7 @@ from absl import flags
 from matformer_jax import cli, runtime
 from matformer_jax.decode import Sampling
 from matformer_jax.errors import UserError
-from matformer_jax.loading import Settings, load
+from matformer_jax.loading import LanguageModel, Settings, load
 
 def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value)
@@ -26,7 +26,7 @@ def main(argv) -> None:
       Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value), _SEED.value, _DRAFT.value,
       _draft_lengths(_DRAFT_LENGTH.value), _SHARE_CACHE.value)
   runtime.enable_compilation_cache()
-  model = load(_WORKDIR.value, _STEP.value)
+  model = load(_WORKDIR.value, _STEP.value, LanguageModel)
   prompt = model.tokenizer.encode(_PROMPT.value) or [model.tokenizer.eos_id]
   shown, first_at, ids, stats = "", None, [], None
   for (ids,), stats in model.stream([prompt], settings):

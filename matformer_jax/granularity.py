@@ -230,7 +230,7 @@ COSTS = {
     "params": ("parameters", lambda c, g: count(c, g).params),
     "nonembedding": ("non-embedding parameters", lambda c, g: count(c, g).non_embedding_params),
     "ffn": ("FFN parameters", lambda c, g: count(c, g).ffn_params),
-    "flops": ("FLOPs per token", lambda c, g: count(c, g).flops_per_token),
+    "flops": ("FLOPs", lambda c, g: count(c, g).flops),
 }
 LATENCIES = {
     "latency": "seconds for a forward pass", "decode": "seconds per decoded token",
@@ -314,47 +314,53 @@ class Counts:
   """Sizes of one granularity.
 
   Attributes:
-    params: all parameters, the tied embedding once.
-    non_embedding_params: without the embedding (Table 4's second column).
+    params: all parameters, a tied embedding once.
+    non_embedding_params: of the blocks and the last norm (Table 4's second column; the
+      encoder sizes of Table 8).
     ffn_params: FFN matrices only (Table 4's third column).
-    matmul_params: parameters that take part in a matmul for every token; the
-      embedding counts as the output head, RMSNorm scales do not count.
-    flops_per_token: forward FLOPs per token at the training context.
+    flops: forward FLOPs of a token at the training context, or of an image: see
+      `config.unit`.
   """
 
   params: int
   non_embedding_params: int
   ffn_params: int
-  matmul_params: int
-  flops_per_token: int
+  flops: int
 
   @property
-  def train_flops_per_token(self) -> int:
+  def train_flops(self) -> int:
     """Forward and backward: three times the forward."""
-    return 3 * self.flops_per_token
+    return 3 * self.flops
 
 
-def count(config: ModelConfig, granularity: GranularityLike, seq_len: int | None = None) -> Counts:
+def count(config: ModelConfig, granularity: GranularityLike, num_tokens: int | None = None) -> Counts:
   """Exact parameter counts, and FLOPs by PaLM's convention (its Appendix B).
 
   Forward FLOPs per token = 2 x matmul parameters + 4 x L x N x H x T: the
   attention's two T x T products are counted in full, without a causal discount.
+  An image costs T tokens, and its patches and head.
+
+  Args:
+    num_tokens: T; default the model's own.
   """
   granularity = parse(granularity, config)
-  seq_len = seq_len or config.seq_len
+  num_tokens = num_tokens or config.num_tokens
   d, h = config.d_model, config.head_dim
+  projections = 2 if config.gated else 1  # into the FFN
   heads = [config.head_counts[i] for i in granularity.heads]
-  ffn = sum((3 if config.gated else 2) * d * config.ffn_widths[i] for i in granularity.ffn)
+  widths = [config.ffn_widths[i] for i in granularity.ffn]
+  ffn = sum((projections + 1) * d * width for width in widths)
   attention = sum(4 * d * n * h for n in heads)
-  norms = (2 * config.num_layers + 1) * d
-  embedding = config.vocab_size * d
-  matmul = ffn + attention + embedding
+  vectors = (2 * config.num_layers + 1) * d * (2 if config.layer_norm else 1)
+  if config.biases:
+    vectors += sum(3 * n * h + d for n in heads) + sum(projections * m + d for m in widths)
+  blocks = ffn + attention + vectors
+  per_token = 2 * (ffn + attention) + sum(4 * n * h * num_tokens for n in heads)
   return Counts(
-      params=embedding + ffn + attention + norms,
-      non_embedding_params=ffn + attention + norms,
+      params=config.end_params + blocks,
+      non_embedding_params=blocks,
       ffn_params=ffn,
-      matmul_params=matmul,
-      flops_per_token=2 * matmul + sum(4 * n * h * seq_len for n in heads))
+      flops=per_token * (num_tokens if config.unit == "image" else 1) + config.end_flops)
 
 
 # ---------------------------------------------------------------- helpers

@@ -6,19 +6,22 @@ import dataclasses
 import os
 import pathlib
 import time
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-from matformer_jax import checkpoint, losses, tables
+from matformer_jax import checkpoint, losses, models, tables
 from matformer_jax import granularity as gran
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import Execution, MatViTConfig, ModelConfig, model_config
+from matformer_jax.data.augment import Transform
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from matformer_jax.decode import Decoder, Sampling
 from matformer_jax.errors import UserError
-from matformer_jax.models import matlm
+from matformer_jax.evals import classification
+from matformer_jax.models import layers, matlm
 from matformer_jax.speculative import AUTO_DRAFT_LENGTHS, CostMeter, SpeculativeDecoder, Stats
 
 CALL_SECONDS = 0.05  # of generation: a program call makes about as many tokens as take this long
@@ -55,7 +58,6 @@ class Model:
   Attributes:
     params: the universal parameter tree, float32.
     config: what the model is.
-    tokenizer: text to tokens and back.
     step: training steps of these weights.
     card: config.json: full training config, data and library versions.
     workdir: where it was loaded from.
@@ -64,11 +66,86 @@ class Model:
 
   params: Any
   config: ModelConfig
-  tokenizer: Tokenizer
   step: int
   card: dict[str, Any]
   workdir: pathlib.Path
   execution: Execution
+
+  def _parse(self, granularity: gran.GranularityLike | None) -> gran.Granularity:
+    return gran.full(self.config) if granularity is None else gran.parse(granularity, self.config)
+
+  def __repr__(self) -> str:
+    c = self.config
+    rows = []
+    for g in gran.uniform(c):
+      n = gran.count(c, g)
+      rows.append((gran.to_text(g, c), f"{n.params:,}", f"{n.non_embedding_params:,}",
+                   tables.si(n.flops)))
+    sizes = tables.table(("granularity", "parameters", c.blocks_name, f"FLOPs/{c.unit}"), rows)
+    text = f"{c.name} from {self.workdir}, step {self.step:,}: {c.summary}\n{sizes}"
+    mixes = [g for g in gran.mix_n_match_ladder(c) if g not in gran.uniform(c)]
+    if mixes:
+      text += f"\nplus {len(mixes)} Mix'n'Match models, such as {gran.to_text(mixes[len(mixes) // 2], c)!r}"
+    return text
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class VisionModel(Model):
+  """A MatViT.
+
+  Attributes:
+    transform: from a Pillow image to what the model takes, as in its evaluation.
+  """
+
+  transform: Callable
+
+  @property
+  def class_names(self) -> list[str]:
+    """Of the C classes."""
+    return self.card["identity"]["classes"]
+
+  def prepare(self, images: Sequence[Image.Image]) -> np.ndarray:
+    """uint8 [B, S, S, channels] from Pillow images of any size."""
+    mode = "L" if self.config.channels == 1 else "RGB"
+    rng = np.random.default_rng(0)  # transforms for evaluation draw nothing
+    return np.stack([self.transform(image.convert(mode), rng) for image in images])
+
+  def logits(self, images, granularity: gran.GranularityLike | None = None) -> jax.Array:
+    """float32 [B, C].
+
+    Args:
+      images: uint8 [B, S, S, channels], or float scaled to [-1, 1]; `prepare` makes them.
+      granularity: e.g. "M" or "M*6+L*6"; default: everything stored.
+
+    Raises:
+      UserError: for images of another shape or a granularity that does not parse.
+    """
+    return classification.logits(self.params, self._check(images), self.config, self.execution,
+                                 self._parse(granularity))
+
+  def features(self, images, granularity: gran.GranularityLike | None = None) -> jax.Array:
+    """float32 [B, F]: what the head is given, for retrieval; arguments as in `logits`."""
+    return classification.logits(self.params, self._check(images), self.config, self.execution,
+                                 self._parse(granularity), features=True)
+
+  def _check(self, images) -> jax.Array:
+    c = self.config
+    images, want = jnp.asarray(images), (c.image_size, c.image_size, c.channels)
+    if images.shape[1:] != want:
+      raise UserError(f"images must be [B, {', '.join(map(str, want))}], got {images.shape}; "
+                      "model.prepare([image, ...]) makes them from Pillow images")
+    return images
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LanguageModel(Model):
+  """A MatLM.
+
+  Attributes:
+    tokenizer: text to tokens and back.
+  """
+
+  tokenizer: Tokenizer
 
   def logits(self, tokens, granularity: gran.GranularityLike | None = None) -> jax.Array:
     """Next-token logits.
@@ -103,9 +180,6 @@ class Model:
     if batch.shape[1] < 2:
       raise UserError(f"loss needs at least 2 tokens, got {batch.shape[1]}; give more text")
     return float(_loss(self.params, batch, self.config, self.execution, self._parse(granularity)))
-
-  def _parse(self, granularity):
-    return gran.full(self.config) if granularity is None else gran.parse(granularity, self.config)
 
   def generate(self, prompt: str | Sequence[str], granularity: gran.GranularityLike | None = None,
                temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, **settings
@@ -145,7 +219,7 @@ class Model:
     config = gran.submodel_config(self.config, g)
     decoder = Decoder(config, self.execution, gran.full(config), settings.sampling,
                       self.tokenizer.eos_id)
-    weights = decoder.lay_out(matlm.slice_params(self.params, self.config, g))
+    weights = decoder.lay_out(layers.slice_params(self.params, self.config, g))
     request = prompts, settings.max_tokens, [settings.seed + i for i in range(len(prompts))]
     lengths = settings.draft_lengths or tuple(
         k for k in AUTO_DRAFT_LENGTHS if k or settings.share_cache)
@@ -181,39 +255,27 @@ class Model:
                       f"{array.min()}..{array.max()}; use model.tokenizer")
     return jnp.asarray(array, jnp.int32)
 
-  def __repr__(self) -> str:
-    c = self.config
-    rows = []
-    for g in gran.uniform(c):
-      n = gran.count(c, g)
-      rows.append((gran.to_text(g, c), f"{n.params:,}", f"{n.non_embedding_params:,}",
-                   tables.si(n.flops_per_token)))
-    sizes = tables.table(("granularity", "parameters", "non-embedding", "FLOPs/token"), rows)
-    text = (f"MatLM from {self.workdir}, step {self.step:,}: {c.num_layers} layers, d_model "
-            f"{c.d_model}, {c.num_heads} heads, vocabulary {c.vocab_size:,}, context "
-            f"{c.seq_len}\n{sizes}")
-    mixes = [g for g in gran.mix_n_match_ladder(c) if g not in gran.uniform(c)]
-    if mixes:
-      text += f"\nplus {len(mixes)} Mix'n'Match models, such as {gran.to_text(mixes[len(mixes) // 2], c)!r}"
-    return text
 
-
-def load(workdir: str | os.PathLike, step: int | None = None) -> Model:
-  """Loads a trained model. Reads local files only; unpickles nothing.
+def load(workdir: str | os.PathLike, step: int | None = None, kind: type[Model] = Model) -> Model:
+  """Loads a trained model: a LanguageModel or a VisionModel. Reads local files only; unpickles nothing.
 
   Args:
     workdir: directory of a training run.
     step: which checkpoint; default the newest that verifies.
+    kind: of model that is wanted.
 
   Raises:
-    UserError: if there is no such run or step.
+    UserError: if there is no such run or step, or it is of another kind.
     checkpoint.DamagedCheckpoint: (a UserError) if `step` fails verification,
       naming the leaf.
   """
   workdir = pathlib.Path(workdir)
   card = checkpoint.read_card(workdir)
-  config = ModelConfig.from_dict(card["model"])
-  shapes = jax.eval_shape(lambda: matlm.init_params(config, jax.random.key(0)))
+  config = model_config(card)
+  is_vision = isinstance(config, MatViTConfig)
+  if not issubclass(VisionModel if is_vision else LanguageModel, kind):
+    raise UserError(f"{workdir} holds a {config.name}, which this does not work with")
+  shapes = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
   if step is None:
@@ -226,14 +288,18 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Model:
                       f"{', '.join(map(str, checkpoint.steps(workdir))) or 'none'}")
     found = checkpoint.restore(workdir, step, {"params": abstract})
   items, meta, _ = found
+  device = jax.devices()[0]
+  execution = Execution.for_platform(device.platform, dtype="float32", remat="none",
+                                     device_kind=device.device_kind)
+  loaded = items["params"], config, meta["step"], card, workdir, execution
+  if is_vision:
+    return VisionModel(*loaded, Transform(card["config"]["data"]["eval_transform"],
+                                          config.image_size, "data.eval_transform"))
   tokenizer = Tokenizer.from_file(workdir / TOKENIZER_FILE)
   if tokenizer.sha256 != card["identity"]["tokenizer"]:
     raise UserError(f"{workdir / TOKENIZER_FILE} is not the tokenizer this model was trained with "
                     "(its checksum differs); restore the file, or run train there again")
-  device = jax.devices()[0]
-  execution = Execution.for_platform(device.platform, dtype="float32", remat="none",
-                                     device_kind=device.device_kind)
-  return Model(items["params"], config, tokenizer, meta["step"], card, workdir, execution)
+  return LanguageModel(*loaded, tokenizer)
 
 
 def _jit(f):

@@ -1,4 +1,4 @@
-"""Losses over large vocabularies, in chunks."""
+"""Losses: over large vocabularies, in chunks; and over the classes of an image."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
+import optax
 
 from matformer_jax import sharding
 from matformer_jax.config import Execution
@@ -108,3 +110,12 @@ def _cross_entropy_bwd(chunks, z_loss, grads, cotangent):
 
 
 chunked_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+# Losses of an image from float32 logits [B, C] and targets [B, C] that need not be one-hot:
+# float32 [B], nats. The sigmoid's is a sum over classes (Beyer et al. 2020, Section 3).
+CLASSIFICATION = {
+    "softmax": optax.softmax_cross_entropy,
+    "sigmoid": lambda logits, targets: jnp.sum(
+        optax.sigmoid_binary_cross_entropy(logits, targets), -1),
+}

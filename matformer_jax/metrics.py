@@ -7,12 +7,13 @@ import json
 import math
 import os
 import pathlib
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import jax
 import tensorboardX
 
 from matformer_jax.chips import PEAK_FLOPS
+from matformer_jax.evals import Result
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
@@ -135,15 +136,21 @@ class RunLog:
     print(f"step {step:,}/{self._total:,}  {losses}  {self._examples / mean:,.0f} {self._unit}/s  "
           f"ETA {_clock((self._total - step) * mean)}", flush=True)
 
-  def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
-    """Records validation losses."""
+  def evaluation(self, step: int, results: Sequence[Result]) -> None:
+    """Records validation metrics."""
     if not self._recording:
       return
-    self._evals.write({"step": step, "loss": dict(losses)})
-    for name, loss in losses.items():
-      self._board.add_scalar(f"validation_loss/{name}", loss, step)
-    print(f"step {step:,}/{self._total:,}  validation  " +
-          "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()), flush=True)
+    measured = {metric: {r.granularity: r.metrics[metric] for r in results}
+                for metric in ("loss", "accuracy") if metric in results[0].metrics}
+    self._evals.write({"step": step, **measured})
+    for metric, values in measured.items():
+      for name, value in values.items():
+        self._board.add_scalar(f"validation_{metric}/{name}", value, step)
+    parts = []
+    for r in results:
+      accuracy = f" ({r.metrics['accuracy']:.2%})" if "accuracy" in r.metrics else ""
+      parts.append(f"{r.granularity} {r.metrics['loss']:.4f}{accuracy}")
+    print(f"step {step:,}/{self._total:,}  validation  {'  '.join(parts)}", flush=True)
 
   def flush(self) -> None:
     if self._recording:

@@ -10,7 +10,7 @@ from matformer_jax.config import did_you_mean
 from matformer_jax.errors import UserError
 from matformer_jax.sharding import path_names
 
-OPTIMIZERS = ("adamw", "adafactor")
+OPTIMIZERS = ("adamw", "adafactor", "sgd")
 SCHEDULES = ("cosine", "rsqrt", "constant")
 
 
@@ -30,7 +30,8 @@ def make_schedule(config, total_steps: int) -> optax.Schedule:
   warmup = warmup_steps(config, total_steps)
   if config.schedule == "cosine":
     return optax.warmup_cosine_decay_schedule(
-        0.0, config.peak_lr, warmup, total_steps, config.peak_lr * config.final_lr_ratio)
+        0.0, config.peak_lr, warmup, max(total_steps, warmup + 1),
+        config.peak_lr * config.final_lr_ratio)
   rise = optax.linear_schedule(0.0, config.peak_lr, warmup)
   if config.schedule == "rsqrt":
     fall = lambda step: config.peak_lr * jnp.sqrt(warmup / jnp.maximum(step + warmup, 1))
@@ -48,15 +49,19 @@ def warmup_steps(config, total_steps: int) -> int:
 
 
 def is_matrix(params):
-  """True for matrices, False for norm scales: what weight decay applies to."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path)[-1] != "scale", params)
+  """True for what weight decay applies to: matrices, not scales, biases and positions."""
+  def is_one(path, _):
+    name = path_names(path)[-1]
+    return not (name in ("scale", "cls", "positions") or name.endswith("bias"))
+
+  return jax.tree_util.tree_map_with_path(is_one, params)
 
 
 def make_optimizer(config, total_steps: int) -> optax.GradientTransformation:
-  """Global-norm clipping, then AdamW or Adafactor, decaying matrices only.
+  """Global-norm clipping, then AdamW, Adafactor or SGD with momentum, decaying matrices only.
 
   Args:
-    config: `config.optim`, see configs/matlm.py for its keys.
+    config: `config.optim`, see configs/matlm.py and configs/matvit.py for its keys.
     total_steps: length of the run.
 
   Raises:
@@ -71,6 +76,9 @@ def make_optimizer(config, total_steps: int) -> optax.GradientTransformation:
     # Attention matrices are stored per head, so their inner dimensions are small.
     update = optax.adafactor(schedule, min_dim_size_to_factor=32, weight_decay_mask=is_matrix,
                              weight_decay_rate=config.weight_decay or None)
+  elif config.name == "sgd":
+    update = optax.chain(optax.add_decayed_weights(config.weight_decay, is_matrix),
+                         optax.sgd(schedule, config.momentum))
   else:
     raise UserError(f"optim.name={config.name!r} is unknown"
                     f"{did_you_mean(str(config.name), OPTIMIZERS)}")

@@ -30,11 +30,10 @@ import jax.numpy as jnp
 
 from matformer_jax import chips, cli, hlo, metrics, sharding, tables
 from matformer_jax import granularity as gran
-from matformer_jax.config import ModelConfig
 from matformer_jax.decode import Decoder, State
 from matformer_jax.errors import UserError
 from matformer_jax.models import cache as kv
-from matformer_jax.tasks import NextToken
+from matformer_jax.tasks import make_task_without_data
 from matformer_jax.trainer import Trainer
 
 KERNEL_MATMULS = 11  # [T, T] x H products of the attention kernel: 2 forward, twice, and 7 back
@@ -204,7 +203,7 @@ def plan_step(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu) -
   # Around one ring, both ways: what XLA does not hide behind computation adds to the step.
   step_time = busy + exposed / (2 * tpu.link_bytes_per_s / cores)
   config = trainer.task.model_config
-  model_flops = (gran.count(config, granularity).train_flops_per_token
+  model_flops = (gran.count(config, granularity).train_flops
                  * trainer.task.examples_per_step)
   return result | {
       "fits": sum(parts.values()) <= capacity, "hbm_bytes_per_core": sum(parts.values()),
@@ -270,10 +269,11 @@ def make_plan(config, topology: str, mesh_sizes: str = "", granularities=(), dec
   """
   tpu, devices = topology_devices(topology)
   mesh = sharding.make_mesh(parse_mesh(mesh_sizes, config.mesh), devices)
-  model_config = ModelConfig.from_dict(config.model)
+  task = make_task_without_data(config)
+  model_config = task.model_config
   sharding.check_model_fits_mesh(model_config, mesh)
   sharding.check_batch(config.batch_size, config.grad_accum, mesh)
-  trainer = Trainer(NextToken(model_config, config.batch_size, config.z_loss), config, mesh)
+  trainer = Trainer(task, config, mesh)
   names = list(granularities) or trainer.names
   count = len(devices) // tpu.cores_per_chip
   plan: dict[str, Any] = {

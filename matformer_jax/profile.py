@@ -27,10 +27,10 @@ import tqdm
 
 from matformer_jax import cli, runtime, tables
 from matformer_jax import granularity as gran
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.decode import Decoder
 from matformer_jax.errors import UserError
-from matformer_jax.loading import load
+from matformer_jax.loading import LanguageModel, load
 from matformer_jax.models import cache as kv
 from matformer_jax.models import layers
 
@@ -87,7 +87,7 @@ class Profile:
     return cls(values["device"], costs)
 
 
-def read(workdir, config: ModelConfig) -> Profile | None:
+def read(workdir, config: MatLMConfig) -> Profile | None:
   """The profile stored with a model, or None; warns if another device made it.
 
   Raises:
@@ -129,7 +129,7 @@ class _AttentionBlock(layers.Block):
     cfg = self.config
     attention = layers.Attention(cfg, self.execution, cfg.head_counts[self.run.heads],
                                  name="attention")
-    normed = layers.RMSNorm(cfg.norm_eps, name="attention_norm")(x_BxTxD)
+    normed = layers.Norm(cfg, name="attention_norm")(x_BxTxD)
     y, cache = attention(normed, cache, start, layer)
     return x_BxTxD + y, cache
 
@@ -186,7 +186,7 @@ def fastest(programs: Sequence[Callable[[], float]], rounds: int, label: str) ->
   return best
 
 
-def parts(config: ModelConfig, execution: Execution) -> list[Decoder]:
+def parts(config: MatLMConfig, execution: Execution) -> list[Decoder]:
   """What is timed: no layers; attention halves, per head granularity; whole sizes."""
   sizes = gran.uniform(config)
   halves = [_AttentionOnly(config, execution, size) for size in sizes]
@@ -196,7 +196,7 @@ def parts(config: ModelConfig, execution: Execution) -> list[Decoder]:
           *(Decoder(config, execution, size) for size in sizes)]
 
 
-def solve(config: ModelConfig, times: Sequence[float], batch: int, tokens: int) -> Costs:
+def solve(config: MatLMConfig, times: Sequence[float], batch: int, tokens: int) -> Costs:
   """Costs of the parts from the seconds of `parts`: differences per layer."""
   sizes = len(gran.uniform(config))
   fixed, *times = times
@@ -209,7 +209,7 @@ def solve(config: ModelConfig, times: Sequence[float], batch: int, tokens: int) 
   return Costs(fixed, pad(attention), pad(ffn), batch, tokens)
 
 
-def measure(config: ModelConfig, execution: Execution, params, workload: str, batch: int,
+def measure(config: MatLMConfig, execution: Execution, params, workload: str, batch: int,
             tokens: int, rounds: int) -> Costs:
   """Times the parts of a model.
 
@@ -228,7 +228,7 @@ def measure(config: ModelConfig, execution: Execution, params, workload: str, ba
 def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value)
   runtime.enable_compilation_cache()
-  model = load(_WORKDIR.value)
+  model = load(_WORKDIR.value, kind=LanguageModel)
   tokens = _TOKENS.value or model.config.seq_len
   costs = {w: measure(model.config, model.execution, model.params, w, _BATCH.value, tokens,
                       _ROUNDS.value) for w in WORKLOADS}
@@ -240,7 +240,7 @@ def main(argv) -> None:
         f"--budget=latency:{1.02e3 * profile.predict(gran.uniform(model.config)[1]):.3g}ms")
 
 
-def report(config: ModelConfig, profile: Profile) -> str:
+def report(config: MatLMConfig, profile: Profile) -> str:
   """The table a person reads."""
   blocks = [f"{profile.device}, milliseconds"]
   for workload, c in profile.costs.items():

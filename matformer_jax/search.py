@@ -24,11 +24,11 @@ import tqdm
 from matformer_jax import cli, losses, runtime, submodel, tables
 from matformer_jax import granularity as gran
 from matformer_jax import profile as profiling
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.data import text
 from matformer_jax.errors import UserError
 from matformer_jax.evaluate import ladder, validation_store
-from matformer_jax.loading import Model, load
+from matformer_jax.loading import LanguageModel, load
 
 CONFIGS_PER_CALL = 16
 MIX_N_MATCH = gran.SHAPES[0]  # "increasing"
@@ -49,7 +49,7 @@ class Candidate:
   budget: str
 
 
-def score(config: ModelConfig, execution: Execution, params,
+def score(config: MatLMConfig, execution: Execution, params,
           granularities: Sequence[gran.Granularity], batches: Sequence[np.ndarray]) -> np.ndarray:
   """Losses [configurations, windows] in nats per token, with one program for all.
 
@@ -74,7 +74,7 @@ def score(config: ModelConfig, execution: Execution, params,
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _window_losses(params, batch, indices, config: ModelConfig, execution: Execution):
+def _window_losses(params, batch, indices, config: MatLMConfig, execution: Execution):
   """[C, B] mean loss of every window under every configuration."""
   targets = batch[:, 1:]
   chunks = losses.num_chunks((1, targets.shape[1]), config.vocab_size, execution)
@@ -89,7 +89,7 @@ def _window_losses(params, batch, indices, config: ModelConfig, execution: Execu
   return jax.lax.map(one, indices)
 
 
-def candidates(config: ModelConfig, budgets: Sequence[str], random: int, seed: int,
+def candidates(config: MatLMConfig, budgets: Sequence[str], random: int, seed: int,
                rungs: int, profile=None) -> list[Candidate]:
   """Trained sizes, the Mix'n'Match ladder, and per budget every shape and random mixes.
 
@@ -109,7 +109,7 @@ def candidates(config: ModelConfig, budgets: Sequence[str], random: int, seed: i
   return found
 
 
-def _random_mixes(config: ModelConfig, limit: int, number: int,
+def _random_mixes(config: MatLMConfig, limit: int, number: int,
                   rng: np.random.Generator) -> list[gran.Granularity]:
   """Distinct mixes of at most `limit` parameters that no layer can be raised in."""
   top = gran.full(config)
@@ -155,7 +155,7 @@ class Scored:
   pareto: bool
 
 
-def summarize(config: ModelConfig, found: Sequence[Candidate], window_losses: np.ndarray) -> list[Scored]:
+def summarize(config: MatLMConfig, found: Sequence[Candidate], window_losses: np.ndarray) -> list[Scored]:
   """Means, standard errors and the Pareto front."""
   sizes = [gran.count(config, c.granularity) for c in found]
   means = window_losses.mean(1)
@@ -167,7 +167,7 @@ def summarize(config: ModelConfig, found: Sequence[Candidate], window_losses: np
     pareto = not any((m.params <= n.params and other < mean) or (m.params < n.params and other <= mean)
                      for m, other in zip(sizes, means))
     result.append(Scored(
-        c, n.params, n.flops_per_token, float(mean), error(row),
+        c, n.params, n.flops, float(mean), error(row),
         None if paired is None else float(paired.mean()),
         None if paired is None else error(paired), pareto))
   return result
@@ -176,7 +176,7 @@ def summarize(config: ModelConfig, found: Sequence[Candidate], window_losses: np
 # ------------------------------------------------------------------- reports
 
 
-def report(config: ModelConfig, scored: Sequence[Scored]) -> str:
+def report(config: MatLMConfig, scored: Sequence[Scored]) -> str:
   """Per budget: Mix'n'Match, and how much worse or better the others are."""
   header = ("budget", "configuration", "granularity", "parameters", "loss", "minus Mix'n'Match")
   rows = []
@@ -200,7 +200,7 @@ def _label(kind: str) -> str:
   return "Mix'n'Match (increasing)" if kind == MIX_N_MATCH else kind
 
 
-def as_rows(config: ModelConfig, scored: Sequence[Scored]) -> list[dict]:
+def as_rows(config: MatLMConfig, scored: Sequence[Scored]) -> list[dict]:
   """One flat dict per configuration, smallest first: what the CSV and JSON hold."""
   rows = []
   for s in sorted(scored, key=lambda s: (s.params, s.loss)):
@@ -211,7 +211,7 @@ def as_rows(config: ModelConfig, scored: Sequence[Scored]) -> list[dict]:
   return rows
 
 
-def plot(config: ModelConfig, scored: Sequence[Scored], title: str, path: pathlib.Path) -> None:
+def plot(config: MatLMConfig, scored: Sequence[Scored], title: str, path: pathlib.Path) -> None:
   """Loss against parameters: trained sizes, Mix'n'Match, other shapes, random mixes, front."""
   import matplotlib
   matplotlib.use("Agg")
@@ -242,7 +242,7 @@ def plot(config: ModelConfig, scored: Sequence[Scored], title: str, path: pathli
 def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value)
   runtime.enable_compilation_cache()
-  model = load(_WORKDIR.value, _STEP.value)
+  model = load(_WORKDIR.value, _STEP.value, LanguageModel)
   config = model.config
   found = candidates(config, _BUDGETS.value, _RANDOM.value, _SEED.value, _RUNGS.value,
                      profiling.read(model.workdir, config))
@@ -273,7 +273,7 @@ def main(argv) -> None:
   print(f"wrote {out / 'search.csv'}, search.json, search.png")
 
 
-def validation_windows(model: Model, batch_size: int) -> text.Windows:
+def validation_windows(model: LanguageModel, batch_size: int) -> text.Windows:
   """The model's validation data, shuffled: a few batches of it stand for the whole."""
   store = validation_store(model)
   return text.Windows(store.tokens["validation"], model.config.seq_len, batch_size, seed=0)

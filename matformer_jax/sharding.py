@@ -24,18 +24,36 @@ from matformer_jax.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor")
 DATA, FSDP, TENSOR = MESH_AXES
 
-# The last two names of a leaf's path -> its logical axes, outermost first.
+# The last two names of a leaf's path -> its logical axes, outermost first; "d" is an axis of
+# d_model numbers that is not worth sharding.
 _FFN = ("layers", "ffn_groups", "neurons", "embed")
+_QKV = ("layers", "qkv", "head_groups", "heads", "head_dim", "embed")
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "embedding": ("vocab", "embed"),
-    "attention/qkv": ("layers", "qkv", "head_groups", "heads", "head_dim", "embed"),
-    "attention/out": ("layers", "head_groups", "heads", "head_dim", "embed"),
+    "attention/qkv": _QKV,
+    "attention/qkv_bias": _QKV[:-1],
+    "attention/out": _QKV[:1] + _QKV[2:],
+    "attention/out_bias": ("layers", "d"),
     "ffn/in": _FFN,
+    "ffn/in_bias": _FFN[:-1],
     "ffn/gate": _FFN,
+    "ffn/gate_bias": _FFN[:-1],
     "ffn/out": _FFN,
-    "attention_norm/scale": ("layers", "norm"),
-    "ffn_norm/scale": ("layers", "norm"),
-    "final_norm/scale": ("norm",),
+    "ffn/out_bias": ("layers", "d"),
+    "attention_norm/scale": ("layers", "d"),
+    "attention_norm/bias": ("layers", "d"),
+    "ffn_norm/scale": ("layers", "d"),
+    "ffn_norm/bias": ("layers", "d"),
+    "final_norm/scale": ("d",),
+    "final_norm/bias": ("d",),
+    "patches/kernel": ("embed", "pixels"),
+    "patches/bias": ("d",),
+    "cls": ("d",),
+    "positions": ("length", "d"),
+    "representation/kernel": ("features", "embed"),
+    "representation/bias": ("features",),
+    "head/kernel": ("classes", "embed"),
+    "head/bias": ("classes",),
 }
 
 # Logical axis -> mesh axis; axes not listed are replicated.
@@ -74,10 +92,8 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
 def check_model_fits_mesh(config, mesh: Mesh) -> None:
   """Raises UserError where a sharded axis is not divisible by its mesh axis."""
   sizes = dict(mesh.shape)
-  for name, value, axis in (("ffn_groups", config.ffn_groups, "tensor"),
-                            ("head_groups", config.head_groups, "tensor"),
-                            ("vocab_size", config.vocab_size, "tensor"),
-                            ("d_model", config.d_model, "fsdp")):
+  for name, axis in config.sharded_sizes.items():
+    value = getattr(config, name)
     if value % sizes[axis]:
       raise UserError(f"model.{name}={value} is not divisible by mesh.{axis}={sizes[axis]}; "
                       f"change model.{name} to a multiple, or mesh.{axis}")
@@ -126,17 +142,17 @@ def stored_shape(shape: tuple[int, ...], axes: tuple[str, ...], execution) -> tu
 
 
 def gather(weight: jax.Array, axes: tuple[str, ...], execution) -> jax.Array:
-  """Casts a (sliced) weight to the compute dtype, then all-gathers its fsdp shards.
+  """Casts a (sliced) weight to the compute dtype, then all-gathers its fsdp shards, if any.
 
   In a train step (`execution.per_device`) the gradient is reduce-scattered, explicitly; the
   sum over `data` is left to the caller, once for all layers. Elsewhere, without gradients,
   the partitioner moves the shards.
   """
   dtype = jnp.dtype(execution.dtype)
-  if execution.per_device:
+  if execution.per_device and "embed" in axes:
     return _gather_shards(weight, axes, dtype, weight.dtype)
   weight = weight.astype(dtype)
-  if execution.mesh is None:
+  if execution.mesh is None or execution.per_device:
     return weight
   whole = NamedSharding(execution.mesh, spec(axes, gathered=True))
   return jax.lax.with_sharding_constraint(weight, whole)
@@ -250,8 +266,8 @@ def state_shardings(state, params, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Sharding of a [B, T] batch of tokens."""
-  return NamedSharding(mesh, spec(("batch", "length")))
+  """Sharding of any array of a batch, [B, ...]."""
+  return NamedSharding(mesh, spec(("batch",)))
 
 
 def batch_shards(mesh: Mesh | None) -> int:

@@ -165,7 +165,7 @@ class SpeculativeDecoder:
 
   def cost_ratio(self) -> float:
     """c by matmul parameters: a draft step's cost over a verifier step's, when memory-bound."""
-    size = lambda d: gran.count(d.config, d.granularity).matmul_params
+    size = lambda d: gran.count(d.config, d.granularity).params
     draft = size(self.draft)
     if self.draft_vocab is not None:
       draft -= (self.draft.config.vocab_size - len(self.draft_vocab)) * self.draft.config.d_model

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from matformer_jax import granularity as gran
-from matformer_jax.config import Execution, ModelConfig, Run
+from matformer_jax.config import Execution, MatLMConfig, Run
 from matformer_jax.models import layers, matlm
 
 
-def apply_dynamic(params, tokens_BxT, layer_indices, *, config: ModelConfig,
+def apply_dynamic(params, tokens_BxT, layer_indices, *, config: MatLMConfig,
                   execution: Execution = Execution(), return_hidden: bool = False):
   """As MatLM, with the granularity traced: one program for all g^L submodels.
 
@@ -56,7 +56,7 @@ def apply_dynamic(params, tokens_BxT, layer_indices, *, config: ModelConfig,
   return jnp.einsum("btd,vd->btv", x_BxTxD, embedding_VxD, preferred_element_type=jnp.float32)
 
 
-def _branch(config: ModelConfig, execution: Execution, stored: Run, size: int):
+def _branch(config: MatLMConfig, execution: Execution, stored: Run, size: int):
   run = Run(1, min(size, stored.ffn), min(size, stored.heads) if config.nested_heads
             else stored.heads)
   block = layers.Block(config, execution, run, parent=None)

@@ -13,6 +13,7 @@ SIGTERM, 130 by Ctrl-C, 42 lost a peer, hung or a hardware fault: run again to g
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -27,12 +28,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from matformer_jax import (card as cards, checkpoint, cli, goodput, metrics, multihost, optim,
-                           replicas, runtime, sharding)
+from matformer_jax import (card as cards, checkpoint, cli, goodput, metrics, models, multihost,
+                           optim, replicas, runtime, sharding)
 from matformer_jax import granularity as gran
+from matformer_jax.config import KINDS, model_config
 from matformer_jax.data.prefetch import Prefetcher
 from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError
+from matformer_jax.evals import Result
 from matformer_jax.multihost import Hosts
 from matformer_jax.runtime import say
 from matformer_jax.tasks import make_task
@@ -92,7 +95,7 @@ def train(config, workdir: str | os.PathLike, hosts: Hosts = Hosts(),
   log = metrics.RunLog(
       workdir if hosts.first else None, start, config.steps, config.log_every,
       task.examples_per_step, task.examples_unit,
-      {n: c.train_flops_per_token * task.examples_per_step for n, c in counts.items()},
+      {n: c.train_flops * task.examples_per_step for n, c in counts.items()},
       metrics.peak_flops(mesh))
   ledger = goodput.Ledger(workdir / goodput.GOODPUT_FILE if hosts.first else None, log.lost_s)
   ledger.enter("compile")
@@ -158,7 +161,7 @@ class _Loop:
     self._pending, self._bad_in_a_row, self._stopping = None, 0, False
     self._finished_at = time.perf_counter()
     self.stop.finish_step = True
-    batches = Prefetcher(trainer.batch, self.start, config.steps - 1)
+    batches = Prefetcher(trainer.batches(self.start))
     with self.watchdog:
       for step in range(self.start + 1, config.steps + 1):
         asked = time.perf_counter()
@@ -173,14 +176,14 @@ class _Loop:
         self._pending = _Pending(step, index, outputs, signals, waited)
         if self.samples:
           self.samples.write(step)
-        losses = None
+        results = None
         if not self._stopping and (_due(config.eval.every, step) or step == config.steps):
-          losses = self._evaluate(step)
+          results = self._evaluate(step)
         if _due(config.replica_check_every, step):
           self._check_replicas()
-        if (self._stopping or losses or _due(config.checkpoint.every, step)
+        if (self._stopping or results or _due(config.checkpoint.every, step)
             or step == config.steps):
-          self._save(step, losses)
+          self._save(step, results)
         self.profile.after(step)
         if self._stopping:
           break
@@ -213,8 +216,8 @@ class _Loop:
           f"last {name} at step {done.step}; nothing bad was saved. Lower optim.peak_lr="
           f"{self.config.optim.peak_lr:g} or set optim.clip_norm, then run again to resume")
 
-  def _evaluate(self, step: int) -> dict[str, float] | None:
-    """Validation losses; None if a stop was asked for meanwhile."""
+  def _evaluate(self, step: int) -> list[Result] | None:
+    """Validation of every size; None if a stop was asked for meanwhile."""
     self._report()
 
     def should_stop() -> bool:
@@ -223,12 +226,13 @@ class _Loop:
       return self._stopping
 
     with self.ledger.phase("evaluation"):
-      losses = self.trainer.task.evaluate(self.trainer.execution, self.state.params,
-                                          self.trainer.put, should_stop)
-    if losses is not None:
-      self.log.evaluation(step, losses)
+      results = self.trainer.task.evaluate(
+          self.trainer.execution, self.state.params, self.trainer.put, self.trainer.granularities,
+          should_stop=should_stop)
+    if results is not None:
+      self.log.evaluation(step, results)
     self._finished_at = time.perf_counter()
-    return losses
+    return results
 
   def _check_replicas(self) -> None:
     try:
@@ -236,14 +240,14 @@ class _Loop:
     except replicas.ReplicasDiffer as e:
       self.hosts.give_up(f"{e}; checkpoints saved before are intact")
 
-  def _save(self, step: int, losses: dict[str, float] | None) -> None:
+  def _save(self, step: int, results: list[Result] | None) -> None:
     self._report()
     self.log.flush()
     with self.ledger.phase("checkpoint"):
       self._check_replicas()  # so that no checkpoint holds a flipped bit
       self.writer.save(step, self.state.params, self.state.opt_state, {"step": step},
                        {"skipped": self.skipped},
-                       metric=losses[self.trainer.names[-1]] if losses else None)
+                       metric=results[-1].metrics["loss"] if results else None)
     self.ledger.save()
     self.watchdog.alive(f"saving step {step:,}")
     self._finished_at = time.perf_counter()
@@ -324,11 +328,16 @@ def _start_from(config, workdir: pathlib.Path, old_card, hosts: Hosts):
   if not config.get("init_from"):
     return config
   card = old_card or checkpoint.read_card(config.init_from)
+  if card["task"] != config.task:
+    raise UserError(f"init_from={config.init_from!r} is of task {card['task']!r}, and this config "
+                    f"of {config.task!r}")
+  own = {key: config.model[key] for key in KINDS[config.task].adaptable}
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.model = ml_collections.ConfigDict(card["model"])
-  if old_card is None and not config.data.tokenizer and hosts.first:
-    shutil.copyfile(pathlib.Path(config.init_from) / TOKENIZER_FILE, workdir / TOKENIZER_FILE)
+    config.model = ml_collections.ConfigDict(card["model"] | own)
+  tokenizer = pathlib.Path(config.init_from) / TOKENIZER_FILE
+  if old_card is None and hosts.first and config.task == "matlm" and not config.data.tokenizer:
+    shutil.copyfile(tokenizer, workdir / TOKENIZER_FILE)
   return config
 
 
@@ -344,12 +353,18 @@ def _initial_state(config, workdir: pathlib.Path, trainer: Trainer,
     return TrainState(restored["params"], restored["opt_state"]), meta["step"], meta["skipped"]
   state = trainer.init(config.seed)
   if config.get("init_from"):
-    found = checkpoint.restore_newest(config.init_from, {"params": abstract.params}, False, hosts)
+    old = model_config(checkpoint.read_card(config.init_from))
+    found = checkpoint.restore_newest(
+        config.init_from, {"params": trainer.abstract_params(old)}, False, hosts)
     if found is None:
       raise UserError(f"init_from={config.init_from!r} holds no checkpoint that verifies; give the "
                       "directory of a trained or extracted model")
     say(f"starting from {config.init_from}, step {found[1]['step']:,}")
-    state = TrainState(found[0]["params"], state.opt_state)
+    adapt = functools.partial(models.adapt_params, config=old, new=trainer.task.model_config,
+                              keep_head=config.get("init_head", True))
+    places = jax.tree.map(lambda s: s.sharding, abstract.params)
+    params = jax.jit(adapt, out_shardings=places)(found[0]["params"], state.params)
+    state = TrainState(params, state.opt_state)
   return state, 0, 0
 
 

@@ -6,16 +6,16 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from matformer_jax import granularity as gran
-from matformer_jax import optim, sharding
-from matformer_jax.config import Execution
+from matformer_jax import models, optim, sharding
+from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.models import layers
 from matformer_jax.runtime import say
 from matformer_jax.tasks import Task
 
@@ -52,10 +52,10 @@ def make_train_step(task: Task, execution: Execution, optimizer: optax.GradientT
   if sharded:
     accumulated = sharding.on_each_device(accumulated, execution.mesh)
 
-  def train_step(state: TrainState, batch: jax.Array):
-    slice_ = functools.partial(task.slice, granularity=granularity)
-    sub_params, unslice = jax.vjp(slice_, state.params)
-    loss, sub_grads = accumulated(sub_params, batch)
+  def train_step(state: TrainState, batch):
+    sub_params, unslice = jax.vjp(
+        lambda params: layers.slice_params(params, task.model_config, granularity), state.params)
+    loss, sub_grads = accumulated(sub_params, task.preprocess(batch))
     grad_norm = optax.tree.norm(sub_grads)
     (grads,) = unslice(sub_grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -71,14 +71,19 @@ def _accumulate(gradient, parts: int, params, batch):
   """Mean loss and gradient over `parts` micro-batches."""
   if parts == 1:
     return gradient(params, batch)
-  micro = batch.reshape((batch.shape[0] // parts, parts) + batch.shape[1:]).swapaxes(0, 1)
+  split = lambda x: x.reshape((x.shape[0] // parts, parts) + x.shape[1:]).swapaxes(0, 1)
 
   def add(sums, micro_batch):
     return jax.tree.map(jnp.add, sums, gradient(params, micro_batch)), None
 
   zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-  sums, _ = jax.lax.scan(add, zeros, micro)
+  sums, _ = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
   return jax.tree.map(lambda x: x / parts, sums)
+
+
+def _with_shardings(shapes, shardings):
+  return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+                      shapes, shardings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +121,13 @@ class Trainer:
     return [gran.to_text(g, self.task.model_config) for g in self.granularities]
 
   def _init(self, rng) -> TrainState:
-    params = self.task.init(rng)
+    params = models.init_params(self.task.model_config, rng)
     return TrainState(params, self.optimizer.init(params))
+
+  def abstract_params(self, model_config: ModelConfig) -> Any:
+    """Shapes, dtypes and shardings of any model's parameters on this mesh."""
+    shapes = jax.eval_shape(lambda: models.init_params(model_config, jax.random.key(0)))
+    return _with_shardings(shapes, sharding.param_shardings(shapes, self.mesh))
 
   @functools.cached_property
   def abstract_state(self) -> TrainState:
@@ -126,8 +136,7 @@ class Trainer:
     shardings = TrainState(
         sharding.param_shardings(shapes.params, self.mesh),
         sharding.state_shardings(shapes.opt_state, shapes.params, self.mesh))
-    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
-                        shapes, shardings)
+    return _with_shardings(shapes, shardings)
 
   @property
   def _state_shardings(self):
@@ -137,40 +146,42 @@ class Trainer:
     """A fresh state; its values do not depend on the mesh."""
     return jax.jit(self._init, out_shardings=self._state_shardings)(jax.random.key(seed))
 
-  def put(self, read: Callable[[range], np.ndarray], batch_size: int | None = None) -> jax.Array:
+  def put(self, read: Callable[[range], Any], batch_size: int | None = None) -> Any:
     """A global batch, of which each process reads the rows that its devices hold.
 
     Args:
-      read: rows of the global batch -> int32 [rows, T+1].
+      read: rows of the global batch -> a tree of arrays [rows, ...].
       batch_size: B; default the training batch.
 
     Returns:
-      int32 [B, T+1], sharded over the batch axes.
+      The same tree with arrays [B, ...], sharded over the batch axes.
     """
-    shape = self._batch_shape(batch_size or self.config.batch_size)
-    shards = {}
+    batch_size = batch_size or self.config.batch_size
+    place = sharding.batch_sharding(self.mesh)
+    parts = {rows: read(rows) for rows in self.local_rows(batch_size)}
+    leaves = {rows: jax.tree.leaves(part) for rows, part in parts.items()}
+    some = next(iter(parts.values()))
+    return jax.tree.unflatten(jax.tree.structure(some), [
+        jax.make_array_from_callback((batch_size, *leaf.shape[1:]), place,
+                                     lambda index, i=i: leaves[range(batch_size)[index[0]]][i])
+        for i, leaf in enumerate(jax.tree.leaves(some))])
 
-    def shard(index):
-      rows = range(shape[0])[index[0]]
-      if rows not in shards:  # devices of a tensor group hold the same rows
-        shards[rows] = read(rows)
-      return shards[rows]
+  def batches(self, first: int) -> Iterator[Any]:
+    """The training batches that step `first + 1` and the following ones consume."""
+    rows = self.local_rows()
+    for parts in self.task.batches(first, self.config.steps - 1, rows):
+      yield self.put(dict(zip(rows, parts)).__getitem__)
 
-    return jax.make_array_from_callback(shape, sharding.batch_sharding(self.mesh), shard)
-
-  def batch(self, step: int) -> jax.Array:
+  def batch(self, step: int) -> Any:
     """The training batch that step `step + 1` consumes."""
     return self.put(functools.partial(self.task.batch, step))
 
-  def local_rows(self) -> list[range]:
-    """Which rows of a training batch this process reads."""
-    shape = self._batch_shape(self.config.batch_size)
+  def local_rows(self, batch_size: int | None = None) -> list[range]:
+    """Which rows of a batch (default: of the training batch) this process reads."""
+    shape = (batch_size or self.config.batch_size,)
     places = sharding.batch_sharding(self.mesh).addressable_devices_indices_map(shape)
-    rows = {range(shape[0])[index[0]] for index in places.values()}
-    return sorted(rows, key=lambda r: r.start)
-
-  def _batch_shape(self, batch_size: int) -> tuple[int, int]:
-    return (batch_size, self.task.model_config.seq_len + 1)
+    # Devices of a tensor group hold the same rows.
+    return sorted({range(shape[0])[index[0]] for index in places.values()}, key=lambda r: r.start)
 
   def trace(self, granularity: gran.Granularity):
     """The jitted step of a granularity, traced for the shapes of this run."""
@@ -179,8 +190,9 @@ class Trainer:
     replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
     jitted = jax.jit(step, donate_argnums=0,
                      out_shardings=(self._state_shardings, replicated))
-    batch = jax.ShapeDtypeStruct(self._batch_shape(self.config.batch_size), jnp.int32,
-                                 sharding=sharding.batch_sharding(self.mesh))
+    place = sharding.batch_sharding(self.mesh)
+    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+                         self.task.batch_shapes(self.config.batch_size))
     return jitted.trace(self.abstract_state, batch)
 
   def lower(self, granularity: gran.Granularity):

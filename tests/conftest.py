@@ -17,14 +17,14 @@ import jax
 import pytest
 
 from matformer_jax import runtime
-from matformer_jax.config import ModelConfig
+from matformer_jax.config import MatLMConfig
 
 runtime.enable_compilation_cache()
 
 
-def get_config(row: str):
-  """A row of configs/matlm.py, as --config would load it."""
-  spec = importlib.util.spec_from_file_location("matlm_configs", ROOT / "configs" / "matlm.py")
+def get_config(row: str, file: str = "matlm"):
+  """A row of configs/FILE.py, as --config would load it."""
+  spec = importlib.util.spec_from_file_location(f"{file}_configs", ROOT / "configs" / f"{file}.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config(row)
@@ -40,9 +40,21 @@ def run_program(module: str, *args, timeout: int = 300, env=None) -> subprocess.
                         capture_output=True, text=True, timeout=timeout)
 
 
+ONE_SIZE = "0/0/0/1"  # sampling: one program to compile, where a test is not about sizes
+
+
 def train_args(workdir, **overrides) -> list[str]:
   """Arguments that train the tiny row; overrides as `optim__peak_lr=1e-3`."""
-  return ["--config=configs/matlm.py:tiny", f"--workdir={workdir}"] + [
+  return _args("matlm.py:tiny", workdir, overrides)
+
+
+def digits_args(workdir, **overrides) -> list[str]:
+  """The same, for the tiny MatViT."""
+  return _args("matvit.py:digits", workdir, overrides)
+
+
+def _args(row: str, workdir, overrides) -> list[str]:
+  return [f"--config=configs/{row}", f"--workdir={workdir}"] + [
       f"--config.{k.replace('__', '.')}={v}" for k, v in overrides.items()]
 
 
@@ -56,9 +68,18 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def small() -> ModelConfig:
+def digits_run(tmp_path_factory) -> pathlib.Path:
+  """One tiny MatViT, trained by the real command; shared, never written to."""
+  workdir = tmp_path_factory.mktemp("digits_run") / "run"
+  result = run_program("train", *digits_args(workdir))
+  assert result.returncode == 0, result.stderr
+  return workdir
+
+
+@pytest.fixture(scope="session")
+def small() -> MatLMConfig:
   """A universal model small enough to compare with anything."""
-  return ModelConfig(vocab_size=64, num_layers=4, d_model=32, num_heads=4, seq_len=16)
+  return MatLMConfig(vocab_size=64, num_layers=4, d_model=32, num_heads=4, seq_len=16)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def saved(tmp_path_factory):
   return workdir, trainer, states
 
 
-CARD = {"model": MODEL.to_dict(), "identity": {}, "config": {}}
+CARD = {"task": "matlm", "model": MODEL.to_dict(), "identity": {}, "config": {}}
 
 
 def items(trainer):
@@ -292,5 +292,5 @@ def test_card_holds_everything(tiny_run):
   card = json.loads((tiny_run / "config.json").read_text())
   assert card["versions"]["jax"] == jax.__version__
   assert card["config"]["optim"]["peak_lr"] == conftest.get_config("tiny").optim.peak_lr
-  assert matformer_jax.ModelConfig.from_dict(card["model"]) == matformer_jax.load(tiny_run).config
+  assert matformer_jax.model_config(card) == matformer_jax.load(tiny_run).config
   assert os.path.exists(tiny_run / "tokenizer.model")

@@ -13,6 +13,7 @@ import time
 import conftest
 import numpy as np
 import pytest
+from tfds_files import write_tfds
 
 from matformer_jax import UserError
 from matformer_jax.data import prepare
@@ -118,79 +119,15 @@ def test_empty_files(tmp_path):
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
 def test_tfds(tmp_path, file_format):
-  """A dataset in TFDS's own on-disk format, written here and read without TensorFlow."""
-  write_tfds(tmp_path, file_format, SAMPLE)
+  """Read without TensorFlow."""
+  import tensorflow_datasets as tfds
+  write_tfds(tmp_path, "sources", tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+             "train", file_format, [{"text": document.encode()} for document in SAMPLE])
   corpus = text.open_corpus("tfds:sources/plain:text", str(tmp_path))
   assert "".join(corpus.documents()) == "".join(SAMPLE)
   assert "tensorflow" not in sys.modules
   with pytest.raises(UserError, match="no feature 'words'"):
     text.open_corpus("tfds:sources/plain:words", str(tmp_path))
-
-
-def write_tfds(root: pathlib.Path, file_format: str, documents: list[str]) -> None:
-  import tensorflow_datasets as tfds
-  from array_record.python.array_record_module import ArrayRecordWriter
-  folder = root / "sources" / "plain" / "1.0.0"
-  folder.mkdir(parents=True)
-  features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-  lengths = [len(documents) // 2, len(documents) - len(documents) // 2]
-  serialized = [example_proto(d) for d in documents]
-  shards = [serialized[:lengths[0]], serialized[lengths[0]:]]
-  for i, shard in enumerate(shards):
-    path = folder / f"sources-train.{file_format}-{i:05d}-of-00002"
-    if file_format == "array_record":
-      writer = ArrayRecordWriter(str(path), "group_size:1")
-      for record in shard:
-        writer.write(record)
-      writer.close()
-    else:
-      path.write_bytes(b"".join(tfrecord(r) for r in shard))
-  split = tfds.core.SplitInfo(
-      name="train", shard_lengths=lengths, num_bytes=sum(map(len, serialized)),
-      filename_template=tfds.core.ShardedFileTemplate(
-          data_dir=folder, dataset_name="sources", split="train", filetype_suffix=file_format,
-          template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"))
-  tfds.folder_dataset.write_metadata(
-      data_dir=folder, features=features, split_infos=[split], check_data=False,
-      description="test", homepage=None, citation=None)
-  info = json.loads((folder / "dataset_info.json").read_text())
-  info |= {"name": "sources", "configName": "plain", "version": "1.0.0", "fileFormat": file_format}
-  (folder / "dataset_info.json").write_text(json.dumps(info))
-
-
-def example_proto(value: str) -> bytes:
-  """A tf.train.Example {"text": [bytes]}, encoded by hand."""
-
-  def field(number: int, payload: bytes) -> bytes:
-    return bytes([number << 3 | 2]) + varint(len(payload)) + payload
-
-  def varint(n: int) -> bytes:
-    out = b""
-    while n > 127:
-      out, n = out + bytes([n & 127 | 128]), n >> 7
-    return out + bytes([n])
-
-  feature = field(1, field(1, value.encode()))
-  return field(1, field(1, field(1, b"text") + field(2, feature)))
-
-
-def tfrecord(payload: bytes) -> bytes:
-  """One TFRecord frame: length, its masked CRC-32C, payload, its masked CRC-32C."""
-  table = []
-  for n in range(256):
-    for _ in range(8):
-      n = n >> 1 ^ (0x82F63B78 if n & 1 else 0)
-    table.append(n)
-
-  def masked(data: bytes) -> bytes:
-    crc = 0xFFFFFFFF
-    for byte in data:
-      crc = crc >> 8 ^ table[(crc ^ byte) & 255]
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF).to_bytes(4, "little")
-
-  length = len(payload).to_bytes(8, "little")
-  return length + masked(length) + payload + masked(payload)
 
 
 # --------------------------------------------------------------- token store

@@ -10,12 +10,12 @@ import pytest
 
 from matformer_jax import UserError
 from matformer_jax import granularity as gran
-from matformer_jax.config import ModelConfig
-from matformer_jax.models import matlm
+from matformer_jax.config import MatLMConfig
+from matformer_jax.models import layers, matlm
 
 
-def model_config(row: str) -> ModelConfig:
-  return ModelConfig.from_dict(conftest.get_config(row).model)
+def model_config(row: str) -> MatLMConfig:
+  return MatLMConfig.from_dict(conftest.get_config(row).model)
 
 
 # Table 4, in millions: total, non-embedding (XL, L, M, S) and FFN (XL).
@@ -53,7 +53,7 @@ def test_counts_equal_the_real_tree(row, change):
   config = dataclasses.replace(model_config(row), **change)
   params = jax.eval_shape(lambda: matlm.init_params(config, jax.random.key(0)))
   for g in gran.uniform(config):
-    sub = jax.eval_shape(lambda p: matlm.slice_params(p, config, g), params)
+    sub = jax.eval_shape(lambda p: layers.slice_params(p, config, g), params)
     n = gran.count(config, g)
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     assert size(sub) == n.params
@@ -225,11 +225,11 @@ def test_model_config_errors_name_the_value(small, change, words):
 
 def test_unknown_model_key_suggests_the_near_one(small):
   with pytest.raises(UserError, match="did you mean 'num_layers'"):
-    ModelConfig.from_dict({**small.to_dict(), "num_layer": 3})
+    MatLMConfig.from_dict({**small.to_dict(), "num_layer": 3})
 
 
 def test_config_round_trips(small):
-  assert ModelConfig.from_dict(small.to_dict()) == small
+  assert MatLMConfig.from_dict(small.to_dict()) == small
   sub = gran.submodel_config(small, gran.parse("S*1+M*3", small))
-  assert ModelConfig.from_dict(sub.to_dict()) == sub
+  assert MatLMConfig.from_dict(sub.to_dict()) == sub
   assert np.sum([r.num_layers for r in sub.runs]) == 4

@@ -11,7 +11,7 @@ import pytest
 
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.models import attention, layers, matlm
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 13)).astype(np.int32)
@@ -29,7 +29,7 @@ def logits(config, params, granularity, execution=Execution(), tokens=TOKENS):
 # ------------------------------------------------- a reference, written in NumPy
 
 
-def reference_logits(config: ModelConfig, params, ffn_indices, head_indices, tokens):
+def reference_logits(config: MatLMConfig, params, ffn_indices, head_indices, tokens):
   """MatLM for one sequence in float64 NumPy: loops over heads, no slicing tricks."""
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   blocks, d, h = p["blocks"]["0"], config.d_model, config.head_dim
@@ -99,7 +99,7 @@ def test_a_submodel_is_a_model(small, change, granularity):
   config = dataclasses.replace(small, **change)
   params = matlm.init_params(config, jax.random.key(0))
   g = gran.parse(granularity, config)
-  sub_params = matlm.slice_params(params, config, g)
+  sub_params = layers.slice_params(params, config, g)
   sub_config = gran.submodel_config(config, g)
   assert gran.count(sub_config, gran.full(sub_config)) == gran.count(config, g)
   own = logits(sub_config, sub_params, gran.full(sub_config))
@@ -193,7 +193,7 @@ def test_attention_gradient(block):
     return jnp.einsum("bants,bansh->banth", jax.nn.softmax(scores), v)
 
   want, back = jax.vjp(plain, q, k, v)
-  have, ours = jax.vjp(lambda *a: attention.causal_attention(*a, block), q, k, v)
+  have, ours = jax.vjp(lambda *a: attention.blocked_attention(*a, True, block), q, k, v)
   np.testing.assert_allclose(have, want, atol=1e-5)
   for a, b in zip(ours(g), back(g)):
     np.testing.assert_allclose(a, b, atol=2e-5)
@@ -218,7 +218,7 @@ def test_the_tpu_kernel_computes_the_same_attention(mesh):
   def run(f):
     return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(f(*qkv) * weights), (0, 1, 2)))(q, k, v)
 
-  ours = run(lambda q, k, v: attention.flash_attention(q, k, v, execution, interpret=True))
-  plain = run(lambda q, k, v: attention.causal_attention(q, k, v, 128))
+  ours = run(lambda q, k, v: attention.flash_attention(q, k, v, True, execution, interpret=True))
+  plain = run(lambda q, k, v: attention.blocked_attention(q, k, v, True, 128))
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)

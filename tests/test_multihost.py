@@ -12,11 +12,12 @@ import time
 import conftest
 import numpy as np
 import pytest
-from conftest import ROOT, run_program, train_args
+from conftest import ONE_SIZE, ROOT, run_program, train_args
 
 from matformer_jax import checkpoint
 
 PEER_TIMEOUT = 15
+TWO_SIZES = "0.5/0/0/0.5"
 DEVICES = 4  # in all, whatever the number of processes: so every job runs the same program
 WORKER = pathlib.Path(__file__).parent / "multihost_worker.py"
 
@@ -37,7 +38,7 @@ class Job:
 
   def __init__(self, workdir, count: int, program=None, per_process=None, **overrides):
     # One granularity is one program to compile, unless a test wants more.
-    overrides = {"peer_timeout_s": float(PEER_TIMEOUT), "log_every": 1, "sampling": "0/0/0/1",
+    overrides = {"peer_timeout_s": float(PEER_TIMEOUT), "log_every": 1, "sampling": ONE_SIZE,
                  **overrides}
     self._logs = workdir.parent / f"logs-{time.time_ns()}"
     self._logs.mkdir()
@@ -102,7 +103,8 @@ def samples(workdir) -> dict[int, list[int]]:
 def one_process(tmp_path_factory) -> pathlib.Path:
   """The tiny row on as many devices as the jobs have, in one process."""
   workdir = tmp_path_factory.mktemp("one_process") / "run"
-  result = run_program("train", *train_args(workdir, data__log_samples=True), env=environment(1))
+  result = run_program("train", *train_args(workdir, data__log_samples=True, sampling=TWO_SIZES),
+                       env=environment(1))
   assert result.returncode == 0, result.stderr
   return workdir
 
@@ -114,7 +116,7 @@ def one_process(tmp_path_factory) -> pathlib.Path:
 def test_kills_and_other_numbers_of_processes_change_nothing(one_process, tmp_path):
   """4 processes until SIGTERM, 2 until SIGKILL, then 1: the same run as 1 process throughout."""
   workdir = tmp_path / "run"
-  job = Job(workdir, 4, data__log_samples=True, sampling="uniform")
+  job = Job(workdir, 4, data__log_samples=True, sampling=TWO_SIZES)
   job.wait_for(0, "step 12/40")
   job.processes[2].send_signal(signal.SIGTERM)
   asked = time.time()
@@ -123,7 +125,7 @@ def test_kills_and_other_numbers_of_processes_change_nothing(one_process, tmp_pa
   stopped = checkpoint.steps(workdir)[-1]
   assert 12 <= stopped < 40 and f"saved step {stopped}" in job.log(0)
 
-  job = Job(workdir, 2, data__log_samples=True, sampling="uniform")
+  job = Job(workdir, 2, data__log_samples=True, sampling=TWO_SIZES)
   job.wait_for(0, f"step {stopped + 13}/40")
   job.processes[1].kill()
   assert job.wait()[0] == 42, job.logs()
@@ -131,7 +133,8 @@ def test_kills_and_other_numbers_of_processes_change_nothing(one_process, tmp_pa
   saved = checkpoint.steps(workdir)[-1]
   assert saved >= stopped
 
-  result = run_program("train", *train_args(workdir, data__log_samples=True), env=environment(1))
+  result = run_program("train", *train_args(workdir, data__log_samples=True, sampling=TWO_SIZES),
+                       env=environment(1))
   assert result.returncode == 0 and f"at step {saved}" in result.stdout, result.stderr
   np.testing.assert_allclose(losses(workdir), losses(one_process), rtol=1e-5)
   assert [r["draw_hash"] for r in rows(workdir)] == [r["draw_hash"] for r in rows(one_process)]

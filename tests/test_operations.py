@@ -1,5 +1,6 @@
 """Where time goes, what hangs, who is around: ledger, prefetch, watchdog, joining."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import conftest
 import jax
 import numpy as np
 import pytest
-from conftest import run_program, train_args
+from conftest import ONE_SIZE, run_program, train_args
 
 from matformer_jax import UserError, goodput, multihost, replicas, sharding
 from matformer_jax.data.prefetch import Prefetcher
@@ -47,7 +48,7 @@ def test_phases_add_up_to_the_wall_clock(tmp_path, monkeypatch):
 
 def test_a_run_accounts_for_its_time(tmp_path):
   started = time.time()
-  result = run_program("train", *train_args(tmp_path, steps=30))
+  result = run_program("train", *train_args(tmp_path, steps=30, sampling=ONE_SIZE))
   wall = time.time() - started
   assert result.returncode == 0 and "goodput" in result.stdout and "wall-clock" in result.stdout
   (attempt,) = json.loads((tmp_path / goodput.GOODPUT_FILE).read_text())
@@ -65,7 +66,7 @@ def test_a_run_accounts_for_its_time(tmp_path):
 
 def test_batches_come_in_order_and_ahead():
   loaded = []
-  batches = Prefetcher(lambda step: loaded.append(step) or step, 5, 20, depth=3)
+  batches = Prefetcher((loaded.append(step) or step for step in range(5, 21)), depth=3)
   time.sleep(0.3)
   assert loaded == [5, 6, 7, 8]  # three are ready, one waits to be put
   assert [batches.next() for _ in range(16)] == list(range(5, 21))
@@ -78,7 +79,7 @@ def test_a_failing_read_is_raised_where_the_batch_is_needed():
       raise UserError("disk gone")
     return step
 
-  batches = Prefetcher(load, 0, 5)
+  batches = Prefetcher(map(load, range(6)))
   assert [batches.next(), batches.next()] == [0, 1]
   with pytest.raises(UserError, match="disk gone"):
     batches.next()
@@ -86,7 +87,7 @@ def test_a_failing_read_is_raised_where_the_batch_is_needed():
 
 def test_closing_stops_reading():
   loaded = []
-  batches = Prefetcher(lambda step: loaded.append(step), 0, 10**9, depth=1)
+  batches = Prefetcher(map(loaded.append, itertools.count()), depth=1)
   batches.next()
   batches.close()
   count = len(loaded)
@@ -115,7 +116,7 @@ def test_a_hang_is_left_with_stacks():
 
 
 def test_a_profile_of_some_steps(tiny_run, tmp_path):
-  args = train_args(tmp_path, steps=12, eval__every=0, eval__batches=1)
+  args = train_args(tmp_path, steps=12, eval__every=0, eval__batches=1, sampling=ONE_SIZE)
   result = run_program("train", *args, "--profile=4:7")
   assert result.returncode == 0 and "wrote a profile of steps 4 to 6" in result.stdout, result.stderr
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))

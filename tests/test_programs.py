@@ -12,7 +12,7 @@ import conftest
 import jax
 import numpy as np
 import pytest
-from conftest import run_program, train_args
+from conftest import ONE_SIZE, run_program, train_args
 
 import matformer_jax
 from matformer_jax import checkpoint
@@ -81,7 +81,8 @@ def test_sigterm_during_evaluation(tiny_run, tmp_path):
 
 
 def test_ctrl_c_saves_too(tmp_path):
-  process = start(*train_args(tmp_path, log_every=1, steps=10**5, eval__every=0))
+  process = start(*train_args(tmp_path, log_every=1, steps=10**5, eval__every=0,
+                              sampling=ONE_SIZE))
   wait_for_line(process, "step 4/")
   process.send_signal(signal.SIGINT)
   rest = process.communicate(timeout=60)[0]
@@ -91,12 +92,13 @@ def test_ctrl_c_saves_too(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_before_the_first_step(tmp_path):
-  process = start(*train_args(tmp_path, model__num_layers=3))
+  args = train_args(tmp_path, model__num_layers=3, steps=20, sampling=ONE_SIZE)
+  process = start(*args)
   wait_for_line(process, "one universal model")
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=60)
   assert process.returncode == 143
-  assert run_program("train", *train_args(tmp_path, model__num_layers=3, steps=20)).returncode == 0
+  assert run_program("train", *args).returncode == 0
 
 
 @pytest.mark.slow
@@ -264,7 +266,7 @@ def test_a_full_disk(tmp_path):
   try:
     result = run_program("train", *train_args(
         disk / "run", model__d_model=64, checkpoint__every=5, checkpoint__keep_last=50, steps=400,
-        eval__every=0))
+        eval__every=0, sampling=ONE_SIZE))
     assert_one_line_error(result, "No space left", "intact")
     assert matformer_jax.load(disk / "run").step >= 5
   finally:
@@ -329,7 +331,7 @@ def test_own_text(tmp_path):
     (tmp_path / path.name).write_text(path.read_text())
   result = run_program("train", *train_args(
       tmp_path / "run", data__source=f"text:{tmp_path}/*.py", steps=4, eval__every=0,
-      checkpoint__every=0))
+      checkpoint__every=0, sampling=ONE_SIZE))
   assert result.returncode == 0, result.stderr
   assert checkpoint.steps(tmp_path / "run") == [4]
   assert "optim.warmup_steps=5 is not below steps=4; warming up over 2" in result.stdout

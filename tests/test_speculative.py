@@ -12,7 +12,7 @@ from test_decode import EXECUTIONS, PROMPTS, decoder, full_logits, reference_pro
 import matformer_jax
 from matformer_jax import UserError
 from matformer_jax import speculative
-from matformer_jax.config import ModelConfig
+from matformer_jax.config import MatLMConfig
 from matformer_jax.decode import Sampling
 from matformer_jax.models import matlm
 from matformer_jax.speculative import SpeculativeDecoder
@@ -85,7 +85,7 @@ def test_a_perfect_draft_is_always_accepted(small, lively_params):
 
 def test_a_draft_of_its_own(small, lively_params):
   """An independently initialised model of another shape drafts for ours."""
-  config = ModelConfig(vocab_size=64, num_layers=1, d_model=16, num_heads=2, seq_len=16)
+  config = MatLMConfig(vocab_size=64, num_layers=1, d_model=16, num_heads=2, seq_len=16)
   own = decoder(config)
   params = matlm.init_params(config, jax.random.key(9))
   verifier = decoder(small, "L")
@@ -189,7 +189,7 @@ FILTERED = Sampling(0.9, top_k=6, top_p=0.9)
 
 @pytest.fixture(scope="module")
 def tiny_vocab():
-  config = ModelConfig(vocab_size=V, num_layers=2, d_model=16, num_heads=2, seq_len=16)
+  config = MatLMConfig(vocab_size=V, num_layers=2, d_model=16, num_heads=2, seq_len=16)
   params = matlm.init_params(config, jax.random.key(5))
   return config, {**params, "blocks": jax.tree.map(lambda x: 4 * x, params["blocks"])}
 

@@ -16,9 +16,9 @@ import pytest
 import matformer_jax
 from matformer_jax import UserError, checkpoint, submodel
 from matformer_jax import granularity as gran
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.extract import extract
-from matformer_jax.models import matlm
+from matformer_jax.models import layers, matlm
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 12))
 
@@ -52,7 +52,7 @@ def test_dynamic_equals_static_in_value_and_gradient(small, change):
 def test_dynamic_runs_an_extracted_model(small, small_params):
   """Indices above what a layer stores are cut to it."""
   g = gran.parse("S*1+M*3", small)
-  config, params = gran.submodel_config(small, g), matlm.slice_params(small_params, small, g)
+  config, params = gran.submodel_config(small, g), layers.slice_params(small_params, small, g)
   have = submodel.apply_dynamic(params, TOKENS, jnp.full(4, 3), config=config)
   np.testing.assert_allclose(have, static(small_params, small, g), atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_extraction_of_other_trees(small, tmp_path):
     g = gran.parse(text, config)
     out = tmp_path / text.replace("/", "-")
     sub = extract(tmp_path / "u", text, out)
-    want = matlm.slice_params(params, config, g)
+    want = layers.slice_params(params, config, g)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])), want)
     have, _, _ = checkpoint.restore(out, 1, {"params": shapes})
@@ -114,10 +114,10 @@ def test_extraction_of_other_trees(small, tmp_path):
     assert sub == gran.submodel_config(config, g)
 
 
-def save(path: pathlib.Path, config: ModelConfig, params=None, step: int = 1) -> None:
+def save(path: pathlib.Path, config: MatLMConfig, params=None, step: int = 1) -> None:
   """A model directory without training; its tokenizer is a placeholder."""
   path.mkdir(parents=True, exist_ok=True)
-  card = {"model": config.to_dict(), "identity": {"tokenizer": "", "tokens": ""}, "config": {}}
+  card = {"task": "matlm", "model": config.to_dict(), "identity": {"tokenizer": "", "tokens": ""}, "config": {}}
   (path / "config.json").write_text(json.dumps(card))
   (path / "tokenizer.model").write_bytes(b"")
   writer = checkpoint.Writer(path, 3, 0, card)
@@ -131,7 +131,7 @@ def disk_bytes(path: pathlib.Path) -> int:
 
 
 def test_size_on_disk_follows_the_parameters(tmp_path):
-  config = ModelConfig(vocab_size=64, num_layers=4, d_model=256, num_heads=4, seq_len=16)
+  config = MatLMConfig(vocab_size=64, num_layers=4, d_model=256, num_heads=4, seq_len=16)
   save(tmp_path / "u", config)
   for name in ("S", "M*2+L*2"):
     extract(tmp_path / "u", name, tmp_path / name)
@@ -196,7 +196,7 @@ def test_memory_follows_the_submodel(tmp_path):
   """463M's shape with a small vocabulary: peak memory above an idle process's."""
   row = conftest.get_config("463M").model
   row.vocab_size = 1024
-  config = ModelConfig.from_dict(row)
+  config = MatLMConfig.from_dict(row)
   shapes = jax.eval_shape(lambda: matlm.init_params(config, jax.random.key(0)))
   save(tmp_path / "u", config, jax.tree.map(
       lambda s: jax.random.bits(jax.random.key(s.size), s.shape, jnp.uint32).view(jnp.float32), shapes))

@@ -111,7 +111,7 @@ def test_scores_are_the_losses_of_the_static_programs(tiny_run):
   have = score(model.config, model.execution, model.params, chosen, batches)
   want = lm.evaluate(model.config, model.execution, model.params, chosen, batches, False)
   assert have.shape == (4, 8)
-  np.testing.assert_allclose(have.mean(1), [r.loss for r in want], rtol=1e-5)
+  np.testing.assert_allclose(have.mean(1), [r.metrics["loss"] for r in want], rtol=1e-5)
 
 
 def test_front_and_paired_differences(small):

@@ -12,12 +12,12 @@ import pytest
 
 from matformer_jax import UserError, hlo, optim, sharding
 from matformer_jax import granularity as gran
-from matformer_jax.config import ModelConfig
+from matformer_jax.config import MatLMConfig
 from matformer_jax.models import matlm
-from matformer_jax.tasks import NextToken
+from matformer_jax.tasks.language import NextToken
 from matformer_jax.trainer import Trainer, TrainState
 
-MODEL = ModelConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16,
+MODEL = MatLMConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16,
                     ffn_groups=4, head_groups=2)
 
 
@@ -99,9 +99,9 @@ def test_parameters_and_moments_are_sharded():
     assert leaf.addressable_shards[0].data.size == leaf.size // 4  # fsdp x tensor
 
 
-def dense(index: int) -> ModelConfig:
+def dense(index: int) -> MatLMConfig:
   """A plain Transformer as wide as one granularity."""
-  return ModelConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16,
+  return MatLMConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16,
                      ffn_groups=4, head_groups=2, ffn_ratios=(MODEL.ffn_ratios[index],))
 
 
@@ -218,7 +218,7 @@ def test_schedules(schedule):
 
 
 def test_adafactor_trains_with_factored_moments_on_a_mesh():
-  big = ModelConfig(vocab_size=256, num_layers=2, d_model=128, num_heads=4, seq_len=16)
+  big = MatLMConfig(vocab_size=256, num_layers=2, d_model=128, num_heads=4, seq_len=16)
   trainer = make_trainer(dict(fsdp=8), big, **{"optim.name": "adafactor",
                                                "optim.schedule": "rsqrt"})
   losses, state = run(trainer, 9)

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import Callable
-
-import jax
+from typing import Any, Iterator
 
 
 class Prefetcher:
-  """Calls `load(step)` for consecutive steps in a thread of its own.
+  """Advances an iterator of batches in a thread of its own.
 
   Args:
-    load: makes the batch of a step, on the device.
-    first: the first step asked for.
-    last: there is none after this one.
+    batches: of consecutive steps, on the device.
     depth: batches kept ready.
   """
 
-  def __init__(self, load: Callable[[int], jax.Array], first: int, last: int, depth: int = 2):
+  def __init__(self, batches: Iterator[Any], depth: int = 2):
     self._ready: queue.Queue = queue.Queue(depth)
     self._stopped = threading.Event()
-    self._load, self._steps = load, iter(range(first, last + 1))
+    self._batches = batches
     self._thread = threading.Thread(target=self._run, daemon=True, name="prefetch")
     self._thread.start()
 
   def _run(self) -> None:
-    for step in self._steps:
+    while True:
       try:
-        item = (self._load(step), None)
+        item = (next(self._batches), None)
+      except StopIteration:
+        return
       except BaseException as e:  # raised again where the batch is asked for
         item = (None, e)
       while not self._stopped.is_set():
@@ -41,7 +39,7 @@ class Prefetcher:
       if self._stopped.is_set() or item[1] is not None:
         return
 
-  def next(self) -> jax.Array:
+  def next(self) -> Any:
     """The next step's batch. Raises what loading it raised."""
     batch, error = self._ready.get()
     if error is not None:

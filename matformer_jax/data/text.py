@@ -27,7 +27,7 @@ import numpy as np
 import tqdm
 
 from matformer_jax import runtime
-from matformer_jax.data import store
+from matformer_jax.data import store, tfds_source
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer
 from matformer_jax.errors import UserError
 
@@ -120,41 +120,25 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  import tensorflow_datasets as tfds
   name, colon, feature = rest.rpartition(":")
   if not colon or not name:
     raise UserError(f"data.source={source!r} names no feature; write tfds:NAME:FEATURE, "
                     "e.g. tfds:c4/en:text")
-  try:
-    builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
-  except Exception as e:
-    raise UserError(f"data.source={source!r}: no prepared dataset {name!r} under data.data_dir="
-                    f"{data_dir!r}; prepare it with the tfds command line, or correct data_dir "
-                    f"({' '.join(str(e).split())[:160]})") from e
-  if feature not in (builder.info.features or {}):
-    raise UserError(f"data.source={source!r}: dataset has no feature {feature!r}; it has "
-                    f"{', '.join(builder.info.features or {})}")
-  if "train" not in builder.info.splits:
-    raise UserError(f"data.source={source!r}: dataset has no split 'train'; it has "
-                    f"{', '.join(builder.info.splits)}")
+  builder = tfds_source.open_builder(source, name, data_dir, "train")
+  tfds_source.check_feature(source, builder, feature)
   split = builder.info.splits["train"]
-  file_format = builder.info.file_format.value
-  if file_format == "array_record":
+  if tfds_source.file_format(builder) == "array_record":
     def examples(index, count):
       # The data source keeps its split's examples in order and reads without TensorFlow.
       source = builder.as_data_source(split="train")
       for i in range(len(source) * index // count, len(source) * (index + 1) // count):
         yield source[i]
-  elif file_format == "tfrecord":
+  else:
     def examples(index, count):
       paths = list(split.filepaths)
       for path in paths[len(paths) * index // count:len(paths) * (index + 1) // count]:
         records = grain.experimental.TFRecordIterDataset(os.fspath(path))
         yield from records.map(builder.info.features.deserialize_example_np)
-  else:
-    raise UserError(f"data.source={source!r}: file format {file_format!r} is not supported; "
-                    "prepare the dataset as array_record or tfrecord")
 
   def part(index, count):
     for example in examples(index, count):
@@ -163,8 +147,7 @@ def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
         text = text.item()
       yield from _cut(text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text))
 
-  identity = json.dumps([str(builder.info.full_name), file_format, split.num_examples,
-                         split.shard_lengths, split.num_bytes, os.fspath(builder.data_dir)])
+  identity = tfds_source.identity(builder, "train")
   return Corpus(source, identity, part, int(split.num_bytes or 0))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Callable, Iterable, Sequence
@@ -13,38 +12,18 @@ import numpy as np
 
 from matformer_jax import granularity as gran
 from matformer_jax import losses
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import Execution, MatLMConfig
+from matformer_jax.evals import Result
 from matformer_jax.models.matlm import MatLM
 
 METRICS = ("loss", "agreement", "kl")
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """Teacher-forced measurements of one granularity, means over validation tokens.
-
-  Attributes:
-    granularity: canonical text.
-    loss: cross-entropy, nats per token.
-    perplexity: exp(loss).
-    agreement: share of tokens whose most likely next token is the full model's.
-    kl: KL(full model || this granularity), nats per token.
-    tokens: number of predictions measured.
-  """
-
-  granularity: str
-  loss: float
-  perplexity: float
-  agreement: float | None
-  kl: float | None
-  tokens: int
-
-
-def evaluate(config: ModelConfig, execution: Execution, params,
+def evaluate(config: MatLMConfig, execution: Execution, params,
              granularities: Sequence[gran.Granularity], batches: Iterable[np.ndarray],
              consistency: bool = True, should_stop: Callable[[], bool] = lambda: False,
              progress: Callable[[int], None] = lambda n: None) -> list[Result] | None:
-  """Measures granularities on the same batches, against the full model.
+  """Teacher-forced measurements on the same batches, against the full model.
 
   Args:
     params: universal parameters.
@@ -71,10 +50,12 @@ def evaluate(config: ModelConfig, execution: Execution, params,
     tokens += batch.shape[0] * (batch.shape[1] - 1)
     progress(done)
   loss, agree, kl = (sums / max(tokens, 1)).T
-  return [Result(gran.to_text(g, config), float(loss[i]), _exp(loss[i]),
-                 float(agree[i]) if consistency else None,
-                 float(kl[i]) if consistency else None, tokens)
-          for i, g in enumerate(granularities)]
+  results = []
+  for i, g in enumerate(granularities):
+    metrics = {"loss": float(loss[i]), "perplexity": _exp(loss[i])}
+    metrics |= {"agreement": float(agree[i]), "kl": float(kl[i])} if consistency else {}
+    results.append(Result(gran.to_text(g, config), tokens, metrics))
+  return results
 
 
 def _exp(x: float) -> float:

@@ -1,7 +1,7 @@
-"""Causal attention with a hand-written gradient, and attention to a cache.
+"""Attention with a hand-written gradient, causal or not, and attention to a cache.
 
 All arrays are head-major, [B, A, N, T, H]: batch, head group, head, token, width.
-Queries are taken in blocks, each against only the keys it may see, so the masked
+Queries are taken in blocks, each against only the keys it may see, so a causal mask's
 triangle is mostly not computed and a block's scores stay in cache. The gradient
 recomputes the probabilities from the saved log-sum-exp, and forms the gradients
 of keys and values transposed ([H, S]): XLA's CPU matmul is 8x slower on the
@@ -20,46 +20,51 @@ from jax.sharding import PartitionSpec
 from matformer_jax import sharding
 
 
-def self_attention(q, k, v, execution) -> jax.Array:
-  """Causal attention of [B, A, N, T, H], by what suits the device."""
+def self_attention(q, k, v, causal: bool, execution) -> jax.Array:
+  """Attention of [B, A, N, T, H] to itself, by what suits the device."""
   if execution.flash_attention and q.shape[3] % 128 == 0:
-    return flash_attention(q, k, v, execution)
-  return causal_attention(q, k, v, execution.attention_block)
+    return flash_attention(q, k, v, causal, execution)
+  return blocked_attention(q, k, v, causal, execution.attention_block)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def causal_attention(q, k, v, block: int) -> jax.Array:
-  """softmax(q k^T) v with query t attending to keys 0..t; softmax in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def blocked_attention(q, k, v, causal: bool, block: int) -> jax.Array:
+  """softmax(q k^T) v, softmax in float32.
 
   Args:
     q, k, v: [B, A, N, T, H]; q already scaled by H**-0.5.
+    causal: query t attends to keys 0..t only.
     block: queries taken at a time.
 
   Returns:
     [B, A, N, T, H] in v's dtype.
   """
-  return _forward(q, k, v, block)[0]
+  return _forward(q, k, v, causal, block)[0]
 
 
-def _blocks(length: int, block: int) -> list[tuple[int, int]]:
-  return [(i, min(i + block, length)) for i in range(0, length, block)]
+def _blocks(length: int, causal: bool, block: int) -> list[tuple[int, int, int]]:
+  """(first query, end of queries, end of the keys that they may see)."""
+  stops = [(i, min(i + block, length)) for i in range(0, length, block)]
+  return [(start, stop, stop if causal else length) for start, stop in stops]
 
 
-def _scores(q, k, start: int, stop: int) -> jax.Array:
-  scores = jnp.einsum("banth,bansh->bants", q[..., start:stop, :], k[..., :stop, :],
+def _scores(q, k, causal: bool, start: int, stop: int, seen: int) -> jax.Array:
+  scores = jnp.einsum("banth,bansh->bants", q[..., start:stop, :], k[..., :seen, :],
                       preferred_element_type=jnp.float32)
-  visible = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+  if not causal:
+    return scores
+  visible = jnp.arange(start, stop)[:, None] >= jnp.arange(seen)
   return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
 
-def _forward(q, k, v, block):
+def _forward(q, k, v, causal, block):
   outs, lses = [], []
-  for start, stop in _blocks(q.shape[3], block):
-    scores = _scores(q, k, start, stop)
+  for start, stop, seen in _blocks(q.shape[3], causal, block):
+    scores = _scores(q, k, causal, start, stop, seen)
     top = jnp.max(scores, -1, keepdims=True)
     exp = jnp.exp(scores - top)
     total = jnp.sum(exp, -1, keepdims=True)
-    out = jnp.einsum("bants,bansh->banth", exp.astype(v.dtype), v[..., :stop, :],
+    out = jnp.einsum("bants,bansh->banth", exp.astype(v.dtype), v[..., :seen, :],
                      preferred_element_type=jnp.float32)
     outs.append((out / total).astype(v.dtype))
     lses.append(top + jnp.log(total))
@@ -70,12 +75,12 @@ def _join(pieces):
   return jnp.concatenate(pieces, axis=3) if len(pieces) > 1 else pieces[0]
 
 
-def _attention_fwd(q, k, v, block):
-  out, lse = _forward(q, k, v, block)
+def _attention_fwd(q, k, v, causal, block):
+  out, lse = _forward(q, k, v, causal, block)
   return out, (q, k, v, out, lse)
 
 
-def _attention_bwd(block, residuals, d_out):
+def _attention_bwd(causal, block, residuals, d_out):
   q, k, v, out, lse = residuals
   d_out = jax.lax.optimization_barrier(d_out)  # transpose to head-major once, before use
   # A product with ones: on CPU 10x faster than a fused row sum.
@@ -83,25 +88,25 @@ def _attention_bwd(block, residuals, d_out):
                    jnp.ones((out.shape[-1], 1)), precision="highest")
   d_q = []
   d_k_HxS = d_v_HxS = jnp.zeros(k.shape[:3] + (k.shape[4], k.shape[3]), jnp.float32)
-  for start, stop in _blocks(q.shape[3], block):
+  for start, stop, seen in _blocks(q.shape[3], causal, block):
     rows = lambda x: x[..., start:stop, :]
-    p = jnp.exp(_scores(q, k, start, stop) - rows(lse))
-    d_p = jnp.einsum("banth,bansh->bants", rows(d_out), v[..., :stop, :],
+    p = jnp.exp(_scores(q, k, causal, start, stop, seen) - rows(lse))
+    d_p = jnp.einsum("banth,bansh->bants", rows(d_out), v[..., :seen, :],
                      preferred_element_type=jnp.float32)
     d_s = (p * (d_p - rows(dot))).astype(q.dtype)
-    d_q.append(jnp.einsum("bants,bansh->banth", d_s, k[..., :stop, :]))
-    d_k_HxS = d_k_HxS.at[..., :stop].add(jnp.einsum("banth,bants->banhs", rows(q), d_s))
-    d_v_HxS = d_v_HxS.at[..., :stop].add(
+    d_q.append(jnp.einsum("bants,bansh->banth", d_s, k[..., :seen, :]))
+    d_k_HxS = d_k_HxS.at[..., :seen].add(jnp.einsum("banth,bants->banhs", rows(q), d_s))
+    d_v_HxS = d_v_HxS.at[..., :seen].add(
         jnp.einsum("banth,bants->banhs", rows(d_out), p.astype(d_out.dtype)))
   swap = lambda x, like: jnp.swapaxes(x, -1, -2).astype(like.dtype)
   return jax.lax.optimization_barrier((_join(d_q), swap(d_k_HxS, k), swap(d_v_HxS, v)))
 
 
-causal_attention.defvjp(_attention_fwd, _attention_bwd)
+blocked_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def flash_attention(q, k, v, execution, interpret: bool = False) -> jax.Array:
-  """As `causal_attention`, by JAX's Pallas kernel for TPU v4 and later: no scores in HBM.
+def flash_attention(q, k, v, causal: bool, execution, interpret: bool = False) -> jax.Array:
+  """As `blocked_attention`, by JAX's Pallas kernel for TPU v4 and later: no scores in HBM.
 
   At 78M, 64 x 1024 tokens on a TPU v5e core, XLA's own estimate of a step's cycles is 54%
   attention without it. T must be a multiple of 128.
@@ -115,8 +120,9 @@ def flash_attention(q, k, v, execution, interpret: bool = False) -> jax.Array:
     block = next(b for b in (512, 256, 128) if length % b == 0)
     sizes = splash.BlockSizes(**{field.name: block for field in dataclasses.fields(splash.BlockSizes)
                                  if field.name.startswith("block_")})
+    mask = (masks.CausalMask if causal else masks.FullMask)((length, length))
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((length, length))] * count), block_sizes=sizes,
+        masks.MultiHeadMask([mask] * count), block_sizes=sizes,
         head_shards=1, q_seq_shards=1, interpret=interpret)
     return jax.vmap(kernel)(q, k, v)
 

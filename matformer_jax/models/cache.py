@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.models import layers
 
 Cache = list  # of {"k": array, "v": array}
 
 
-def init_cache(config: ModelConfig, execution: Execution, batch: int, length: int) -> Cache:
+def init_cache(config: MatLMConfig, execution: Execution, batch: int, length: int) -> Cache:
   """An empty cache of `length` positions, in the compute dtype."""
   cache = []
   for run in config.runs:
@@ -42,7 +42,7 @@ def lay_out(blocks: layers.Params, execution: Execution) -> layers.Params:
   return {run: layers.unstack(stack) for run, stack in blocks.items()}
 
 
-def narrow(blocks: layers.Params, config: ModelConfig, execution: Execution,
+def narrow(blocks: layers.Params, config: MatLMConfig, execution: Execution,
            granularity: gran.Granularity) -> layers.Params:
   """`lay_out` of the submodel, from `lay_out` of the model; its own runs, as slice_blocks."""
   if execution.scan_layers:
@@ -52,7 +52,7 @@ def narrow(blocks: layers.Params, config: ModelConfig, execution: Execution,
           for i, part in enumerate(gran.slices(config, granularity))}
 
 
-def extend(blocks: layers.Params, config: ModelConfig, execution: Execution,
+def extend(blocks: layers.Params, config: MatLMConfig, execution: Execution,
            granularity: gran.Granularity, x_BxTxD, cache: Cache, start,
            block_class=layers.Block):
   """Runs a submodel's layers on T new tokens and adds them to the cache.

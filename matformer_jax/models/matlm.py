@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.models import layers
 
 
@@ -22,7 +22,7 @@ class MatLM(nn.Module):
     blocks/<run>/attention_norm, ffn_norm, final_norm   scale [L, D], [D]
   """
 
-  config: ModelConfig
+  config: MatLMConfig
   execution: Execution = Execution()
 
   @nn.compact
@@ -48,7 +48,7 @@ class MatLM(nn.Module):
     x_BxTxD = embed(embedding_VxD, tokens_BxT)
     x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe)
     x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity)
-    x_BxTxD = layers.RMSNorm(cfg.norm_eps, name="final_norm")(x_BxTxD)
+    x_BxTxD = layers.Norm(cfg, name="final_norm")(x_BxTxD)
     if return_hidden:
       return x_BxTxD, embedding_VxD
     return jnp.einsum("btd,vd->btv", x_BxTxD, embedding_VxD,
@@ -61,12 +61,7 @@ def embed(embedding_VxD, tokens) -> jax.Array:
   return jnp.take(embedding_VxD, tokens, axis=0) * scale
 
 
-def init_params(config: ModelConfig, rng: jax.Array):
+def init_params(config: MatLMConfig, rng: jax.Array):
   """The universal parameter tree, float32. Independent of mesh and platform."""
   model = MatLM(config)
   return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def slice_params(params, config: ModelConfig, granularity: gran.Granularity):
-  """The submodel's own parameter tree, for `granularity.submodel_config`."""
-  return {**params, "blocks": layers.slice_blocks(params["blocks"], config, granularity)}

@@ -1,0 +1,87 @@
+"""Datasets that TensorFlow Datasets prepared, read without TensorFlow."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import struct
+from typing import Any, Callable
+
+from matformer_jax.errors import UserError
+
+
+def open_builder(source: str, name: str, data_dir: str | None, split: str):
+  """A read-only builder of a prepared dataset that has `split`.
+
+  Raises:
+    UserError: if it is not there, or in a file format other than array_record and tfrecord.
+  """
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  import tensorflow_datasets as tfds
+  try:
+    builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+  except Exception as e:
+    raise UserError(f"data.source={source!r}: no prepared dataset {name!r} under data.data_dir="
+                    f"{data_dir!r}; prepare it with the tfds command line, or correct data_dir "
+                    f"({' '.join(str(e).split())[:160]})") from e
+  if split not in builder.info.splits:
+    raise UserError(f"data.source={source!r}: dataset has no split {split!r}; it has "
+                    f"{', '.join(builder.info.splits)}")
+  if file_format(builder) not in ("array_record", "tfrecord"):
+    raise UserError(f"data.source={source!r}: file format {file_format(builder)!r} is not "
+                    "supported; prepare the dataset as array_record or tfrecord")
+  return builder
+
+
+def file_format(builder) -> str:
+  """`array_record`, `tfrecord`, ..."""
+  return builder.info.file_format.value
+
+
+def check_feature(source: str, builder, feature: str) -> None:
+  """Raises UserError unless the dataset has the feature."""
+  if feature not in (builder.info.features or {}):
+    raise UserError(f"data.source={source!r}: dataset has no feature {feature!r}; it has "
+                    f"{', '.join(builder.info.features or {})}")
+
+
+def identity(builder, split: str) -> str:
+  """Changes when the split does."""
+  info = builder.info.splits[split]
+  return json.dumps([str(builder.info.full_name), file_format(builder), info.num_examples,
+                     info.shard_lengths, info.num_bytes, os.fspath(builder.data_dir)])
+
+
+def random_access(builder, split: str, undecoded: str) -> Callable[[int], dict[str, Any]]:
+  """index -> example of a split, with the feature `undecoded` left as encoded bytes."""
+  import tensorflow_datasets as tfds
+  decoders = {undecoded: tfds.decode.SkipDecoding()}
+  if file_format(builder) == "array_record":
+    return builder.as_data_source(split=split, decoders=decoders).__getitem__
+  records = _TFRecords([os.fspath(p) for p in builder.info.splits[split].filepaths])
+  decode = functools.partial(builder.info.features.deserialize_example_np, decoders=decoders)
+  return lambda index: decode(records[index])
+
+
+class _TFRecords:
+  """Records of TFRecord files by number. Files are walked once, length by length."""
+
+  def __init__(self, paths):
+    self._files = [open(path, "rb") for path in paths]
+    self._places = [(i, offset, length) for i, file in enumerate(self._files)
+                    for offset, length in _lengths(file)]
+
+  def __getitem__(self, index: int) -> bytes:
+    file, offset, length = self._places[index]
+    return os.pread(self._files[file].fileno(), length, offset)
+
+
+def _lengths(file):
+  """(offset, length) of each record: uint64 length, uint32 checksum, data, uint32 checksum."""
+  while header := file.read(12):
+    if len(header) < 12:
+      raise UserError(f"{file.name} ends within a record; prepare the dataset again")
+    (length,) = struct.unpack_from("<Q", header)
+    yield file.tell(), length
+    file.seek(length + 4, os.SEEK_CUR)

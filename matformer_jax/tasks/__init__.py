@@ -1,0 +1,91 @@
+"""A task is a model, a loss and a data source; the training loop knows none of them."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
+
+import jax
+
+from matformer_jax import granularity as gran
+from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.errors import UserError
+from matformer_jax.evals import Result
+from matformer_jax.tasks import classification, language
+
+
+class Task(Protocol):
+  """What the training loop needs. A batch is a tree of arrays whose first axis is the batch.
+
+  Attributes:
+    model_config: of the universal model.
+    examples_unit: what `examples_per_step` counts, e.g. tokens.
+    examples_per_step: over all processes.
+  """
+
+  model_config: ModelConfig
+  examples_unit: str
+  examples_per_step: int
+
+  def batch_shapes(self, batch_size: int) -> Any:
+    """A training batch as `jax.ShapeDtypeStruct`s."""
+
+  def preprocess(self, batch) -> Any:
+    """What is done to a whole batch on the device, before devices and micro-batches share it."""
+
+  def loss(self, sub_config: ModelConfig, execution: Execution, sub_params,
+           batch) -> tuple[jax.Array, jax.Array]:
+    """(objective to differentiate, loss to report) of a submodel on one batch."""
+
+  def batch(self, step: int, rows: range | None = None) -> Any:
+    """Rows (all by default) of the batch of `step`, in NumPy; a pure function of both."""
+
+  def batches(self, first: int, last: int, rows: Sequence[range]) -> Iterator[list[Any]]:
+    """`[batch(step, r) for r in rows]` for steps first to last, read as fast as may be."""
+
+  def sample_ids(self, step: int, rows: range | None = None) -> list[int]:
+    """What the rows are, for the ledger of samples."""
+
+  def evaluate(self, execution: Execution, params, put: Callable,
+               granularities: Sequence[gran.Granularity], *, consistency: bool = False,
+               batches: int | None = None, batch_size: int | None = None,
+               should_stop: Callable[[], bool] = lambda: False,
+               progress: Callable[[int, int], None] = lambda done, total: None
+               ) -> list[Result] | None:
+    """Measures granularities on validation data.
+
+    Args:
+      put: (read, batch_size) -> a global batch; see `Trainer.put`.
+      consistency: also compare with the largest granularity.
+      batches: at most so many; 0 is all; default the config's.
+      batch_size: default the config's.
+      should_stop: polled after every program call.
+      progress: told how many batches of how many are done.
+
+    Returns:
+      One Result per granularity, or None if stopped.
+    """
+
+  def identity(self) -> Mapping[str, Any]:
+    """JSON that must not change in the course of a run."""
+
+  def save_files(self, workdir: pathlib.Path) -> None:
+    """Writes what a checkpoint needs beside the weights, such as a tokenizer."""
+
+
+def make_task(config, workdir: pathlib.Path | None = None) -> Task:
+  """The task named by `config.task`, with its data. Raises UserError for an unknown one."""
+  kinds = {"matlm": language.LanguageModeling, "matvit": classification.ImageClassification}
+  return _pick(config, kinds)(config, workdir)
+
+
+def make_task_without_data(config) -> Task:
+  """The same model and loss, for whoever only compiles programs."""
+  kinds = {"matlm": language.NextToken, "matvit": classification.Classification}
+  return _pick(config, kinds).from_config(config)
+
+
+def _pick(config, kinds: Mapping[str, Any]):
+  if config.task not in kinds:
+    raise UserError(f"task={config.task!r} is unknown; use one of {', '.join(kinds)}")
+  return kinds[config.task]
