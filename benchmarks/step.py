@@ -11,7 +11,6 @@ object. Takes about 6 minutes on 2 cores.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -33,12 +32,12 @@ from matformer_jax.models import attention, layers
 from matformer_jax.tasks import make_task
 from matformer_jax.tasks.language import NextToken
 from matformer_jax.trainer import Trainer, TrainState
+from timing import Program, get_config, measure, paired
 
 _REPS = flags.DEFINE_integer("reps", 15, "Repetitions of every program.")
 _LOOP_STEPS = flags.DEFINE_integer("loop_steps", 120, "Steps of the loop measurement.")
 _ONE_THREAD = flags.DEFINE_bool("one_thread", False, "Internal: the one-thread measurement.")
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 ONE_THREAD_SHAPE = MatLMConfig(vocab_size=8192, num_layers=16, d_model=256, num_heads=16,
                                seq_len=512)
 
@@ -56,16 +55,8 @@ class Tokens(NextToken):
     return self.tokens[rows]
 
 
-def quickstart():
-  """The quickstart config, with nothing overridden."""
-  spec = importlib.util.spec_from_file_location("configs", ROOT / "configs" / "matlm.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config("quickstart")
-
-
 def make_trainer(model_config: MatLMConfig, batch_size: int) -> Trainer:
-  config = quickstart()
+  config = get_config("matlm", "quickstart")
   config.batch_size = batch_size
   return Trainer(Tokens(model_config, batch_size), config, sharding.make_mesh({}))
 
@@ -134,8 +125,8 @@ def nested_programs(trainer: Trainer, index: int):
   sub_config = gran.submodel_config(task.model_config, g)
 
   def forward(params, batch):
-    sub = task.slice(params, g)
-    return task.loss(sub_config, trainer.execution, sub, batch, shards=1)[0]
+    sub = layers.slice_params(params, task.model_config, g)
+    return task.loss(sub_config, trainer.execution, sub, task.preprocess(batch))[0]
 
   return step, trainer.init(0), jax.jit(forward)
 
@@ -143,45 +134,16 @@ def nested_programs(trainer: Trainer, index: int):
 # ----------------------------------------------------------------- measurement
 
 
-class Program:
-  """A train step and a forward pass whose calls are timed one at a time."""
-
-  def __init__(self, step, state, forward, batch):
-    self.step, self.state, self.forward, self.batch = step, state, forward, batch
-    self.step_times, self.forward_times = [], []
-
-  def run(self, record: bool = True):
-    started = time.perf_counter()
-    self.state, out = self.step(self.state, self.batch)
-    jax.block_until_ready((self.state, out))
-    middle = time.perf_counter()
-    jax.block_until_ready(self.forward(self.state.params, self.batch))
-    if record:
-      self.step_times.append(middle - started)
-      self.forward_times.append(time.perf_counter() - middle)
-
-
-def measure(programs: list[Program], reps: int) -> None:
-  """Times all programs in turn, `reps` times, after two warm-up rounds."""
-  for i in range(reps + 2):
-    for program in programs:
-      program.run(record=i >= 2)
-
-
-def paired(a: list[float], b: list[float]) -> float:
-  """Median of the ratios taken in the same round: drift of the machine cancels."""
-  return statistics.median(x / y for x, y in zip(a, b))
-
-
 def against_dense(reps: int):
   """Rows of the main table, and the two ratios that have targets."""
-  config = quickstart()
+  config = get_config("matlm", "quickstart")
   model = MatLMConfig.from_dict(config.model)
   trainer = make_trainer(model, config.batch_size)
   batch = trainer.batch(0)
   names = gran.names(model)
-  nested = [Program(*nested_programs(trainer, i), batch) for i in range(len(names))]
-  dense = [Program(*dense_programs(model, w, trainer), batch) for w in model.ffn_widths]
+  program = lambda step, state, forward: Program(step, state, batch, forward)
+  nested = [program(*nested_programs(trainer, i)) for i in range(len(names))]
+  dense = [program(*dense_programs(model, w, trainer)) for w in model.ffn_widths]
   measure([p for pair in zip(nested, dense) for p in pair], reps)
   flops = [gran.count(model, n).flops for n in names]
   rows, ratios = [], []
@@ -240,7 +202,7 @@ def loop_overhead(steps: int) -> float:
   ready-made. Alternates the two, three times, and takes the median ratio.
   """
   ratios = []
-  config = quickstart()
+  config = get_config("matlm", "quickstart")
   config.steps = steps
   config.eval.every = config.checkpoint.every = 0
   config.eval.batches = 1

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, on the tests' own small model."""
+"""Every notebook runs from top to bottom, on the tests' own small models."""
 
 import pathlib
 
@@ -11,8 +11,9 @@ NOTEBOOKS = sorted((conftest.ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path: pathlib.Path, tiny_run, monkeypatch):
-  monkeypatch.setenv("MATFORMER_RUN", str(tiny_run))
+def test_notebook_runs(path: pathlib.Path, tiny_run, digits_run, monkeypatch):
+  run = digits_run if "retrieval" in path.stem else tiny_run
+  monkeypatch.setenv("MATFORMER_RUN", str(run))
   monkeypatch.delenv("XLA_FLAGS")
   notebook = nbformat.read(path, as_version=4)
   client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3",

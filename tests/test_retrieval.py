@@ -111,7 +111,7 @@ def test_a_corpus_is_embedded_once_and_goes_on_after_a_kill(model, tmp_path, mon
 
 
 def test_retrieve(digits_run, tmp_path):
-  result = run_program("retrieve", f"--workdir={digits_run}", f"--out={tmp_path}", "--symmetric",
+  result = run_program("retrieve", f"--workdir={digits_run}", f"--out={tmp_path}", "--symmetric=all",
                        "--granularities=S,M+L", f"--baselines={digits_run}", "--k=1,5")
   assert result.returncode == 0, result.stderr
   report = json.loads((tmp_path / "retrieval.json").read_text())

@@ -442,12 +442,17 @@ def read_ahead(batches: Batches | LabelledBatches, first: int, last: int, rows: 
   """
   steps = grain.MapDataset.range(first, last + 1).map(_ReadStep(batches, tuple(rows)))
   if not workers:
-    return (steps[i] for i in range(len(steps)))
+    yield from (steps[i] for i in range(len(steps)))
+    return
   if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its own
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
   one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-  return iter(steps.to_iter_dataset(one_at_a_time).mp_prefetch(options))
+  iterator = iter(steps.to_iter_dataset(one_at_a_time).mp_prefetch(options))
+  try:
+    yield from iterator
+  finally:
+    iterator.close()  # ends the processes and frees what they share
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,8 @@ class Prefetcher:
     return batch
 
   def close(self) -> None:
-    """Stops reading."""
+    """Stops reading, and closes the batches where they are a generator."""
     self._stopped.set()
     self._thread.join()
+    if hasattr(self._batches, "close"):
+      self._batches.close()

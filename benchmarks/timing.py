@@ -1,0 +1,51 @@
+"""What the benchmarks share: configs as shipped, programs timed in turn, ratios within a round."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import statistics
+import time
+
+import jax
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def get_config(file: str, row: str):
+  """A row of configs/FILE.py, with nothing overridden."""
+  spec = importlib.util.spec_from_file_location("configs", ROOT / "configs" / f"{file}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(row)
+
+
+class Program:
+  """A train step and, where there is one, a forward pass, whose calls are timed one at a time."""
+
+  def __init__(self, step, state, batch, forward=None):
+    self.step, self.state, self.forward, self.batch = step, state, forward, batch
+    self.step_times, self.forward_times = [], []
+
+  def run(self, record: bool = True):
+    started = time.perf_counter()
+    self.state, out = self.step(self.state, self.batch)
+    jax.block_until_ready((self.state, out))
+    middle = time.perf_counter()
+    if self.forward:
+      jax.block_until_ready(self.forward(self.state.params, self.batch))
+    if record:
+      self.step_times.append(middle - started)
+      self.forward_times.append(time.perf_counter() - middle)
+
+
+def measure(programs: list[Program], reps: int) -> None:
+  """Times all programs in turn, `reps` times, after two warm-up rounds."""
+  for i in range(reps + 2):
+    for program in programs:
+      program.run(record=i >= 2)
+
+
+def paired(a: list[float], b: list[float]) -> float:
+  """Median of the ratios taken in the same round: drift of the machine cancels."""
+  return statistics.median(x / y for x, y in zip(a, b))

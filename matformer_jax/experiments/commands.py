@@ -1,0 +1,35 @@
+"""Calling the package's programs from an experiment."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+from matformer_jax.errors import UserError
+
+
+def run(module: str, *args: str | os.PathLike) -> None:
+  """`python -m matformer_jax.MODULE ARGS`, shown. Raises UserError if it fails."""
+  command = [sys.executable, "-m", f"matformer_jax.{module}", *map(str, args)]
+  print(f"\n$ python {shlex.join(command[1:])}", flush=True)
+  code = subprocess.run(command).returncode
+  if code:
+    raise UserError(f"the command above ended with {code}; mend what it says and run this again: "
+                    "what is done is kept")
+
+
+def overrides() -> list[str]:
+  """--config and its overrides, as this program was given them."""
+  return [arg for arg in sys.argv[1:] if arg.startswith("--config")]
+
+
+def measured(path: pathlib.Path, module: str, *args: str | os.PathLike) -> Any:
+  """The JSON that a program writes to `path`, which it is only called for where it is missing."""
+  if not path.exists():
+    run(module, *args)
+  return json.loads(path.read_text())
