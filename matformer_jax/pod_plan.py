@@ -112,15 +112,15 @@ def _jaxprs(value) -> list:
 
 
 def kernel_flops(trainer: Trainer, granularity: gran.Granularity) -> float:
-  """Per device, of the attention kernel: causal half, heads padded to the 128 lanes it uses."""
+  """Per device, of the attention kernel: half where causal, heads padded to the 128 lanes it uses."""
   config = trainer.task.model_config
-  if not trainer.execution.flash_attention or config.seq_len % 128:
+  if not trainer.execution.flash_attention or config.num_tokens % 128:
     return 0.0
   heads = sum(config.head_counts[i] for i in granularity.heads)
   rows = trainer.config.batch_size / sharding.batch_shards(trainer.mesh)
   width = -(-config.head_dim // 128) * 128
-  flops = KERNEL_MATMULS * rows * heads * config.seq_len**2 * width  # 2 x T x T x H, halved
-  return flops / trainer.mesh.shape[sharding.TENSOR]
+  products = rows * heads * config.num_tokens**2 * width * (1 if config.causal else 2)
+  return KERNEL_MATMULS * products / trainer.mesh.shape[sharding.TENSOR]
 
 
 def tree_bytes(tree) -> int:
@@ -267,6 +267,8 @@ def make_plan(config, topology: str, mesh_sizes: str = "", granularities=(), dec
     decode_batch: also plan decoding of so many sequences; 0 does not.
     say: told of progress.
   """
+  if decode_batch and config.task != "matlm":
+    raise UserError(f"--decode_batch={decode_batch}: a model of task {config.task!r} does not decode")
   tpu, devices = topology_devices(topology)
   mesh = sharding.make_mesh(parse_mesh(mesh_sizes, config.mesh), devices)
   task = make_task_without_data(config)
@@ -279,7 +281,8 @@ def make_plan(config, topology: str, mesh_sizes: str = "", granularities=(), dec
   plan: dict[str, Any] = {
       "topology": topology, "chips": count, "cores": len(devices),
       "mesh": {k: int(v) for k, v in mesh.shape.items()}, "batch_size": config.batch_size,
-      "tokens_per_step": trainer.task.examples_per_step, "grad_accum": config.grad_accum,
+      "tokens_per_step": task.examples_per_step, "unit": task.examples_unit,
+      "grad_accum": config.grad_accum,
       "dtype": trainer.execution.dtype, "remat": trainer.execution.remat,
       "attention": "flash" if trainer.execution.flash_attention else "blocks",
       "optimizer": config.optim.name, "steps": config.steps, "granularities": {}}
@@ -344,7 +347,7 @@ def advice(plan, config) -> list[str]:
 def report(plan: dict[str, Any]) -> str:
   """Tables a person reads."""
   head = (f"{plan['topology']}: {plan['chips']} chips, {plan['cores']} cores, mesh {plan['mesh']}, "
-          f"{plan['tokens_per_step']:,} tokens/step, {plan['dtype']}, remat {plan['remat']}, "
+          f"{plan['tokens_per_step']:,} {plan['unit']}/step, {plan['dtype']}, remat {plan['remat']}, "
           f"{plan['attention']} attention, {plan['optimizer']}")
   gib = lambda value: f"{value / _GIB:.2f}"
   mib = lambda value: f"{value / 2**20:,.0f}"
@@ -365,7 +368,7 @@ def report(plan: dict[str, Any]) -> str:
          for name, row in timed.items()])]
     mean = {"mean": plan["mean"]} if plan["mean"] else {}
     tables_ += ["Time: lower bounds and estimate, ms", tables.table(
-        ["size", "TFLOP/core", "compute", "memory", "network", "estimate", "MFU", "tokens/s",
+        ["size", "TFLOP/core", "compute", "memory", "network", "estimate", "MFU", f"{plan['unit']}/s",
          "days", "chip-hours"],
         [[name, f"{row['flops_per_core'] / 1e12:.2f}" if "bounds" in row else "",
           *(ms(row["bounds"][k]) if "bounds" in row else ""

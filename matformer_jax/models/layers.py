@@ -112,22 +112,38 @@ def _row_mean(x32) -> jax.Array:
   return jnp.matmul(x32, jnp.full((x32.shape[-1], 1), 1 / x32.shape[-1]), precision="highest")
 
 
-def drop(x, rate, keys_B, whole_rows: bool = False) -> jax.Array:
-  """Dropout, scaled to keep the mean: elements of x, or all of a row (stochastic depth).
+def drop(x, rate, seeds_B, whole_rows: bool = False) -> jax.Array:
+  """Dropout, scaled to keep the mean: of elements of x, or of all of a row (stochastic depth).
+
+  What is dropped depends on a row's seed alone, not on the mesh. The numbers are a hash of
+  seed and place: JAX's own generators cost more than the rest of the step (B/16 on TPU v3,
+  XLA's estimate of XL: 5.1 s with them, 2.7 s without dropout).
 
   Args:
     x: [B, ...].
     rate: probability, may be traced.
-    keys_B: a PRNG key per row, so that what is dropped does not depend on the mesh.
+    seeds_B: uint32, one per row.
   """
   shape = (1,) * (x.ndim - 1) if whole_rows else x.shape[1:]
-  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys_B)
+  place, stride = jnp.zeros(shape, jnp.uint32), 1
+  for axis in reversed(range(len(shape))):
+    place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    stride *= shape[axis]
+  bits = _hash(_hash(place) + seeds_B.reshape((-1,) + (1,) * len(shape)))
+  keep = bits >= jnp.asarray(rate * 2.0**32, jnp.float32).astype(jnp.uint32)
   return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
-def fold_keys(keys_B, data) -> jax.Array:
-  """A new key per row, for another use."""
-  return jax.vmap(jax.random.fold_in, (0, None))(keys_B, data)
+def fold_seeds(seeds_B, data) -> jax.Array:
+  """A new uint32 seed per row, for another use."""
+  return _hash(_hash(seeds_B) + jnp.asarray(data).astype(jnp.uint32))
+
+
+def _hash(x) -> jax.Array:
+  """A bijection of uint32 that mixes all bits (Wellons' `lowbias32`)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)
 
 
 class NestedFFN(nn.Module):
@@ -141,7 +157,7 @@ class NestedFFN(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, x_BxTxD, keys_B=None):
+  def __call__(self, x_BxTxD, seeds_B=None):
     cfg, exe = self.config, self.execution
     shape = (cfg.ffn_groups, self.width // cfg.ffn_groups, cfg.d_model)
     init_in = projection_init(cfg, cfg.d_model, cfg.ffn_widths[-1])
@@ -157,8 +173,8 @@ class NestedFFN(nn.Module):
       hidden_BxTxGxK = act(gate_BxTxGxK) * pre_BxTxGxK
     else:
       hidden_BxTxGxK = act(pre_BxTxGxK)
-    if keys_B is not None and cfg.dropout:
-      hidden_BxTxGxK = drop(hidden_BxTxGxK, cfg.dropout, keys_B)
+    if seeds_B is not None and cfg.dropout:
+      hidden_BxTxGxK = drop(hidden_BxTxGxK, cfg.dropout, seeds_B)
     return _add_bias(self, "ffn", "out", project_out(hidden_BxTxGxK, w_out, exe))
 
 
@@ -222,13 +238,13 @@ class Block(nn.Module):
   run: Run
 
   @nn.compact
-  def __call__(self, x_BxTxD, cache=None, start=None, layer=None, keys_B=None):
+  def __call__(self, x_BxTxD, cache=None, start=None, layer=None, seeds_B=None):
     """Runs one layer.
 
     Args:
       cache, start: as in Attention.
       layer: index of this layer, in a stacked cache or for stochastic depth.
-      keys_B: PRNG keys, one per row and of this layer only, when something is to be dropped.
+      seeds_B: uint32, one per row and of this layer only, when something is to be dropped.
 
     Returns:
       ([B, T, D], cache).
@@ -237,23 +253,23 @@ class Block(nn.Module):
     heads, width = cfg.head_counts[self.run.heads], cfg.ffn_widths[self.run.ffn]
     y, cache = Attention(cfg, exe, heads, name="attention")(
         Norm(cfg, name="attention_norm")(x_BxTxD), cache, start, layer)
-    x_BxTxD = x_BxTxD + self._dropped(checkpoint_name(y, "attn_out"), layer, keys_B, 0)
-    hidden_keys = None if keys_B is None else fold_keys(keys_B, 2)
-    y = NestedFFN(cfg, exe, width, name="ffn")(Norm(cfg, name="ffn_norm")(x_BxTxD), hidden_keys)
-    x_BxTxD = x_BxTxD + self._dropped(y, layer, keys_B, 1)
+    x_BxTxD = x_BxTxD + self._dropped(checkpoint_name(y, "attn_out"), layer, seeds_B, 0)
+    hidden_seeds = None if seeds_B is None else fold_seeds(seeds_B, 2)
+    y = NestedFFN(cfg, exe, width, name="ffn")(Norm(cfg, name="ffn_norm")(x_BxTxD), hidden_seeds)
+    x_BxTxD = x_BxTxD + self._dropped(y, layer, seeds_B, 1)
     return sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe), cache
 
-  def _dropped(self, y, layer, keys_B, sublayer: int):
+  def _dropped(self, y, layer, seeds_B, sublayer: int):
     """Dropout and stochastic depth of what a sub-layer adds."""
     cfg = self.config
-    if keys_B is None:
+    if seeds_B is None:
       return y
-    element_keys, row_keys = (fold_keys(keys_B, 3 + 2 * sublayer + i) for i in range(2))
+    element_seeds, row_seeds = (fold_seeds(seeds_B, 3 + 2 * sublayer + i) for i in range(2))
     if cfg.dropout:
-      y = drop(y, cfg.dropout, element_keys)
+      y = drop(y, cfg.dropout, element_seeds)
     if cfg.stochastic_depth:
       rate = cfg.stochastic_depth * layer / max(cfg.num_layers - 1, 1)
-      y = drop(y, rate, row_keys, whole_rows=True)
+      y = drop(y, rate, row_seeds, whole_rows=True)
     return y
 
 
@@ -264,13 +280,13 @@ class Stack(nn.Module):
   execution: Execution
 
   @nn.compact
-  def __call__(self, x_BxTxD, granularity: gran.Granularity, keys_B=None):
+  def __call__(self, x_BxTxD, granularity: gran.Granularity, seeds_B=None):
     cfg, exe = self.config, self.execution
     stored = {str(i): self.param(str(i), self._init_run, run) for i, run in enumerate(cfg.runs)}
     sliced = slice_blocks(stored, cfg, granularity)
     first = 0
     for part, params in zip(gran.slices(cfg, granularity), sliced.values()):
-      x_BxTxD = run_layers(Block(cfg, exe, part.run, parent=None), params, x_BxTxD, first, keys_B)
+      x_BxTxD = run_layers(Block(cfg, exe, part.run, parent=None), params, x_BxTxD, first, seeds_B)
       first += part.run.num_layers
     return x_BxTxD
 
@@ -286,19 +302,19 @@ class Stack(nn.Module):
 
 
 def run_layers(block: Block, params: Params, x: jax.Array, first: int = 0,
-               keys_B=None) -> jax.Array:
+               seeds_B=None) -> jax.Array:
   """Applies a stack of equal blocks: scanned, or unrolled over per-layer arrays.
 
   Args:
     first: index of the first of them in the model.
-    keys_B: PRNG keys, one per row of x, when something is to be dropped.
+    seeds_B: uint32, one per row of x, when something is to be dropped.
   """
   exe = block.execution
 
   def layer(x, layer_params, index):
-    if keys_B is None:
+    if seeds_B is None:
       return block.apply({"params": layer_params}, x)[0]
-    return block.apply({"params": layer_params}, x, layer=index, keys_B=fold_keys(keys_B, index))[0]
+    return block.apply({"params": layer_params}, x, layer=index, seeds_B=fold_seeds(seeds_B, index))[0]
 
   if exe.remat != "none":
     layer = jax.checkpoint(layer, policy=REMAT[exe.remat], prevent_cse=not exe.scan_layers)

@@ -59,14 +59,14 @@ class MatViT(nn.Module):
 
   @nn.compact
   def __call__(self, images, *, granularity: gran.Granularity | None = None,
-               return_features: bool = False, keys_B=None):
+               return_features: bool = False, seeds_B=None):
     """Runs the submodel `granularity` (default: everything stored).
 
     Args:
       images: [B, image_size, image_size, channels]; uint8 is scaled to [-1, 1].
       granularity: static; every value compiles its own program.
       return_features: return what the head is given.
-      keys_B: PRNG keys, one per image, for dropout and stochastic depth; None drops nothing.
+      seeds_B: uint32, one per image, for dropout and stochastic depth; None drops nothing.
 
     Returns:
       float32 logits [B, C], or features [B, F].
@@ -74,10 +74,10 @@ class MatViT(nn.Module):
     cfg, exe = self.config, self.execution
     granularity = granularity or gran.full(cfg)
     x_BxTxD = self._tokens(images)
-    if keys_B is not None and cfg.dropout:
-      x_BxTxD = layers.drop(x_BxTxD, cfg.dropout, layers.fold_keys(keys_B, cfg.num_layers))
+    if seeds_B is not None and cfg.dropout:
+      x_BxTxD = layers.drop(x_BxTxD, cfg.dropout, layers.fold_seeds(seeds_B, cfg.num_layers))
     x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe)
-    x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity, keys_B)
+    x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity, seeds_B)
     x_BxTxD = layers.Norm(cfg, name="final_norm")(x_BxTxD)
     x_BxF = x_BxTxD[:, 0] if cfg.pooling == "cls" else jnp.mean(x_BxTxD, 1)
     if cfg.representation_size:

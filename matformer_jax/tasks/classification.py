@@ -57,9 +57,8 @@ class Classification:
 
   def loss(self, sub_config, execution, sub_params, batch):
     drops = sub_config.dropout or sub_config.stochastic_depth
-    keys_B = jax.vmap(jax.random.key)(batch["seed"]) if drops else None
     logits_BxC = matvit.MatViT(sub_config, execution).apply(
-        {"params": sub_params}, batch["image"], keys_B=keys_B)
+        {"params": sub_params}, batch["image"], seeds_B=batch["seed"] if drops else None)
     loss = jnp.mean(losses.CLASSIFICATION[self.loss_name](logits_BxC, batch["target"]))
     return loss, loss
 
