@@ -19,6 +19,7 @@ from matformer_jax.decode import Sampling
 from matformer_jax.errors import UserError
 from matformer_jax.loading import LanguageModel, Settings, load
 
+
 def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value)
   settings = Settings(

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from typing import Any
 
+from matformer_jax import cli
+from matformer_jax.config import MatViTConfig, model_config
 from matformer_jax.errors import UserError
 
 
@@ -21,6 +23,15 @@ def run(module: str, *args: str | os.PathLike) -> None:
   if code:
     raise UserError(f"the command above ended with {code}; mend what it says and run this again: "
                     "what is done is kept")
+
+
+def read_matvit(flag) -> tuple[Any, MatViTConfig]:
+  """(config, its model) of --config. Raises UserError for another task."""
+  config = cli.read_config(flag)
+  model = model_config(config)
+  if not isinstance(model, MatViTConfig):
+    raise UserError(f"--config is of task {config.task!r}; give a row of configs/matvit.py")
+  return config, model
 
 
 def overrides() -> list[str]:

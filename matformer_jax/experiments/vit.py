@@ -23,8 +23,7 @@ import numpy as np
 
 from matformer_jax import cli, tables
 from matformer_jax import granularity as gran
-from matformer_jax.config import MatViTConfig, model_config
-from matformer_jax.errors import UserError
+from matformer_jax.config import MatViTConfig
 from matformer_jax.experiments import commands
 
 
@@ -217,10 +216,8 @@ def plots(model: MatViTConfig, found: Measured, root: pathlib.Path, title: str) 
 
 def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value)
-  config = cli.read_config(_CONFIG)
-  model, root = model_config(config), pathlib.Path(_WORKDIR.value)
-  if not isinstance(model, MatViTConfig):
-    raise UserError(f"--config is of task {config.task!r}; give a row of configs/matvit.py")
+  config, model = commands.read_matvit(_CONFIG)
+  root = pathlib.Path(_WORKDIR.value)
   found = Measured(*({} for _ in dataclasses.fields(Measured)))
   for seed in range(config.seed, config.seed + _SEEDS.value):
     run_seed(config, model, seed, root / f"seed{seed}", _LADDER.value, found)

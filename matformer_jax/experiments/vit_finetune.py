@@ -23,8 +23,7 @@ from absl import flags
 
 from matformer_jax import cli, tables
 from matformer_jax import granularity as gran
-from matformer_jax.config import MatViTConfig, model_config
-from matformer_jax.errors import UserError
+from matformer_jax.config import MatViTConfig
 from matformer_jax.experiments import commands
 
 CELLS = ("plain, plain", "plain, nested", "nested, plain", "nested, nested")
@@ -81,10 +80,8 @@ def report(model: MatViTConfig, cells: dict[str, dict[str, float]]) -> str:
 
 def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value)
-  config = cli.read_config(_CONFIG)
-  model, root = model_config(config), pathlib.Path(_WORKDIR.value)
-  if not isinstance(model, MatViTConfig):
-    raise UserError(f"--config is of task {config.task!r}; give a row of configs/matvit.py")
+  config, model = commands.read_matvit(_CONFIG)
+  root = pathlib.Path(_WORKDIR.value)
   pretrain, finetune = ",".join(_PRETRAIN.value), ",".join(_FINETUNE.value)
   steps = _STEPS.value or config.steps
   cells = run(config, model, root, pretrain, finetune, steps)
