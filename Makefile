@@ -40,7 +40,7 @@ quickstart: $(INSTALLED)
 	@echo "  in Python: import matformer_jax; model = matformer_jax.load('$(RUN)'); print(model)"
 
 test: $(TESTABLE)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/step.py

@@ -163,7 +163,8 @@ def main(argv) -> None:
   chosen = sorted(dict.fromkeys(chosen), key=lambda g: gran.count(model.config, g).params)
   task = open_task(model)
   consistency = bool({"agreement", "kl"} & set(metrics))
-  results = evaluate(model, task, chosen, consistency, _BATCHES.value, _BATCH_SIZE.value)
+  batch_size = _BATCH_SIZE.value or (256 if vision else 16)
+  results = evaluate(model, task, chosen, consistency, _BATCHES.value, batch_size)
   results = only(results, metrics)
   baseline = None
   if _BIGRAM.value:
@@ -202,8 +203,8 @@ if __name__ == "__main__":
   _METRICS = flags.DEFINE_list("metrics", [], "Any of loss, agreement, kl and, of images, "
                                "accuracy; default all. Agreement and KL are against the full model.")
   _BATCHES = flags.DEFINE_integer("batches", 0, "Validation batches; 0 is all.", lower_bound=0)
-  _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows or images per batch.",
-                                     lower_bound=1)
+  _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Per batch; default 16 windows or 256 "
+                                     "images.", lower_bound=1)
   _BIGRAM = flags.DEFINE_bool("bigram", False, "Also show a bigram baseline.")
   _PLOT = flags.DEFINE_string("plot", None, "Write a PNG of loss or accuracy against parameters.")
   _JSON = flags.DEFINE_string("json", None, "Write the results to this file.")

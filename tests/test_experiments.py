@@ -33,7 +33,7 @@ def calls(monkeypatch):
       pathlib.Path(flag(args, "out")).mkdir()
       return
     if module == "train":
-      workdir.mkdir(parents=True, exist_ok=True)
+      (workdir / "checkpoints" / "7").mkdir(parents=True, exist_ok=True)
       sizes = "G1" if flag(args, "config.model.ffn_ratios") else "S,M,L,XL"
       if "extracted" in (flag(args, "config.init_from") or ""):
         sizes = pathlib.Path(flag(args, "config.init_from")).name.removeprefix("extracted_")
@@ -44,7 +44,7 @@ def calls(monkeypatch):
       names += ["S*1+M*1", "L*1+XL*1"]
     if module == "evaluate":
       rows = {n: {"accuracy": 0.5 + 0.01 * i} for i, n in enumerate(names)}
-      pathlib.Path(flag(args, "json")).write_text(json.dumps({"granularities": rows}))
+      pathlib.Path(flag(args, "json")).write_text(json.dumps({"step": 7, "granularities": rows}))
       return
     row = lambda encoder, n, corpus, share: {"encoder": encoder, "granularity": n, "corpus": corpus, "1-nn": share}
     rows = [row("MatViT", n, names[-1] if "G1" in names else "XL", 0.4) for n in names]
@@ -52,7 +52,7 @@ def calls(monkeypatch):
       rows += [row("MatViT", n, n, 0.3) for n in ("S", "M", "L")]
       rows += [row(b, "G1", "XL", 0.1) for b in flag(args, "baselines").split(",")]
     (workdir / "retrieval").mkdir()
-    (workdir / "retrieval" / "retrieval.json").write_text(json.dumps({"rows": rows}))
+    (workdir / "retrieval" / "retrieval.json").write_text(json.dumps({"step": 7, "rows": rows}))
 
   monkeypatch.setattr(commands, "run", run)
   monkeypatch.setattr(sys, "argv", ["vit", "--config=configs/matvit.py:digits", "--workdir=x",
@@ -75,6 +75,9 @@ def test_both_sides_see_as_many_images(calls, tmp_path):
   before = len([c for c in calls if c[0] != "train"])
   vit.run_seed(CONFIG, MODEL, 3, tmp_path, 5, found)  # again: nothing is measured twice
   assert len([c for c in calls if c[0] != "train"]) == before
+  (tmp_path / "matvit" / "checkpoints" / "9").mkdir()  # trained further
+  with pytest.raises(FileExistsError):  # the stub's, which is called to measure anew
+    vit.run_seed(CONFIG, MODEL, 3, tmp_path, 5, found)
 
 
 def test_all_cells_of_the_fine_tuning_grid(calls, tmp_path):

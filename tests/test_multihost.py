@@ -12,7 +12,7 @@ import time
 import conftest
 import numpy as np
 import pytest
-from conftest import ONE_SIZE, ROOT, run_program, train_args
+from conftest import ONE_SIZE, ROOT, digits_args, run_program, train_args
 
 from matformer_jax import checkpoint
 
@@ -34,9 +34,10 @@ def environment(count: int) -> dict[str, str]:
 
 
 class Job:
-  """`count` processes that train the tiny row together."""
+  """`count` processes that train the tiny row (or another: `make_args`) together."""
 
-  def __init__(self, workdir, count: int, program=None, per_process=None, **overrides):
+  def __init__(self, workdir, count: int, program=None, per_process=None, make_args=train_args,
+               **overrides):
     # One granularity is one program to compile, unless a test wants more.
     overrides = {"peer_timeout_s": float(PEER_TIMEOUT), "log_every": 1, "sampling": ONE_SIZE,
                  **overrides}
@@ -45,7 +46,7 @@ class Job:
     port = free_port()
     self.processes = []
     for i in range(count):
-      args = train_args(workdir, **{**overrides, **(per_process or {}).get(i, {})})
+      args = make_args(workdir, **{**overrides, **(per_process or {}).get(i, {})})
       args += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
       command = conftest.command("train", *args)
       if program:
@@ -158,6 +159,20 @@ def test_every_sample_once_per_epoch(tmp_path):
   assert 8 < windows < len(order) // 2
   for epoch in range(len(order) // windows):
     assert sorted(order[epoch * windows:(epoch + 1) * windows]) == list(range(windows))
+
+
+@pytest.mark.slow
+def test_images_are_the_same_on_two_processes(tmp_path):
+  """Order, augmentation, mixup and dropout."""
+  changes = dict(data__log_samples=True, steps=25, mixup=0.5, model__dropout=0.1, eval__every=0,
+                 data__train_transform="pad_crop(1)", sampling=ONE_SIZE)
+  job = Job(tmp_path / "two", 2, make_args=digits_args, **changes)
+  assert job.wait() == [0, 0], job.logs()
+  result = run_program("train", *digits_args(tmp_path / "one", **changes), env=environment(1))
+  assert result.returncode == 0, result.stderr
+  np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+  assert samples(tmp_path / "two") == samples(tmp_path / "one")
+  assert len(samples(tmp_path / "two")) == 25
 
 
 def one_tokenizer(tmp_path) -> pathlib.Path:

@@ -154,3 +154,18 @@ def test_what_does_not_fit_is_told_with_a_way_out():
   assert not told["fits"] and not told["granularities"]["XL"]["fits"]
   assert told["granularities"]["XL"]["hbm_bytes_per_core"] > 16 * 2**30
   assert "more than there is" in told["advice"][0] and "--config.remat=full" in told["advice"][0]
+
+
+def test_a_plan_of_images():
+  args = ("--config=configs/matvit.py:digits", "--topology=v5e:2x2", "--granularities=S",
+          "--config.model.dropout=0.1", "--config.mixup=0.5")
+  result = run_program("pod_plan", *args, "--json", env=QUICKLY)
+  assert result.returncode == 0, result.stderr
+  told = json.loads(result.stdout)
+  assert told["unit"] == "img" and told["fits"] and told["mesh"]["data"] == 4
+  row = told["granularities"]["S"]
+  assert row["tokens_per_s"] == pytest.approx(64 / row["step_time_s"])
+  # Mixup takes the row before from the neighbour, and gathers nothing.
+  assert set(row["collective_count"]) <= {"all-reduce", "collective-permute"}
+  result = run_program("pod_plan", *args, "--decode_batch=8")
+  assert result.returncode == 1 and "does not decode" in result.stderr

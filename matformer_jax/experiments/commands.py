@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
-from matformer_jax import cli
+from matformer_jax import checkpoint, cli
 from matformer_jax.config import MatViTConfig, model_config
 from matformer_jax.errors import UserError
 
@@ -39,8 +39,9 @@ def overrides() -> list[str]:
   return [arg for arg in sys.argv[1:] if arg.startswith("--config")]
 
 
-def measured(path: pathlib.Path, module: str, *args: str | os.PathLike) -> Any:
-  """The JSON that a program writes to `path`, which it is only called for where it is missing."""
-  if not path.exists():
-    run(module, *args)
+def measured(workdir: pathlib.Path, file: str, module: str, *args: str | os.PathLike) -> Any:
+  """What a program writes to `file` in `workdir`; called where that is not of the newest step."""
+  path = workdir / file
+  if not path.exists() or json.loads(path.read_text())["step"] != checkpoint.steps(workdir)[-1]:
+    run(module, f"--workdir={workdir}", *args)
   return json.loads(path.read_text())

@@ -62,13 +62,11 @@ def run_seed(config, model: MatViTConfig, seed: int, root: pathlib.Path, ladder:
                  f"--config.optim.warmup_steps={config.optim.warmup_steps // g}")
 
   def top1(workdir, *args):
-    path = workdir / "evaluation.json"
-    return commands.measured(path, "evaluate", f"--workdir={workdir}", "--batch_size=250",
-                             f"--json={path}", *args)["granularities"]
+    return commands.measured(workdir, "evaluation.json", "evaluate", *args,
+                             f"--json={workdir / 'evaluation.json'}")["granularities"]
 
   def retrieval(workdir, *args):
-    path = workdir / "retrieval" / "retrieval.json"
-    return commands.measured(path, "retrieve", f"--workdir={workdir}", "--k=1", *args)["rows"]
+    return commands.measured(workdir, "retrieval/retrieval.json", "retrieve", "--k=1", *args)["rows"]
 
   def add(where, name, share):
     where.setdefault(name, []).append(100 * share)

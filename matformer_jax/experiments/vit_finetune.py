@@ -46,9 +46,8 @@ def run(config, model: MatViTConfig, root: pathlib.Path, pretrain: str, finetune
 
   def tuned(name: str, source: pathlib.Path, steps: int, *args: str) -> dict[str, float]:
     workdir = train(name, finetune, steps, f"--config.init_from={source}", *args)
-    path = workdir / "evaluation.json"
-    rows = commands.measured(path, "evaluate", f"--workdir={workdir}", "--metrics=accuracy",
-                             "--batch_size=250", f"--json={path}")["granularities"]
+    rows = commands.measured(workdir, "evaluation.json", "evaluate", "--metrics=accuracy",
+                             f"--json={workdir / 'evaluation.json'}")["granularities"]
     return {size: row["accuracy"] for size, row in rows.items()}
 
   cells: dict[str, dict[str, float]] = {cell: {} for cell in CELLS}
