@@ -55,7 +55,7 @@ def test_a_run_accounts_for_its_time(tmp_path):
   seconds = attempt["seconds"]
   # The sum is this process's life; leaving Python takes what little is missing.
   assert sum(seconds.values()) == pytest.approx(attempt["ended"] - attempt["started"], rel=0.01)
-  assert sum(seconds.values()) == pytest.approx(wall, abs=1.5)
+  assert sum(seconds.values()) == pytest.approx(wall, abs=1.5, rel=0.05)
   assert all(seconds[k] > 0 for k in ("start-up", "compile", "data", "step", "evaluation", "checkpoint"))
   rows = [json.loads(l) for l in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert all(r["data_wait_s"] >= 0 for r in rows)
