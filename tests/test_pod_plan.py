@@ -157,12 +157,13 @@ def test_what_does_not_fit_is_told_with_a_way_out():
 
 
 def test_a_plan_of_images():
-  args = ("--config=configs/matvit.py:digits", "--topology=v5e:2x2", "--granularities=S",
+  args = ("--config=configs/matvit.py:digits", "--topology=v3:2x2", "--granularities=S",
           "--config.model.dropout=0.1", "--config.mixup=0.5")
-  result = run_program("pod_plan", *args, "--json", env=QUICKLY)
+  # Not QUICKLY: at low effort libtpu 0.0.42 crashes on a mesh of data alone.
+  result = run_program("pod_plan", *args, "--json")
   assert result.returncode == 0, result.stderr
   told = json.loads(result.stdout)
-  assert told["unit"] == "img" and told["fits"] and told["mesh"]["data"] == 4
+  assert told["unit"] == "img" and told["fits"] and told["mesh"]["data"] == 8
   row = told["granularities"]["S"]
   assert row["tokens_per_s"] == pytest.approx(64 / row["step_time_s"])
   # Mixup takes the row before from the neighbour, and gathers nothing.
