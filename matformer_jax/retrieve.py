@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import tqdm
 
-from matformer_jax import checkpoint, cli, runtime, tables
+from matformer_jax import checkpoint, cli, runtime, sharding, tables
 from matformer_jax import granularity as gran
 from matformer_jax.data import images
 from matformer_jax.errors import UserError
@@ -45,10 +45,9 @@ class Embedder:
 
   def __init__(self, model: VisionModel, batch_size: int, workers: int = 0):
     devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("data",), devices=devices,
-                         axis_types=(jax.sharding.AxisType.Auto,))
-    whole, self._split = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-                          for axes in ((), ("data",)))
+    mesh = sharding.make_mesh({"data": -1}, devices)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    self._split = sharding.batch_sharding(mesh)
     self.model = dataclasses.replace(model, params=jax.device_put(model.params, whole))
     self._batch_size = -(-batch_size // len(devices)) * len(devices)
     self._workers = workers
@@ -252,9 +251,9 @@ def main(argv) -> None:
         f"{corpus_images.size:,} images ({corpus_images.name}), {_METRIC.value}\n")
   print(report(rows) + "\n")
   root.mkdir(parents=True, exist_ok=True)
-  flat = [{**dataclasses.asdict(r), "accuracy": None, **{f"{k}-nn": a for k, a in r.accuracy.items()}}
-          for r in rows]
-  flat = [{k: v for k, v in row.items() if k != "accuracy"} for row in flat]
+  flat = [dataclasses.asdict(r) for r in rows]
+  for row in flat:
+    row.update({f"{k}-nn": share for k, share in row.pop("accuracy").items()})
   with open(root / "retrieval.csv", "w", newline="") as f:
     writer = csv.DictWriter(f, flat[0].keys())
     writer.writeheader()

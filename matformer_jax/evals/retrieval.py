@@ -12,8 +12,9 @@ from typing import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
+from matformer_jax import sharding
 from matformer_jax.errors import UserError
 
 METRICS = ("cosine", "l2")
@@ -69,8 +70,7 @@ def _normalized(x: np.ndarray) -> np.ndarray:
 
 
 def _search_jax(queries, blocks, k, metric, devices):
-  mesh = jax.make_mesh((len(devices),), ("rows",), devices=devices,
-                       axis_types=(jax.sharding.AxisType.Auto,))
+  mesh = sharding.make_mesh({"data": -1}, devices)
   groups = [jnp.asarray(queries[i:i + QUERY_ROWS]) for i in range(0, len(queries), QUERY_ROWS)]
   best: list = [None] * len(groups)
   first = 0
@@ -78,7 +78,7 @@ def _search_jax(queries, blocks, k, metric, devices):
     rows = len(block)
     padded = np.zeros((-(-rows // len(devices)) * len(devices), block.shape[1]), np.float32)
     padded[:rows] = block
-    on_devices = jax.device_put(padded, NamedSharding(mesh, PartitionSpec("rows")))
+    on_devices = jax.device_put(padded, sharding.batch_sharding(mesh))
     for i, group in enumerate(groups):
       scores, indices = _nearest(group, on_devices, rows, mesh, k, metric)
       indices = np.asarray(indices, np.int64) + first
@@ -98,14 +98,14 @@ def _nearest(queries_QxF, block_RxF, rows, mesh: Mesh, k: int, metric: str):
     if metric == "l2":
       squares = lambda x: jnp.sum(jnp.square(x), 1)
       dots = 2 * dots - squares(queries_QxF)[:, None] - squares(part_PxF)
-    number = jax.lax.axis_index("rows") * here + jnp.arange(here)
+    number = jax.lax.axis_index(sharding.DATA) * here + jnp.arange(here)
     scores, places = jax.lax.top_k(jnp.where(number < rows, dots, -jnp.inf), min(k, here))
     return scores, number[places]
 
-  split = PartitionSpec("rows")
+  split = PartitionSpec(sharding.DATA)
   scores, numbers = jax.shard_map(
       on_device, mesh=mesh, in_specs=(PartitionSpec(), split),
-      out_specs=(PartitionSpec(None, "rows"),) * 2, check_vma=False)(queries_QxF, block_RxF)
+      out_specs=(PartitionSpec(None, sharding.DATA),) * 2, check_vma=False)(queries_QxF, block_RxF)
   scores, places = jax.lax.top_k(scores, min(k, scores.shape[1]))
   return scores, jnp.take_along_axis(numbers, places, 1)
 

@@ -456,11 +456,18 @@ flat_matmul_transposed.defvjp(lambda x, w: (x @ w.T, (x, w)), _flat_matmul_trans
 
 
 def _weight(module, parent: str, name: str, init, shape) -> jax.Array:
-  """Declares a weight and gathers it for compute."""
-  exe = module.execution
-  axes = sharding.LOGICAL_AXES[f"{parent}/{name}"][1:]
-  stored = module.param(name, init, sharding.stored_shape(shape, axes, exe))
-  return sharding.gather(stored, axes, exe)
+  """Declares a layer's weight and gathers it for compute."""
+  return _declare(module, name, shape, init, sharding.LOGICAL_AXES[f"{parent}/{name}"][1:])
+
+
+def declare(module: nn.Module, name: str, shape: tuple[int, ...], init) -> jax.Array:
+  """Declares a parameter, `name` as in sharding.LOGICAL_AXES, and gathers it for compute."""
+  return _declare(module, name.split("/")[-1], shape, init, sharding.LOGICAL_AXES[name])
+
+
+def _declare(module, name: str, shape, init, axes: tuple[str, ...]) -> jax.Array:
+  stored = module.param(name, init, sharding.stored_shape(shape, axes, module.execution))
+  return sharding.gather(stored, axes, module.execution)
 
 
 def _add_bias(module, parent: str, name: str, x) -> jax.Array:

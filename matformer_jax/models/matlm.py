@@ -41,10 +41,8 @@ class MatLM(nn.Module):
     """
     cfg, exe = self.config, self.execution
     granularity = granularity or gran.full(cfg)
-    axes = sharding.LOGICAL_AXES["embedding"]
-    shape = sharding.stored_shape((cfg.vocab_size, cfg.d_model), axes, exe)
-    stored = self.param("embedding", layers.scaled_normal(cfg.d_model), shape)
-    embedding_VxD = sharding.gather(stored, axes, exe)
+    embedding_VxD = layers.declare(self, "embedding", (cfg.vocab_size, cfg.d_model),
+                                   layers.scaled_normal(cfg.d_model))
     x_BxTxD = embed(embedding_VxD, tokens_BxT)
     x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe)
     x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity)

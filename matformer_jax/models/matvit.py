@@ -36,8 +36,8 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x):
     """[B, T, I] -> [B, T, O]; or [B, I] -> float32 [B, O]."""
-    kernel_OxI = declare(self, f"{self.name}/kernel", (self.size, x.shape[-1]), self.kernel_init)
-    bias_O = declare(self, f"{self.name}/bias", (self.size,), nn.initializers.constant(self.bias))
+    kernel_OxI = layers.declare(self, f"{self.name}/kernel", (self.size, x.shape[-1]), self.kernel_init)
+    bias_O = layers.declare(self, f"{self.name}/bias", (self.size,), nn.initializers.constant(self.bias))
     if x.ndim == 3:
       return layers.project_in(x, kernel_OxI, self.execution) + bias_O
     return jnp.einsum("bi,oi->bo", x, kernel_OxI, preferred_element_type=jnp.float32) + bias_O
@@ -95,18 +95,11 @@ class MatViT(nn.Module):
     x_BxTxD = Linear(exe, cfg.d_model, layers.glorot_uniform(cfg.patch_pixels, cfg.d_model),
                      name="patches")(patches_BxPxK)
     if cfg.pooling == "cls":
-      cls_D = declare(self, "cls", (cfg.d_model,), nn.initializers.zeros)
+      cls_D = layers.declare(self, "cls", (cfg.d_model,), nn.initializers.zeros)
       cls = jnp.broadcast_to(cls_D, x_BxTxD.shape[:1] + (1,) + cls_D.shape)
       x_BxTxD = jnp.concatenate([cls, x_BxTxD], 1)
-    return x_BxTxD + declare(self, "positions", (cfg.num_tokens, cfg.d_model),
+    return x_BxTxD + layers.declare(self, "positions", (cfg.num_tokens, cfg.d_model),
                              nn.initializers.normal(0.02))
-
-
-def declare(module: nn.Module, name: str, shape: tuple[int, ...], init) -> jax.Array:
-  """Declares a parameter, `name` as in sharding.LOGICAL_AXES, and gathers it for compute."""
-  axes = sharding.LOGICAL_AXES[name]
-  shape = sharding.stored_shape(shape, axes, module.execution)
-  return sharding.gather(module.param(name.split("/")[-1], init, shape), axes, module.execution)
 
 
 def scale(images) -> jax.Array:

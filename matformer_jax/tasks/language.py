@@ -108,4 +108,3 @@ class LanguageModeling(NextToken):
 def _existing(workdir: pathlib.Path | None) -> pathlib.Path | None:
   path = workdir / TOKENIZER_FILE if workdir else None
   return path if path is not None and path.exists() else None
-
