@@ -10,8 +10,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "test-cache"  # token stores and compiled programs, kept between runs
 os.environ["MATFORMER_CACHE"] = str(CACHE)
 os.environ["JAX_PLATFORMS"] = "cpu"
-PROGRAM_ENV = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+
+def xla_flags(devices: int) -> str:
+  """Virtual CPU devices, and LLVM's optimisations off: most of a test is compiling."""
+  return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
+PROGRAM_ENV = {**os.environ, "XLA_FLAGS": xla_flags(1)}
+OPTIMISED = {"XLA_FLAGS": ""}  # for programs, as users run them
+os.environ["XLA_FLAGS"] = xla_flags(8)
 
 import jax
 import pytest

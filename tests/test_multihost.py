@@ -29,8 +29,7 @@ def free_port() -> int:
 
 
 def environment(count: int) -> dict[str, str]:
-  flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
-  return {**conftest.PROGRAM_ENV, "XLA_FLAGS": flags}
+  return {**conftest.PROGRAM_ENV, "XLA_FLAGS": conftest.xla_flags(DEVICES // count)}
 
 
 class Job:

@@ -187,7 +187,7 @@ def test_divergence_stops_with_a_clear_error_and_saves_nothing_bad(tiny_run, tmp
 @pytest.mark.slow
 def test_sharded_run_through_the_command_line(tiny_run, tmp_path):
   """The same command on 8 virtual devices gives the same losses."""
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  flags = {"XLA_FLAGS": conftest.xla_flags(8)}
   result = run_program("train", *train_args(tmp_path, mesh__tensor=1), env=flags)
   assert result.returncode == 0, result.stderr
   assert "'fsdp': 8" in result.stdout

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import run_program, train_args
+from conftest import OPTIMISED, run_program, train_args
 from test_programs import assert_one_line_error
 
 import matformer_jax
@@ -147,10 +147,10 @@ def test_extract_evaluate_fine_tune(tiny_run, tmp_path):
   result = run_program("extract", f"--workdir={tiny_run}", "--budget=0.76x", f"--out={out}")
   assert result.returncode == 0, result.stderr
   assert "wrote M*1+L*1" in result.stdout
-  result = run_program("evaluate", f"--workdir={out}", "--batches=2")
+  result = run_program("evaluate", f"--workdir={out}", "--batches=2", env=OPTIMISED)
   assert result.returncode == 0 and "agrees with M*1+L*1" in result.stdout, result.stderr
   mine = run_program("evaluate", f"--workdir={tiny_run}", "--batches=2", "--granularities=M*1+L*1",
-                     "--metrics=loss").stdout.split()[-2:]
+                     "--metrics=loss", env=OPTIMISED).stdout.split()[-2:]
   assert mine == [w for l in result.stdout.splitlines() if l.startswith("M*1+L*1")
                   for w in l.split()[3:5]]  # the same loss and perplexity
   result = run_program("describe", f"--workdir={out}")
