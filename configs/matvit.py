@@ -170,16 +170,16 @@ def _pod(config, eval_every: int) -> None:
 
 def _fashion(config) -> None:
   """Fashion-MNIST from its IDX files, such as Debian's dataset-fashion-mnist installs."""
-  config.model.update(dict(image_size=28, patch_size=4, channels=1, num_classes=10, d_model=96,
-                           num_layers=4, num_heads=3))
+  config.model.update(dict(image_size=28, patch_size=4, channels=1, num_classes=10, d_model=64,
+                           num_layers=4, num_heads=4))
   config.data.update(dict(source="idx:/usr/share/datasets/fashion-mnist", train_transform="flip",
                           eval_transform=""))
-  config.batch_size = 64
-  config.steps = 3200
-  config.optim.update(dict(peak_lr=3e-3, warmup_steps=320))
-  config.log_every = 50
-  config.checkpoint.update(dict(every=800))
-  config.eval.update(dict(every=800, batches=8, batch_size=250))
+  config.batch_size = 32
+  config.steps = 12_000
+  config.optim.update(dict(peak_lr=3e-3, warmup_steps=600, b2=0.95))
+  config.log_every = 100
+  config.checkpoint.update(dict(every=3000))
+  config.eval.update(dict(every=3000, batches=8, batch_size=250))
 
 
 def _digits(config) -> None:

@@ -3,7 +3,8 @@
   python -m matformer_jax.experiments.vit --config=configs/matvit.py:fashion --workdir=runs/vit
 
 Trains one universal model for config.steps, and a ViT of each of its g sizes for
-config.steps / g, so that both sides see equally many images (Appendix B.4). Then measures
+config.steps / g, so that both sides see equally many images (Appendix B.4), each from a seed of
+its own: equal initial weights leave embeddings that resemble each other. Then measures
 top-1 of all sizes and of Mix'n'Match models between them; 1-NN retrieval with every size
 as query encoder against images embedded by XL; the same with one encoder on both sides; and
 the independent ViTs as query encoders against XL's embeddings. Ends with tables, two plots
@@ -52,14 +53,18 @@ def run_seed(config, model: MatViTConfig, seed: int, root: pathlib.Path, ladder:
              found: Measured) -> None:
   """Trains and measures everything for one seed; adds to `found`."""
   names, g = gran.names(model), model.num_granularities
-  shared = [*commands.overrides(), f"--config.seed={seed}", "--config.eval.every=0"]
+
+  def train(workdir, seed, *args):
+    commands.run("train", *commands.overrides(), "--config.eval.every=0", f"--workdir={workdir}",
+                 f"--config.seed={seed}", *args)
+
   universal = root / "matvit"
-  commands.run("train", *shared, f"--workdir={universal}")
+  train(universal, seed)
   alone = {name: root / f"vit_{name}" for name in names}
-  for name, ratio in zip(names, model.ffn_ratios):
-    commands.run("train", *shared, f"--workdir={alone[name]}", f"--config.model.ffn_ratios=({ratio},)",
-                 "--config.sampling=uniform", f"--config.steps={config.steps // g}",
-                 f"--config.optim.warmup_steps={config.optim.warmup_steps // g}")
+  for i, (name, ratio) in enumerate(zip(names, model.ffn_ratios), 1):
+    train(alone[name], seed + 1000 * i, f"--config.model.ffn_ratios=({ratio},)",
+          "--config.sampling=uniform", f"--config.steps={config.steps // g}",
+          f"--config.optim.warmup_steps={config.optim.warmup_steps // g}")
 
   def top1(workdir, *args):
     return commands.measured(workdir, "evaluation.json", "evaluate", *args,
@@ -205,7 +210,8 @@ def plots(model: MatViTConfig, found: Measured, root: pathlib.Path, title: str) 
       axes.annotate(n, (cost(n), statistics.mean(ours[n])), textcoords="offset points", xytext=(4, 6))
     axes.set(xlabel=axis[0], ylabel=axis[1], title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right" if more else "lower right")
+    axes.margins(y=0.12)
+    axes.legend()
     paths.append(root / f"{file}.png")
     figure.savefig(paths[-1], dpi=140)
     plt.close(figure)
