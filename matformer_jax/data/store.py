@@ -179,9 +179,9 @@ def finish(path: pathlib.Path, parts: int, source: str, tokenizer: Tokenizer,
   for split in SPLITS:
     if not sum(s["documents"] for s in shards[split]):
       raise UserError(
-          f"data.source={source!r} has {sum(s['documents'] for v in shards.values() for s in v)} "
-          f"documents, which leaves the {split} split empty; use more text or raise "
-          "data.validation_fraction")
+          f"source {source!r} has {sum(s['documents'] for v in shards.values() for s in v)} documents, "
+          f"which leaves the {split} split empty at validation_fraction={validation_fraction}; use more "
+          "text or another fraction")
   write_json(path / MANIFEST, {
       "version": STORE_VERSION, "source": source, "tokenizer": tokenizer.sha256,
       "dtype": token_dtype(tokenizer).name, "validation_fraction": validation_fraction,
