@@ -44,7 +44,7 @@ def calls(monkeypatch):
       names += ["S*1+M*1", "L*1+XL*1"]
     if module == "evaluate":
       rows = {n: {"accuracy": 0.5 + 0.01 * i} for i, n in enumerate(names)}
-      pathlib.Path(flag(args, "json")).write_text(json.dumps({"step": 7, "granularities": rows}))
+      pathlib.Path(flag(args, "json")).write_text(json.dumps({"step": 7, "images": 400, "granularities": rows}))
       return
     row = lambda encoder, n, corpus, share: {"encoder": encoder, "granularity": n, "corpus": corpus, "1-nn": share}
     rows = [row("MatViT", n, names[-1] if "G1" in names else "XL", 0.4) for n in names]
@@ -61,7 +61,7 @@ def calls(monkeypatch):
 
 
 def test_both_sides_see_as_many_images(calls, tmp_path):
-  found = vit.Measured(*({} for _ in range(6)))
+  found = vit.Measured()
   vit.run_seed(CONFIG, MODEL, 3, tmp_path, 5, found)
   trained = [args for module, args in calls if module == "train"]
   assert all("--config.batch_size=8" in a for a in trained)
@@ -69,7 +69,7 @@ def test_both_sides_see_as_many_images(calls, tmp_path):
   steps = [int(flag(a, "config.steps") or CONFIG.steps) for a in trained]
   assert steps[0] == sum(steps[1:]) == CONFIG.steps
   assert [flag(a, "config.model.ffn_ratios") for a in trained] == [None, "(0.5,)", "(1.0,)", "(2.0,)", "(4.0,)"]
-  assert found.top1["M"] == [51.0] and found.independent == {n: [50.0] for n in gran.names(MODEL)}
+  assert found.images == 400 and found.top1["M"] == [51.0] and found.independent == {n: [50.0] for n in gran.names(MODEL)}
   assert found.asymmetric["L*1+XL*1"] == [40.0] and found.symmetric == {
       "S": [30.0], "M": [30.0], "L": [30.0], "XL": [40.0]}
   assert set(found.independent_asymmetric) == {"S", "M", "L", "XL"}
@@ -106,7 +106,7 @@ def measured(**changes) -> vit.Measured:
   near = {**{n: [v - 1 for v in top1[n]] for n in names}, "L": [85.0, 85.8], "XL": [85.2, 86.0]}
   values = dict(top1={**top1, "S*1+M*1": [81.1, 82.1]}, independent={n: [v - 0.2 for v in top1[n]] for n in names},
                 asymmetric=near, symmetric=near, independent_symmetric=near,
-                independent_asymmetric={n: [9.0, 11.0] for n in names})
+                independent_asymmetric={n: [9.0, 11.0] for n in names}, images=400)
   return vit.Measured(**{**values, **changes})
 
 
@@ -122,7 +122,8 @@ def test_claims_follow_the_numbers(tmp_path):
                    independent_asymmetric={n: [50.0, 50.0] for n in gran.names(MODEL)})
   held = vit.claims(MODEL, worse)
   assert "NOT hold" in held[0] and "NOT hold" in held[3]
-  assert "80.50 ±0.71" in vit.report(MODEL, found)
+  text = vit.report(MODEL, found)
+  assert "80.50 ±0.71" in text and "400 images: 1.71 points" in text  # sqrt(0.865 * 0.135 / 400)
   for path in vit.plots(MODEL, found, tmp_path, "title"):
     assert path.read_bytes().startswith(b"\x89PNG")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 from typing import Sequence
@@ -39,14 +40,16 @@ class Measured:
     symmetric: 1-NN, both by this size.
     independent_symmetric: both by the ViT trained alone.
     independent_asymmetric: queries by that ViT, images by the universal XL.
+    images: how many each accuracy is of.
   """
 
-  top1: dict[str, list[float]]
-  independent: dict[str, list[float]]
-  asymmetric: dict[str, list[float]]
-  symmetric: dict[str, list[float]]
-  independent_symmetric: dict[str, list[float]]
-  independent_asymmetric: dict[str, list[float]]
+  top1: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  independent: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  asymmetric: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  symmetric: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  independent_symmetric: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  independent_asymmetric: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  images: int = 0
 
 
 def run_seed(config, model: MatViTConfig, seed: int, root: pathlib.Path, ladder: int,
@@ -67,8 +70,10 @@ def run_seed(config, model: MatViTConfig, seed: int, root: pathlib.Path, ladder:
           f"--config.optim.warmup_steps={config.optim.warmup_steps // g}")
 
   def top1(workdir, *args):
-    return commands.measured(workdir, "evaluation.json", "evaluate", *args,
-                             f"--json={workdir / 'evaluation.json'}")["granularities"]
+    told = commands.measured(workdir, "evaluation.json", "evaluate", *args,
+                             f"--json={workdir / 'evaluation.json'}")
+    found.images = told["images"]
+    return told["granularities"]
 
   def retrieval(workdir, *args):
     return commands.measured(workdir, "retrieval/retrieval.json", "retrieve", "--k=1", *args)["rows"]
@@ -143,8 +148,11 @@ def report(model: MatViTConfig, found: Measured) -> str:
       [(n, f"{flops(n) / flops(names[-1]):.1%}", _show(found.asymmetric[n]),
         _show(found.symmetric.get(n)), _show(found.independent_symmetric.get(n)),
         _show(found.independent_asymmetric.get(n))) for n in sorted(found.asymmetric, key=by_size)])
+  share = statistics.mean(found.top1[names[-1]]) / 100
+  error = 100 * math.sqrt(share * (1 - share) / found.images)
   return (f"Top-1 accuracy (%; Figure 4)\n\n{sizes}\n\nMix'n'Match (Section 4.2.1)\n\n{mixes}\n\n"
-          f"1-NN accuracy (%; Figure 5, Table 8)\n\n{neighbours}")
+          f"1-NN accuracy (%; Figure 5, Table 8)\n\n{neighbours}\n\n"
+          f"Standard error of one top-1 accuracy, of {found.images:,} images: {error:.2f} points.")
 
 
 def claims(model: MatViTConfig, found: Measured) -> list[str]:
@@ -222,7 +230,7 @@ def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value)
   config, model = commands.read_matvit(_CONFIG)
   root = pathlib.Path(_WORKDIR.value)
-  found = Measured(*({} for _ in dataclasses.fields(Measured)))
+  found = Measured()
   for seed in range(config.seed, config.seed + _SEEDS.value):
     run_seed(config, model, seed, root / f"seed{seed}", _LADDER.value, found)
   text = report(model, found)
@@ -233,7 +241,7 @@ def main(argv) -> None:
   drawn = plots(model, found, root, title)
   (root / "results.json").write_text(json.dumps(
       {"model": model.to_dict(), "steps": config.steps, "seeds": _SEEDS.value,
-       "percent_by_granularity": dataclasses.asdict(found), "claims": held}, indent=1))
+       "measured": dataclasses.asdict(found), "claims": held}, indent=1))
   print(f"\nwrote {', '.join(map(str, drawn))}, {root / 'results.json'}")
 
 
