@@ -5,7 +5,7 @@
 The other way to train nested sizes, as a public JAX implementation does it, runs every size
 at full width in one step, with the neurons it lacks masked, and sums the losses. Here
 each step runs one size, sliced. Both ways train every size on as many images when four
-sampled steps stand against one joint step: that ratio is the last column's.
+sampled steps stand against one joint step: that ratio is printed below the table.
 
 Everything is measured in one run, programs taken in turn, medians of ratios within a round, so
 that they hold on a noisy machine. The reference model is defined here, in plain JAX with an

@@ -69,11 +69,9 @@ def run_seed(config, model: MatViTConfig, seed: int, root: pathlib.Path, ladder:
           "--config.sampling=uniform", f"--config.steps={config.steps // g}",
           f"--config.optim.warmup_steps={config.optim.warmup_steps // g}")
 
-  def top1(workdir, *args):
-    told = commands.measured(workdir, "evaluation.json", "evaluate", *args,
+  def evaluation(workdir, *args):
+    return commands.measured(workdir, "evaluation.json", "evaluate", *args,
                              f"--json={workdir / 'evaluation.json'}")
-    found.images = told["images"]
-    return told["granularities"]
 
   def retrieval(workdir, *args):
     return commands.measured(workdir, "retrieval/retrieval.json", "retrieve", "--k=1", *args)["rows"]
@@ -81,7 +79,9 @@ def run_seed(config, model: MatViTConfig, seed: int, root: pathlib.Path, ladder:
   def add(where, name, share):
     where.setdefault(name, []).append(100 * share)
 
-  for name, row in top1(universal, f"--ladder={ladder}").items():
+  told = evaluation(universal, f"--ladder={ladder}")
+  found.images = told["images"]
+  for name, row in told["granularities"].items():
     add(found.top1, name, row["accuracy"])
   largest = names[-1]
   for row in retrieval(universal, f"--ladder={ladder}", "--symmetric=trained",
@@ -96,7 +96,7 @@ def run_seed(config, model: MatViTConfig, seed: int, root: pathlib.Path, ladder:
     if row["corpus"] == name:
       add(found.symmetric, name, row["1-nn"])
   for name, workdir in alone.items():
-    (row,) = top1(workdir).values()
+    (row,) = evaluation(workdir)["granularities"].values()
     add(found.independent, name, row["accuracy"])
     (row,) = retrieval(workdir)
     add(found.independent_symmetric, name, row["1-nn"])

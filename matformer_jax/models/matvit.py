@@ -99,7 +99,7 @@ class MatViT(nn.Module):
       cls = jnp.broadcast_to(cls_D, x_BxTxD.shape[:1] + (1,) + cls_D.shape)
       x_BxTxD = jnp.concatenate([cls, x_BxTxD], 1)
     return x_BxTxD + layers.declare(self, "positions", (cfg.num_tokens, cfg.d_model),
-                             nn.initializers.normal(0.02))
+                                    nn.initializers.normal(0.02))
 
 
 def scale(images) -> jax.Array:
