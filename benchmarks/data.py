@@ -17,7 +17,7 @@ from absl import app, flags
 import numpy as np
 
 from matformer_jax import tables
-from matformer_jax.data import prepare, store, text
+from matformer_jax.data import prepare, store, text_sources
 from matformer_jax.data.tokenizer import train_tokenizer
 
 _REPS = flags.DEFINE_integer("reps", 3, "Repetitions; the fastest counts.")
@@ -35,7 +35,7 @@ def fastest(f, reps: int) -> float:
 
 
 def main(argv) -> None:
-  corpus = text.open_corpus("stdlib")
+  corpus = text_sources.open_corpus("stdlib")
   documents = list(corpus.documents())
   size = sum(len(d.encode("utf-8", "replace")) for d in documents)
   result = {"tokenise_MB_per_s": {}, "read_tokens_per_s": {}}
@@ -58,7 +58,7 @@ def main(argv) -> None:
                            for i in range(_REPS.value)], store.token_dtype(tokenizer))
   rows = []
   for batch, length in _BATCHES:
-    windows = text.Windows(tokens, length, batch, seed=0)
+    windows = text_sources.Windows(tokens, length, batch, seed=0)
     steps = 50
     seconds = fastest(lambda: [windows.batch(i) for i in range(steps)], _REPS.value)
     rate = steps * batch * length / seconds

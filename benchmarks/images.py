@@ -17,7 +17,7 @@ from absl import app, flags
 import numpy as np
 
 from matformer_jax import tables
-from matformer_jax.data import images
+from matformer_jax.data import image_sources
 from matformer_jax.data.augment import Transform
 
 _SECONDS = flags.DEFINE_float("seconds", 4.0, "To measure each pipeline for.", lower_bound=0.1)
@@ -40,10 +40,10 @@ class Photographs:
                    for name in ("china.jpg", "flower.jpg")]
 
   def __call__(self, index):
-    return images.Example(self._files[index % 2], (0,))
+    return image_sources.Example(self._files[index % 2], (0,))
 
 
-def rate(source: images.Images, transform: Transform, seconds: float) -> float:
+def rate(source: image_sources.Images, transform: Transform, seconds: float) -> float:
   """Images per second of one thread."""
   done, started = 0, time.process_time()
   while time.process_time() - started < seconds:
@@ -54,7 +54,7 @@ def rate(source: images.Images, transform: Transform, seconds: float) -> float:
 
 
 def main(argv) -> None:
-  source = images.Images("photographs", ("any",), "", 10**6, Photographs(), str)
+  source = image_sources.Images("photographs", ("any",), "", 10**6, Photographs(), str)
   rows = [("decoding alone", rate(source, lambda image, rng: None, _SECONDS.value))]
   rows += [(f"{name}: {text}", rate(source, Transform(text, 224), _SECONDS.value))
            for name, text in PIPELINES.items()]

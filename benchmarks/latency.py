@@ -17,8 +17,8 @@ import numpy as np
 
 import matformer_jax
 from matformer_jax import granularity as gran
-from matformer_jax import profile, runtime, tables
-from matformer_jax.decode import Decoder
+from matformer_jax import latency, runtime, tables
+from matformer_jax.decoding.decode import Decoder
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "A trained model.")
 _MIXES = flags.DEFINE_integer("mixes", 24, "Random mixes per workload.")
@@ -38,15 +38,15 @@ def main(argv) -> None:
     mixes.add(gran.parse(rng.integers(0, config.num_granularities, config.num_layers), config))
   mixes = sorted(mixes, key=lambda g: gran.count(config, g).params)
   result = {}
-  for workload in profile.WORKLOADS:
-    decoders = profile.parts(config, execution)
+  for workload in latency.WORKLOADS:
+    decoders = latency.parts(config, execution)
     weights = decoders[-1].lay_out(model.params)
-    programs = [profile.make_program(d, weights, workload, _BATCH.value, config.seq_len)
+    programs = [latency.make_program(d, weights, workload, _BATCH.value, config.seq_len)
                 for d in [*decoders, *(Decoder(config, execution, g) for g in mixes)]]
-    times = profile.fastest(programs, _ROUNDS.value, f"timing {workload}")
+    times = latency.fastest(programs, _ROUNDS.value, f"timing {workload}")
     measured = times[len(decoders):]
-    costs = profile.solve(config, times[:len(decoders)], _BATCH.value, config.seq_len)
-    predict = profile.Profile(profile.device_name(), {workload: costs}).predict
+    costs = latency.solve(config, times[:len(decoders)], _BATCH.value, config.seq_len)
+    predict = latency.Profile(latency.device_name(), {workload: costs}).predict
     errors = [predict(g, workload) / m - 1 for g, m in zip(mixes, measured)]
     rows = [(gran.to_text(g, config), f"{1e3 * predict(g, workload):.3f}", f"{1e3 * m:.3f}",
              f"{100 * e:+.1f}%") for g, m, e in zip(mixes, measured, errors)]

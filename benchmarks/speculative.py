@@ -27,10 +27,10 @@ import numpy as np
 import matformer_jax
 from matformer_jax import granularity as gran
 from matformer_jax import runtime, tables, train
-from matformer_jax.decode import Decoder, Sampling
+from matformer_jax.decoding.decode import Decoder, Sampling
 from matformer_jax.evaluate import validation_store
-from matformer_jax.speculative import (AUTO_DRAFT_LENGTHS, SpeculativeDecoder, forced,
-                                       frequent_tokens, predicted_speedup)
+from matformer_jax.decoding.speculative import (AUTO_DRAFT_LENGTHS, SpeculativeDecoder, forced,
+                                                frequent_tokens, predicted_speedup)
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "A trained model.")
 _BASELINE = flags.DEFINE_string("baseline", None, "A model of S's width trained on its own, on the "

@@ -26,12 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from matformer_jax import granularity as gran
-from matformer_jax import losses, metrics, runtime, sharding, tables, train
+from matformer_jax.models import losses
+from matformer_jax.training import metrics
+from matformer_jax import runtime, sharding, tables, train
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.models import attention, layers
 from matformer_jax.tasks import make_task
 from matformer_jax.tasks.language import NextToken
-from matformer_jax.trainer import Trainer, TrainState
+from matformer_jax.training.trainer import Trainer, TrainState
 from timing import Program, get_config, measure, paired
 
 _REPS = flags.DEFINE_integer("reps", 15, "Repetitions of every program.")

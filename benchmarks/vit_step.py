@@ -30,7 +30,7 @@ from matformer_jax import runtime, sharding, tables
 from matformer_jax.config import Execution, MatViTConfig
 from matformer_jax.models import attention, layers, matvit
 from matformer_jax.tasks.classification import Classification
-from matformer_jax.trainer import Trainer, TrainState
+from matformer_jax.training.trainer import Trainer, TrainState
 from timing import Program, get_config, measure, paired
 
 _REPS = flags.DEFINE_integer("reps", 15, "Repetitions of every program.")

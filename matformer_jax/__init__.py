@@ -6,8 +6,7 @@
   model.generate("def main(", granularity="XL", draft="S")
 """
 
-from matformer_jax.config import (Execution, MatLMConfig, MatViTConfig, ModelConfig,
-                                  model_config)
+from matformer_jax.config import Execution, MatLMConfig, MatViTConfig, ModelConfig, model_config
 from matformer_jax.errors import UserError
 from matformer_jax.granularity import (Granularity, count, mix_n_match, mix_n_match_ladder, parse,
                                        to_text)

@@ -12,9 +12,10 @@ import json
 
 from absl import flags
 
-from matformer_jax import checkpoint, cli, tables
+from matformer_jax.checkpoints import checkpoint
+from matformer_jax import cli, tables
 from matformer_jax import granularity as gran
-from matformer_jax import profile as profiling
+from matformer_jax import latency
 from matformer_jax.config import ModelConfig, model_config
 from matformer_jax.errors import UserError
 
@@ -72,7 +73,7 @@ def main(argv) -> None:
                         cli.read_config(_CONFIG))
   chosen = None
   if _BUDGET.value:
-    profile = profiling.read(_WORKDIR.value, config) if _WORKDIR.value else None
+    profile = latency.read(_WORKDIR.value, config) if _WORKDIR.value else None
     chosen = gran.mix_n_match(config, _BUDGET.value, profile=profile)
   if _JSON.value:
     print(json.dumps(describe(config, chosen), indent=1))

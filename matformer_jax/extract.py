@@ -20,9 +20,10 @@ from absl import flags
 import jax
 import tqdm
 
-from matformer_jax import checkpoint, cli, describe, models, sharding
+from matformer_jax.checkpoints import checkpoint
+from matformer_jax import cli, describe, models, sharding
 from matformer_jax import granularity as gran
-from matformer_jax import profile as profiling
+from matformer_jax import latency
 from matformer_jax.config import ModelConfig, model_config
 from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError
@@ -110,7 +111,7 @@ def main(argv) -> None:
     raise UserError("give exactly one of --granularity='M*2+L*2' and --budget=0.6x")
   config = model_config(checkpoint.read_card(_WORKDIR.value))
   chosen = _GRANULARITY.value or gran.mix_n_match(
-      config, _BUDGET.value, profile=profiling.read(_WORKDIR.value, config))
+      config, _BUDGET.value, profile=latency.read(_WORKDIR.value, config))
   started = time.perf_counter()
   sub_config = extract(_WORKDIR.value, chosen, _OUT.value, _STEP.value)
   print(describe.report(sub_config))

@@ -15,7 +15,7 @@ import time
 from absl import flags
 
 from matformer_jax import cli, runtime
-from matformer_jax.decode import Sampling
+from matformer_jax.decoding.decode import Sampling
 from matformer_jax.errors import UserError
 from matformer_jax.loading import LanguageModel, Settings, load
 

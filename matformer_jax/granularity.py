@@ -268,7 +268,7 @@ def mix_n_match(config: ModelConfig, budget: str | None = None, *, profile=None,
   if kind in LATENCIES:
     if profile is None:
       raise UserError(f"budget {budget!r} bounds a latency, which needs a measured profile: run "
-                      "python -m matformer_jax.profile --workdir=DIR on this device")
+                      "python -m matformer_jax.latency --workdir=DIR on this device")
     unit, cost = LATENCIES[kind], lambda c, g: profile.predict(g, kind)
   else:
     unit, cost = COSTS[kind]

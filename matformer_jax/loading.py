@@ -13,16 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from matformer_jax import checkpoint, losses, models, tables
+from matformer_jax.checkpoints import checkpoint
+from matformer_jax.models import losses
+from matformer_jax import models, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, MatViTConfig, ModelConfig, model_config
 from matformer_jax.data.augment import Transform
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from matformer_jax.decode import Decoder, Sampling
+from matformer_jax.decoding.decode import Decoder, Sampling
 from matformer_jax.errors import UserError
 from matformer_jax.evals import classification
 from matformer_jax.models import layers, matlm
-from matformer_jax.speculative import AUTO_DRAFT_LENGTHS, CostMeter, SpeculativeDecoder, Stats
+from matformer_jax.decoding.speculative import (AUTO_DRAFT_LENGTHS, CostMeter, SpeculativeDecoder,
+                                                Stats)
 
 CALL_SECONDS = 0.05  # of generation: a program call makes about as many tokens as take this long
 

@@ -28,13 +28,15 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
-from matformer_jax import chips, cli, hlo, metrics, sharding, tables
+from matformer_jax.tpu import chips, hlo
+from matformer_jax import cli, sharding, tables
+from matformer_jax.training import metrics
 from matformer_jax import granularity as gran
-from matformer_jax.decode import Decoder, State
+from matformer_jax.decoding.decode import Decoder, State
 from matformer_jax.errors import UserError
 from matformer_jax.models import cache as kv
 from matformer_jax.tasks import make_task_without_data
-from matformer_jax.trainer import Trainer
+from matformer_jax.training.trainer import Trainer
 
 KERNEL_MATMULS = 11  # [T, T] x H products of the attention kernel: 2 forward, twice, and 7 back
 _GIB = 2**30

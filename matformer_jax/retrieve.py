@@ -25,9 +25,10 @@ import jax
 import numpy as np
 import tqdm
 
-from matformer_jax import checkpoint, cli, runtime, sharding, tables
+from matformer_jax.checkpoints import checkpoint
+from matformer_jax import cli, runtime, sharding, tables
 from matformer_jax import granularity as gran
-from matformer_jax.data import images
+from matformer_jax.data import image_sources
 from matformer_jax.errors import UserError
 from matformer_jax.evals import retrieval
 from matformer_jax.evaluate import ladder, open_task
@@ -51,14 +52,14 @@ class Embedder:
     self.model = dataclasses.replace(model, params=jax.device_put(model.params, whole))
     self._batch_size = -(-batch_size // len(devices)) * len(devices)
     self._workers = workers
-    self._corrupt = images.Corrupt(model.card["config"]["data"]["corrupt"])
+    self._corrupt = image_sources.Corrupt(model.card["config"]["data"]["corrupt"])
 
-  def embed(self, source: images.Images, granularity: gran.Granularity,
+  def embed(self, source: image_sources.Images, granularity: gran.Granularity,
             bar: tqdm.tqdm) -> tuple[np.ndarray, np.ndarray]:
     """(float32 [N, F], labels int32 [N, R], -1 where there are none) of all images, in order."""
-    reader = images.LabelledBatches(source, self._batch_size, self.model.transform, self._corrupt)
+    reader = image_sources.LabelledBatches(source, self._batch_size, self.model.transform, self._corrupt)
     features, labels = [], []
-    for (batch,) in images.read_ahead(reader, 0, reader.num_batches - 1,
+    for (batch,) in image_sources.read_ahead(reader, 0, reader.num_batches - 1,
                                       [range(self._batch_size)], self._workers):
       features.append(self.model.features(jax.device_put(batch["image"], self._split), granularity))
       labels.append(batch["labels"])
@@ -89,7 +90,7 @@ class Corpus:
       yield np.load(self.path / f"features-{i:05d}.npy", mmap_mode="r")
 
 
-def embed_corpus(embedder: Embedder, source: images.Images, granularity: gran.Granularity,
+def embed_corpus(embedder: Embedder, source: image_sources.Images, granularity: gran.Granularity,
                  root: pathlib.Path, chunk_images: int = CHUNK_IMAGES) -> Corpus:
   """Embeds a corpus, or opens what an earlier call embedded; goes on where a kill cut it.
 
@@ -154,7 +155,7 @@ class Row:
   accuracy: dict[int, float]
 
 
-def measure(embedder: Embedder, queries: images.Images, granularity: gran.Granularity,
+def measure(embedder: Embedder, queries: image_sources.Images, granularity: gran.Granularity,
             corpus: Corpus, corpus_name: str, ks: Sequence[int], metric: str, backend: str,
             encoder: str) -> Row:
   """Retrieval with one query encoder."""

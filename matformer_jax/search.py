@@ -21,11 +21,12 @@ import jax
 import numpy as np
 import tqdm
 
-from matformer_jax import cli, losses, runtime, submodel, tables
+from matformer_jax import cli, runtime, tables
+from matformer_jax.models import losses, dynamic
 from matformer_jax import granularity as gran
-from matformer_jax import profile as profiling
+from matformer_jax import latency
 from matformer_jax.config import Execution, MatLMConfig
-from matformer_jax.data import text
+from matformer_jax.data import text_sources
 from matformer_jax.errors import UserError
 from matformer_jax.evaluate import ladder, validation_store
 from matformer_jax.loading import LanguageModel, load
@@ -57,7 +58,7 @@ def score(config: MatLMConfig, execution: Execution, params,
     params: the stored parameters.
     batches: [B, T+1] int32 token windows, all of one shape.
   """
-  indices = np.stack([submodel.layer_indices(g) for g in granularities])
+  indices = np.stack([dynamic.layer_indices(g) for g in granularities])
   padding = -len(indices) % CONFIGS_PER_CALL
   padded = np.concatenate([indices, np.repeat(indices[-1:], padding, axis=0)])
   calls = padded.reshape(-1, CONFIGS_PER_CALL, config.num_layers)
@@ -80,7 +81,7 @@ def _window_losses(params, batch, indices, config: MatLMConfig, execution: Execu
   chunks = losses.num_chunks((1, targets.shape[1]), config.vocab_size, execution)
 
   def one(layer_indices):
-    hidden, embedding = submodel.apply_dynamic(
+    hidden, embedding = dynamic.apply_dynamic(
         params, batch[:, :-1], layer_indices, config=config, execution=execution,
         return_hidden=True)
     window = lambda xy: losses.chunked_cross_entropy(xy[0][None], embedding, xy[1][None], chunks)[1]
@@ -245,7 +246,7 @@ def main(argv) -> None:
   model = load(_WORKDIR.value, _STEP.value, LanguageModel)
   config = model.config
   found = candidates(config, _BUDGETS.value, _RANDOM.value, _SEED.value, _RUNGS.value,
-                     profiling.read(model.workdir, config))
+                     latency.read(model.workdir, config))
   distinct = list(dict.fromkeys(c.granularity for c in found))
   windows = validation_windows(model, _BATCH_SIZE.value)
   batches = [windows.batch(i) for i in range(min(_BATCHES.value, windows.num_windows // _BATCH_SIZE.value))]
@@ -273,10 +274,10 @@ def main(argv) -> None:
   print(f"wrote {out / 'search.csv'}, search.json, search.png")
 
 
-def validation_windows(model: LanguageModel, batch_size: int) -> text.Windows:
+def validation_windows(model: LanguageModel, batch_size: int) -> text_sources.Windows:
   """The model's validation data, shuffled: a few batches of it stand for the whole."""
   store = validation_store(model)
-  return text.Windows(store.tokens["validation"], model.config.seq_len, batch_size, seed=0)
+  return text_sources.Windows(store.tokens["validation"], model.config.seq_len, batch_size, seed=0)
 
 
 if __name__ == "__main__":

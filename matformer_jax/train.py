@@ -28,19 +28,21 @@ import jax
 import ml_collections
 import numpy as np
 
-from matformer_jax import (card as cards, checkpoint, cli, goodput, metrics, models, multihost,
-                           optim, replicas, runtime, sharding)
+from matformer_jax.checkpoints import card as cards, checkpoint, replicas
+from matformer_jax import cli, models, runtime, sharding
+from matformer_jax.hosts import goodput, multihost
+from matformer_jax.training import metrics, optim
 from matformer_jax import granularity as gran
 from matformer_jax.config import KINDS, model_config
 from matformer_jax.data.prefetch import Prefetcher
 from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError
 from matformer_jax.evals import Result
-from matformer_jax.multihost import Hosts
+from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.runtime import say
 from matformer_jax.tasks import make_task
-from matformer_jax.trainer import Trainer, TrainState
-from matformer_jax.watchdog import Watchdog
+from matformer_jax.training.trainer import Trainer, TrainState
+from matformer_jax.hosts.watchdog import Watchdog
 
 
 def train(config, workdir: str | os.PathLike, hosts: Hosts = Hosts(),

@@ -11,7 +11,10 @@ from absl import flags
 import jax
 import numpy as np
 
-from matformer_jax import checkpoint, cli, multihost, sharding, trainer
+from matformer_jax.checkpoints import checkpoint
+from matformer_jax import cli, sharding
+from matformer_jax.hosts import multihost
+from matformer_jax.training import trainer
 from matformer_jax import train as train_program
 from matformer_jax.tasks import make_task
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import matformer_jax
-from matformer_jax import UserError, checkpoint, checksums, sharding
+from matformer_jax import UserError, sharding
+from matformer_jax.checkpoints import checkpoint, checksums
 from test_train import MODEL, make_trainer
 
 

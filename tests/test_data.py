@@ -18,7 +18,7 @@ from tfds_files import write_tfds
 from matformer_jax import UserError
 from matformer_jax.data import prepare
 from matformer_jax.data import store as store_format
-from matformer_jax.data import text
+from matformer_jax.data import text_sources
 from matformer_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 SAMPLE = [p.read_text(encoding="utf-8", errors="replace") for p in
@@ -86,20 +86,20 @@ def test_tokenizer_errors(make, words):
 
 
 def test_stdlib_is_real_python():
-  corpus = text.open_corpus("stdlib")
+  corpus = text_sources.open_corpus("stdlib")
   documents = list(corpus.documents())
   assert sum(map(len, documents)) > 5e6
   assert any("def dumps(" in d for d in documents)
-  assert all(0 < len(d) <= text.DOCUMENT_CHARS for d in documents)
+  assert all(0 < len(d) <= text_sources.DOCUMENT_CHARS for d in documents)
 
 
 def test_files_are_cut_into_documents_without_loss(tmp_path):
   content = "".join(f"line {i}\n" for i in range(10_000)) + "y" * 40_000
   (tmp_path / "a.txt").write_text(content)
   (tmp_path / "b.txt").write_text("short")
-  documents = list(text.open_corpus(f"text:{tmp_path}/*.txt").documents())
+  documents = list(text_sources.open_corpus(f"text:{tmp_path}/*.txt").documents())
   assert documents[-1] == "short" and "".join(documents[:-1]) == content
-  assert max(map(len, documents)) <= text.DOCUMENT_CHARS
+  assert max(map(len, documents)) <= text_sources.DOCUMENT_CHARS
 
 
 @pytest.mark.parametrize("source,words", [
@@ -107,14 +107,14 @@ def test_files_are_cut_into_documents_without_loss(tmp_path):
     ("tfds:mnist", "names no feature"), ("tfds:nope/nope:text", "no prepared dataset")])
 def test_source_errors(source, words, tmp_path):
   with pytest.raises(UserError, match=words) as e:
-    text.open_corpus(source, str(tmp_path))
+    text_sources.open_corpus(source, str(tmp_path))
   assert source in str(e.value)
 
 
 def test_empty_files(tmp_path):
   (tmp_path / "empty.txt").write_text("")
   with pytest.raises(UserError, match="are empty"):
-    text.open_corpus(f"text:{tmp_path}/*.txt")
+    text_sources.open_corpus(f"text:{tmp_path}/*.txt")
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
@@ -123,11 +123,11 @@ def test_tfds(tmp_path, file_format):
   import tensorflow_datasets as tfds
   write_tfds(tmp_path, "sources", tfds.features.FeaturesDict({"text": tfds.features.Text()}),
              "train", file_format, [{"text": document.encode()} for document in SAMPLE])
-  corpus = text.open_corpus("tfds:sources/plain:text", str(tmp_path))
+  corpus = text_sources.open_corpus("tfds:sources/plain:text", str(tmp_path))
   assert "".join(corpus.documents()) == "".join(SAMPLE)
   assert "tensorflow" not in sys.modules
   with pytest.raises(UserError, match="no feature 'words'"):
-    text.open_corpus("tfds:sources/plain:words", str(tmp_path))
+    text_sources.open_corpus("tfds:sources/plain:words", str(tmp_path))
 
 
 # --------------------------------------------------------------- token store
@@ -137,11 +137,11 @@ def test_tfds(tmp_path, file_format):
 def corpus(tmp_path):
   for i, document in enumerate(SAMPLE):
     (tmp_path / f"{i}.txt").write_text(document)
-  return text.open_corpus(f"text:{tmp_path}/*.txt")
+  return text_sources.open_corpus(f"text:{tmp_path}/*.txt")
 
 
 def test_store_holds_every_document_once(corpus, tokenizer, tmp_path):
-  store = text.get_store(corpus, tokenizer, 0.2, str(tmp_path / "cache"))
+  store = text_sources.get_store(corpus, tokenizer, 0.2, str(tmp_path / "cache"))
   documents = list(corpus.documents())
   decoded = []
   for split in store_format.SPLITS:
@@ -156,7 +156,7 @@ def test_store_holds_every_document_once(corpus, tokenizer, tmp_path):
 
 def test_store_is_made_once_and_remade_when_damaged(corpus, tmp_path, capfd):
   tokenizer = train_tokenizer(SAMPLE, 400, "bpe", 10**6)
-  get = lambda: text.get_store(corpus, tokenizer, 0.2, str(tmp_path / "cache"))
+  get = lambda: text_sources.get_store(corpus, tokenizer, 0.2, str(tmp_path / "cache"))
   first = get()
   made = (first.path / "train-00000.bin").stat().st_mtime_ns
   assert get().fingerprint == first.fingerprint
@@ -171,9 +171,9 @@ def test_store_is_made_once_and_remade_when_damaged(corpus, tmp_path, capfd):
 
 
 def _open_store(directory, cache, results):
-  corpus = text.open_corpus(f"text:{directory}/*.txt")
-  tokenizer = text.get_tokenizer(corpus, 400, "bpe", 10**6, cache)
-  results.put(text.get_store(corpus, tokenizer, 0.2, cache).fingerprint)
+  corpus = text_sources.open_corpus(f"text:{directory}/*.txt")
+  tokenizer = text_sources.get_tokenizer(corpus, 400, "bpe", 10**6, cache)
+  results.put(text_sources.get_store(corpus, tokenizer, 0.2, cache).fingerprint)
 
 
 def test_two_processes_make_one_store(corpus, tmp_path):
@@ -193,8 +193,8 @@ def test_two_processes_make_one_store(corpus, tmp_path):
 def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
   """SIGKILL in the middle of tokenising; the next call makes a whole store."""
   cache = tmp_path / "cache"
-  program = ("from matformer_jax.data import text; c = text.open_corpus('stdlib');"
-             f"t = text.get_tokenizer(c, 400, 'bpe', 10**5, {str(cache)!r});"
+  program = ("from matformer_jax.data import text; c = text_sources.open_corpus('stdlib');"
+             f"t = text_sources.get_tokenizer(c, 400, 'bpe', 10**5, {str(cache)!r});"
              f"text.get_store(c, t, 0.1, {str(cache)!r})")
   process = subprocess.Popen([sys.executable, "-c", program], cwd=conftest.ROOT,
                              stderr=subprocess.DEVNULL)
@@ -205,9 +205,9 @@ def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
   process.send_signal(signal.SIGKILL)
   process.wait()
   assert not list(cache.glob("tokens-*/manifest.json"))
-  corpus = text.open_corpus("stdlib")
-  tokenizer = text.get_tokenizer(corpus, 400, "bpe", 10**5, str(cache))
-  store = text.get_store(corpus, tokenizer, 0.1, str(cache))
+  corpus = text_sources.open_corpus("stdlib")
+  tokenizer = text_sources.get_tokenizer(corpus, 400, "bpe", 10**5, str(cache))
+  store = text_sources.get_store(corpus, tokenizer, 0.1, str(cache))
   assert store.total("train", "bytes") > 4e6
   assert not list(cache.glob("*.tmp*"))
 
@@ -215,7 +215,7 @@ def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
 @pytest.mark.parametrize("fraction,words", [(0.0, "between 0 and 1"), (0.001, "validation split empty")])
 def test_split_errors(corpus, fraction, words, tmp_path):
   with pytest.raises(UserError, match=words):
-    text.get_store(corpus, train_tokenizer(SAMPLE, 400, "bpe", 10**6), fraction, str(tmp_path / "c"))
+    text_sources.get_store(corpus, train_tokenizer(SAMPLE, 400, "bpe", 10**6), fraction, str(tmp_path / "c"))
 
 
 def test_shards_read_like_one_array():
@@ -245,8 +245,8 @@ def prepared(tmp_path_factory) -> pathlib.Path:
 
 
 def test_a_prepared_store_is_the_corpus(prepared):
-  store, tokenizer = text.open_prepared(str(prepared))
-  corpus = text.open_corpus("stdlib")
+  store, tokenizer = text_sources.open_prepared(str(prepared))
+  corpus = text_sources.open_corpus("stdlib")
   assert [len(v) for v in store.manifest["shards"].values()] == [6, 6]
   assert sum(store.total(s, "documents") for s in store_format.SPLITS) == len(list(corpus.documents()))
   assert sum(store.total(s, "bytes") for s in store_format.SPLITS) == sum(
@@ -257,7 +257,7 @@ def test_a_prepared_store_is_the_corpus(prepared):
 
 
 def test_the_parts_are_the_corpus():
-  corpus = text.open_corpus("stdlib")
+  corpus = text_sources.open_corpus("stdlib")
   whole = list(corpus.documents())
   for count in (3, 64):
     assert [d for i in range(count) for d in corpus.part(i, count)] == whole
@@ -328,7 +328,7 @@ def test_a_sample_reads_no_more_than_it_needs():
       read.append(index)
       yield "x" * 1000
 
-  corpus = text.Corpus("many", "many", part)
+  corpus = text_sources.Corpus("many", "many", part)
   sample = list(prepare.spread(corpus, 640_000, places=64))
   assert len(sample) == len(read) == 640 and len(set(read)) == 64
 
@@ -338,7 +338,7 @@ def test_a_sample_reads_no_more_than_it_needs():
 
 def test_windows_visit_everything_once_per_epoch_and_predict_every_token():
   tokens = np.arange(10 * 40 + 1)
-  windows = text.Windows(tokens, 10, 8, seed=1)
+  windows = text_sources.Windows(tokens, 10, 8, seed=1)
   assert windows.num_windows == 40
   epochs = [np.concatenate([windows.batch(s) for s in range(e * 5, e * 5 + 5)]) for e in range(2)]
   for rows in epochs:
@@ -350,7 +350,7 @@ def test_windows_visit_everything_once_per_epoch_and_predict_every_token():
 
 def test_windows_are_a_pure_function_of_the_step_and_of_any_number_of_hosts():
   tokens = np.arange(1001, dtype=np.uint16)
-  windows = text.Windows(tokens, 10, 8, seed=1)
+  windows = text_sources.Windows(tokens, 10, 8, seed=1)
   for step in (7, 3, 40):
     whole = windows.batch(step)
     assert whole.dtype == np.int32
@@ -360,4 +360,4 @@ def test_windows_are_a_pure_function_of_the_step_and_of_any_number_of_hosts():
 
 def test_too_little_text_for_one_window():
   with pytest.raises(UserError, match="fewer than one window"):
-    text.Windows(np.arange(10), 10, 1, 0)
+    text_sources.Windows(np.arange(10), 10, 1, 0)

@@ -12,7 +12,7 @@ import pytest
 from matformer_jax import UserError, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution
-from matformer_jax.decode import Decoder, Sampling, log_probs
+from matformer_jax.decoding.decode import Decoder, Sampling, log_probs
 from matformer_jax.models import layers, matlm
 
 PROMPTS = [[5, 6, 7, 1, 2], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [60, 2]]

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops, ImageFilter
 from tfds_files import write_tfds
 
 from matformer_jax import UserError
-from matformer_jax.data import augment, images
+from matformer_jax.data import augment, image_sources
 from matformer_jax.data.augment import RANDAUGMENT, Transform
 
 
@@ -45,16 +45,16 @@ def folder(tmp_path):
   return tmp_path
 
 
-def batches(source: images.Images, size=8, batch_size=4, transform="", **kwargs) -> images.Batches:
-  return images.Batches(source, batch_size, Transform(transform or f"resize({size})", size),
-                        kwargs.pop("corrupt", images.Corrupt("error")), kwargs.pop("seed", 3), **kwargs)
+def batches(source: image_sources.Images, size=8, batch_size=4, transform="", **kwargs) -> image_sources.Batches:
+  return image_sources.Batches(source, batch_size, Transform(transform or f"resize({size})", size),
+                        kwargs.pop("corrupt", image_sources.Corrupt("error")), kwargs.pop("seed", 3), **kwargs)
 
 
 # ------------------------------------------------------------------- sources
 
 
 def test_digits():
-  train, validation = (images.open_images("sklearn:digits", s, channels=1) for s in ("train", "validation"))
+  train, validation = (image_sources.open_images("sklearn:digits", s, channels=1) for s in ("train", "validation"))
   assert (train.size, validation.size, train.num_classes) == (1438, 359, 10)
   assert train.fingerprint != validation.fingerprint
   image, (label,) = train.decode(0)
@@ -78,37 +78,37 @@ def test_idx(tmp_path, packed):
   for part in ("train", "t10k"):
     write_idx(tmp_path / f"{part}-images-idx3-ubyte", pixels, packed)
     write_idx(tmp_path / f"{part}-labels-idx1-ubyte", labels, packed)
-  found = images.open_images(f"idx:{tmp_path}", "test", channels=1)
+  found = image_sources.open_images(f"idx:{tmp_path}", "test", channels=1)
   assert found.size == 12 and found.num_classes == 3
   np.testing.assert_array_equal(np.asarray(found.decode(7)[0]), pixels[7])
   assert found.decode(7)[1] == (1,)
-  kept = images.open_images(f"idx:{tmp_path}", "train", classes=(2, 0))
+  kept = image_sources.open_images(f"idx:{tmp_path}", "train", classes=(2, 0))
   assert kept.size == 8 and kept.class_names == ("2", "0") and kept.fingerprint != found.fingerprint
   assert [kept.read(i).labels for i in range(3)] == [(1,), (0,), (1,)]
   broken = next(tmp_path.glob("t10k-images*"))
   broken.write_bytes(broken.read_bytes()[:-20])
   with pytest.raises(UserError, match="t10k-images.* is damaged"):
-    images.open_images(f"idx:{tmp_path}", "test")
+    image_sources.open_images(f"idx:{tmp_path}", "test")
 
 
 def test_folder(folder):
-  train = images.open_images(f"folder:{folder}", "train")
+  train = image_sources.open_images(f"folder:{folder}", "train")
   assert train.class_names == ("cat", "dog") and train.size == 8
   image, label = train.decode(7)
   assert image.mode == "RGB" and image.size == (40, 30) and label == (1,)
-  grey = images.open_images(f"folder:{folder}", "train", channels=1)
+  grey = image_sources.open_images(f"folder:{folder}", "train", channels=1)
   assert grey.decode(0)[0].mode == "L"
   with pytest.raises(UserError, match="has no split 'val'; it has train, validation"):
-    images.open_images(f"folder:{folder}", "val")
+    image_sources.open_images(f"folder:{folder}", "val")
 
 
 def test_several_right_answers(folder):
   """As ImageNet ReaL: some images have several labels, some none."""
   answers = {"cat/0.JPG": ["cat", "dog"], "cat/1.png": []}
   (folder / "validation_labels.json").write_text(json.dumps(answers))
-  validation = images.open_images(f"folder:{folder}", "validation")
+  validation = image_sources.open_images(f"folder:{folder}", "validation")
   assert validation.max_labels == 2
-  reader = images.LabelledBatches(validation, 4, Transform("resize(8)", 8), images.Corrupt("error"))
+  reader = image_sources.LabelledBatches(validation, 4, Transform("resize(8)", 8), image_sources.Corrupt("error"))
   assert reader.num_batches == 2
   np.testing.assert_array_equal(reader.batch(0)["labels"], [[0, 1], [-1, -1], [0, -1], [1, -1]])
   last = reader.batch(1)  # filled with images that count for nothing
@@ -130,7 +130,7 @@ def test_tfds(tmp_path, file_format, several):
   answers = [[1], [0, 2], [2], [], [0]] if several else [[1], [0], [2], [1], [0]]
   write_tfds(tmp_path, "photos", features, "validation", file_format,
              [{"image": encoded(p), "answer": a} for p, a in zip(pictures, answers)])
-  found = images.open_images("tfds:photos/plain", "validation", data_dir=str(tmp_path), label="answer")
+  found = image_sources.open_images("tfds:photos/plain", "validation", data_dir=str(tmp_path), label="answer")
   assert found.class_names == ("cat", "dog", "eel") and found.max_labels == 1 + several
   found = pickle.loads(pickle.dumps(found))  # as a worker process gets it
   for i in (3, 0, 4, 1):  # in any order
@@ -139,9 +139,9 @@ def test_tfds(tmp_path, file_format, several):
     assert list(labels) == answers[i]
   assert "tensorflow" not in sys.modules
   with pytest.raises(UserError, match="no split 'test'; it has validation"):
-    images.open_images("tfds:photos/plain", "test", data_dir=str(tmp_path))
+    image_sources.open_images("tfds:photos/plain", "test", data_dir=str(tmp_path))
   with pytest.raises(UserError, match="no feature 'label'"):
-    images.open_images("tfds:photos/plain", "validation", data_dir=str(tmp_path))
+    image_sources.open_images("tfds:photos/plain", "validation", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("source,words", [
@@ -150,7 +150,7 @@ def test_tfds(tmp_path, file_format, several):
     ("tfds:nope", "no prepared dataset 'nope'")])
 def test_source_mistakes(source, words):
   with pytest.raises(UserError, match=words):
-    images.open_images(source, "train")
+    image_sources.open_images(source, "train")
 
 
 # ---------------------------------------------------------------- operations
@@ -303,11 +303,11 @@ def test_a_wrong_size_is_told():
 
 
 def test_batches_are_a_function_of_seed_and_step(folder):
-  source = images.open_images(f"folder:{folder}", "train")
+  source = image_sources.open_images(f"folder:{folder}", "train")
   options = dict(transform="inception_crop(8)|flip|randaugment(2,9)", mixup=0.5)
   reader = batches(source, **options)
   wanted = [reader.batch(step) for step in range(6)]
-  again = batches(images.open_images(f"folder:{folder}", "train"), **options)
+  again = batches(image_sources.open_images(f"folder:{folder}", "train"), **options)
   for step in (4, 0, 5):
     for rows in (range(0, 2), range(1, 4)):  # on any number of hosts
       part = again.batch(step, rows)
@@ -323,11 +323,11 @@ def test_batches_are_a_function_of_seed_and_step(folder):
 
 
 def test_workers_read_the_same(folder):
-  source = images.open_images(f"folder:{folder}", "train")
+  source = image_sources.open_images(f"folder:{folder}", "train")
   reader = batches(source, transform="inception_crop(8)|flip")
   rows = [range(0, 2), range(2, 4)]
-  plain = list(images.read_ahead(reader, 3, 7, rows, 0))
-  workers = list(images.read_ahead(reader, 3, 7, rows, 2))
+  plain = list(image_sources.read_ahead(reader, 3, 7, rows, 0))
+  workers = list(image_sources.read_ahead(reader, 3, 7, rows, 2))
   assert len(plain) == len(workers) == 5
   for a, b in zip(plain, workers):
     for x, y in zip(a, b):
@@ -339,15 +339,15 @@ def test_corrupt_images(folder, tmp_path, capsys):
   (folder / "train" / "cat" / "0.JPG").write_bytes(b"\xff\xd8 no jpeg")
   (folder / "train" / "dog" / "1.png").write_bytes(
       (folder / "train" / "dog" / "1.png").read_bytes()[:300])
-  source = images.open_images(f"folder:{folder}", "train")
+  source = image_sources.open_images(f"folder:{folder}", "train")
   with pytest.raises(UserError, match=r"train/(cat/0.JPG|dog/1.png) of .* is no image that can be read"):
     for step in range(2):
       batches(source).batch(step)
-  corrupt = images.Corrupt("skip", tmp_path)
+  corrupt = image_sources.Corrupt("skip", tmp_path)
   reader = batches(source, corrupt=corrupt)
   found = [reader.batch(step) for step in range(4)]
   assert all(b["image"].shape == (4, 8, 8, 3) for b in found) and len(corrupt.skipped) == 2
   assert len((tmp_path / "skipped_images.txt").read_text().splitlines()) == 2
   assert "2 so far" in capsys.readouterr().err
-  checked = images.LabelledBatches(source, 8, Transform("resize(8)", 8), corrupt).batch(0)
+  checked = image_sources.LabelledBatches(source, 8, Transform("resize(8)", 8), corrupt).batch(0)
   assert (checked["labels"] == -1).sum() == 2

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matformer_jax import losses, sharding
+from matformer_jax.models import losses
+from matformer_jax import sharding
 from matformer_jax.config import Execution
 
 

@@ -13,12 +13,15 @@ from conftest import digits_args, run_program
 from test_programs import start, wait_for_line
 
 import matformer_jax
-from matformer_jax import UserError, checkpoint, hlo, models, optim, sharding
+from matformer_jax import UserError, models, sharding
+from matformer_jax.checkpoints import checkpoint
+from matformer_jax.tpu import hlo
+from matformer_jax.training import optim
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, MatViTConfig, model_config
 from matformer_jax.models import attention, layers, matvit
 from matformer_jax.tasks.classification import Classification
-from matformer_jax.trainer import Trainer
+from matformer_jax.training.trainer import Trainer
 
 CONFIG = MatViTConfig(image_size=8, patch_size=2, num_classes=10, num_layers=3, d_model=32,
                       num_heads=4, ffn_groups=2, head_groups=2)

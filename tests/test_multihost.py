@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ONE_SIZE, ROOT, digits_args, run_program, train_args
 
-from matformer_jax import checkpoint
+from matformer_jax.checkpoints import checkpoint
 
 PEER_TIMEOUT = 15
 TWO_SIZES = "0.5/0/0/0.5"

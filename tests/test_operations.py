@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from conftest import ONE_SIZE, run_program, train_args
 
-from matformer_jax import UserError, goodput, multihost, replicas, sharding
+from matformer_jax import UserError, sharding
+from matformer_jax.hosts import goodput, multihost
+from matformer_jax.checkpoints import replicas
 from matformer_jax.data.prefetch import Prefetcher
 
 # ---------------------------------------------------------------------- ledger
@@ -101,8 +103,8 @@ def test_closing_stops_reading():
 
 def test_a_hang_is_left_with_stacks():
   program = ("import time\n"
-             "from matformer_jax.multihost import Hosts\n"
-             "from matformer_jax.watchdog import Watchdog\n"
+             "from matformer_jax.hosts.multihost import Hosts\n"
+             "from matformer_jax.hosts.watchdog import Watchdog\n"
              "with Watchdog(1.0, Hosts()) as dog:\n"
              "  for i in range(8):\n"
              "    time.sleep(0.3); dog.alive(f'step {i}')\n"  # longer than the timeout in all

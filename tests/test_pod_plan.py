@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 from conftest import run_program
 
-from matformer_jax import UserError, hlo, pod_plan
+from matformer_jax import UserError, pod_plan
+from matformer_jax.tpu import hlo
 from matformer_jax.config import MatLMConfig
 
 TPU_TEXT = """HloModule jit_step

@@ -15,7 +15,7 @@ import pytest
 from conftest import ONE_SIZE, run_program, train_args
 
 import matformer_jax
-from matformer_jax import checkpoint
+from matformer_jax.checkpoints import checkpoint
 
 
 def metrics(workdir) -> list[dict]:

@@ -11,11 +11,11 @@ from test_decode import EXECUTIONS, PROMPTS, decoder, full_logits, reference_pro
 
 import matformer_jax
 from matformer_jax import UserError
-from matformer_jax import speculative
+from matformer_jax.decoding import speculative
 from matformer_jax.config import MatLMConfig
-from matformer_jax.decode import Sampling
+from matformer_jax.decoding.decode import Sampling
 from matformer_jax.models import matlm
-from matformer_jax.speculative import SpeculativeDecoder
+from matformer_jax.decoding.speculative import SpeculativeDecoder
 
 
 def speculate(s: SpeculativeDecoder, params, prompts=PROMPTS, max_tokens=12, seeds=None,

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 import matformer_jax
-from matformer_jax import UserError, checkpoint, submodel
+from matformer_jax import UserError
+from matformer_jax.checkpoints import checkpoint
+from matformer_jax.models import dynamic
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.extract import extract
@@ -34,14 +36,14 @@ def static(params, config, g, execution=Execution()):
 def test_dynamic_equals_static_in_value_and_gradient(small, change):
   config = dataclasses.replace(small, **change)
   params = matlm.init_params(config, jax.random.key(0))
-  dynamic = lambda p, i: submodel.apply_dynamic(p, TOKENS, i, config=config)
+  dynamic = lambda p, i: dynamic.apply_dynamic(p, TOKENS, i, config=config)
   loss = lambda out: jnp.mean(jax.nn.log_softmax(out)[..., 0])
   value_and_grad = jax.jit(jax.value_and_grad(lambda p, i: loss(dynamic(p, i))))
   rng = np.random.default_rng(1)
   mixes = [(3,) * 4] + [tuple(rng.integers(0, 4, 4)) for _ in range(2)]
   for mix in mixes:
     g = gran.parse(mix, config)
-    indices = submodel.layer_indices(g)
+    indices = dynamic.layer_indices(g)
     have = value_and_grad(params, indices)
     want = jax.jit(jax.value_and_grad(lambda p: loss(static(p, config, g))))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), have, want)
@@ -53,7 +55,7 @@ def test_dynamic_runs_an_extracted_model(small, small_params):
   """Indices above what a layer stores are cut to it."""
   g = gran.parse("S*1+M*3", small)
   config, params = gran.submodel_config(small, g), layers.slice_params(small_params, small, g)
-  have = submodel.apply_dynamic(params, TOKENS, jnp.full(4, 3), config=config)
+  have = dynamic.apply_dynamic(params, TOKENS, jnp.full(4, 3), config=config)
   np.testing.assert_allclose(have, static(small_params, small, g), atol=1e-5)
 
 
@@ -65,7 +67,7 @@ def test_dynamic_gradient_keeps_no_branch(small):
   execution = Execution(scan_layers=True, remat="full")
   xl = gran.full(config)
   losses = [
-      lambda p: jnp.sum(submodel.apply_dynamic(p, tokens, jnp.full(6, 3), config=config)),
+      lambda p: jnp.sum(dynamic.apply_dynamic(p, tokens, jnp.full(6, 3), config=config)),
       lambda p: jnp.sum(matlm.MatLM(config, execution).apply({"params": p}, tokens, granularity=xl))]
   dynamic, static_ = (jax.jit(jax.grad(f)).lower(params).compile().memory_analysis()
                       .temp_size_in_bytes for f in losses)

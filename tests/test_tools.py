@@ -11,8 +11,8 @@ from test_programs import assert_one_line_error
 
 import matformer_jax
 from matformer_jax import granularity as gran
-from matformer_jax import profile
-from matformer_jax.decode import Decoder
+from matformer_jax import latency
+from matformer_jax.decoding.decode import Decoder
 from matformer_jax.search import Candidate, candidates, score, summarize
 
 
@@ -35,7 +35,7 @@ def test_describe_shows_the_choice_and_the_ends():
   assert "Within --budget=0.8x: M*4+L*12" in text and "676,382,208" in text
   assert_one_line_error(run_program(*args, "--budget=0.6x"), "0.6x", "582,010,368 (S)",
                         "846,251,520 (XL)")
-  assert_one_line_error(run_program(*args, "--budget=15ms"), "matformer_jax.profile")
+  assert_one_line_error(run_program(*args, "--budget=15ms"), "matformer_jax.latency")
 
 
 # --------------------------------------------------------------------- profile
@@ -44,11 +44,11 @@ def test_describe_shows_the_choice_and_the_ends():
 def test_profile_then_plan_a_latency(tiny_run, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(tiny_run, workdir)
-  result = run_program("profile", f"--workdir={workdir}", "--rounds=5")
+  result = run_program("latency", f"--workdir={workdir}", "--rounds=5")
   assert result.returncode == 0, result.stderr
   assert "decode" in result.stdout and "attention/layer" in result.stdout
   model = matformer_jax.load(workdir)
-  found = profile.read(workdir, model.config)
+  found = latency.read(workdir, model.config)
   low, high = (found.predict(g, "decode") for g in (gran.parse("S", model.config),
                                                     gran.full(model.config)))
   assert 0 < low and 0 < high
@@ -57,16 +57,16 @@ def test_profile_then_plan_a_latency(tiny_run, tmp_path):
     result = run_program("describe", f"--workdir={workdir}", f"--budget={budget}", "--json")
     assert result.returncode == 0, result.stderr
     assert "mix_n_match" in json.loads(result.stdout)
-  (workdir / profile.PROFILE_FILE).write_text("{}")
+  (workdir / latency.PROFILE_FILE).write_text("{}")
   assert_one_line_error(run_program("describe", f"--workdir={workdir}", "--budget=15ms"),
                         "is not a profile of this model")
 
 
 def test_a_prediction_is_the_sum_of_the_parts(small):
-  costs = profile.Costs(1.0, (0.25,) * 4, (0.125, 0.5, 1.0, 2.0), 1, 16)
-  p = profile.Profile("here", {"latency": costs, "decode": costs})
+  costs = latency.Costs(1.0, (0.25,) * 4, (0.125, 0.5, 1.0, 2.0), 1, 16)
+  p = latency.Profile("here", {"latency": costs, "decode": costs})
   assert p.predict(gran.parse("S*1+M*1+XL*2", small)) == 1 + 4 * 0.25 + 0.125 + 0.5 + 4
-  assert profile.Profile.from_json(json.loads(json.dumps(p.to_json()))) == p
+  assert latency.Profile.from_json(json.loads(json.dumps(p.to_json()))) == p
   # S costs 2.5, M 4, L 6: the largest within 4.6 is M and one layer at L.
   assert gran.to_text(gran.mix_n_match(small, latency=4.6, profile=p), small) == "M*3+L*1"
   assert gran.to_text(gran.mix_n_match(small, "latency:4600ms", profile=p), small) == "M*3+L*1"
@@ -75,9 +75,9 @@ def test_a_prediction_is_the_sum_of_the_parts(small):
 def test_measured_parts_reproduce_the_measured_sizes(small, small_params):
   """By construction the prediction for a profiled size is its own measurement."""
   from matformer_jax.config import Execution
-  costs = profile.measure(small, Execution(), small_params, "latency", 1, 16, rounds=3)
+  costs = latency.measure(small, Execution(), small_params, "latency", 1, 16, rounds=3)
   assert len(costs.ffn) == len(costs.attention) == 4 and costs.fixed > 0
-  timed = profile.make_program(Decoder(small, Execution(), gran.full(small)),
+  timed = latency.make_program(Decoder(small, Execution(), gran.full(small)),
                                Decoder(small, Execution(), gran.full(small)).lay_out(small_params),
                                "decode", 2, 16)
   assert timed() > 0 and timed() > 0  # the state is not used up
@@ -226,7 +226,7 @@ def test_generate_mistakes(tiny_run, args, words):
   assert_one_line_error(run_program("generate", f"--workdir={tiny_run}", *args), *words)
 
 
-@pytest.mark.parametrize("module", ["profile", "search", "extract", "generate"])
+@pytest.mark.parametrize("module", ["latency", "search", "extract", "generate"])
 def test_help(module):
   result = run_program(module, "--help")
   assert f"python -m matformer_jax.{module}" in result.stdout + result.stderr

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matformer_jax import UserError, hlo, optim, sharding
+from matformer_jax import UserError, sharding
+from matformer_jax.tpu import hlo
+from matformer_jax.training import optim
 from matformer_jax import granularity as gran
 from matformer_jax.config import MatLMConfig
 from matformer_jax.models import matlm
 from matformer_jax.tasks.language import NextToken
-from matformer_jax.trainer import Trainer, TrainState
+from matformer_jax.training.trainer import Trainer, TrainState
 
 MODEL = MatLMConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16,
                     ffn_groups=4, head_groups=2)

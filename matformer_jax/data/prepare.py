@@ -24,7 +24,7 @@ from absl import flags
 import tqdm
 
 from matformer_jax import cli, runtime, tables
-from matformer_jax.data import store, text
+from matformer_jax.data import store, text_sources
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer
 from matformer_jax.errors import UserError
 
@@ -37,7 +37,7 @@ class Job:
   """What is made of what; recorded, so that a restart with other settings is noticed.
 
   Attributes:
-    source, data_dir: the corpus, as for `text.open_corpus`.
+    source, data_dir: the corpus, as for `text_sources.open_corpus`.
     identity: of the corpus, by hash.
     parts: pieces of work, and shards per split.
     validation_fraction: share of the documents held out.
@@ -52,7 +52,7 @@ class Job:
   tokenizer: str
 
 
-def prepare(corpus: text.Corpus, job: Job, out: pathlib.Path, workers: int, given_tokenizer: str, vocab_size: int,
+def prepare(corpus: text_sources.Corpus, job: Job, out: pathlib.Path, workers: int, given_tokenizer: str, vocab_size: int,
             tokenizer_type: str, sample_bytes: int) -> store.TokenStore:
   """Makes, or goes on making, the store at `out`; says how fast.
 
@@ -101,7 +101,7 @@ def _parts_before(out: pathlib.Path) -> int:
   return json.loads(path.read_text())["parts"] if path.exists() else 0
 
 
-def _tokenizer(corpus: text.Corpus, out: pathlib.Path, given: str, vocab_size: int,
+def _tokenizer(corpus: text_sources.Corpus, out: pathlib.Path, given: str, vocab_size: int,
                tokenizer_type: str, sample_bytes: int) -> Tokenizer:
   path = out / TOKENIZER_FILE
   if path.exists():
@@ -119,7 +119,7 @@ def _tokenizer(corpus: text.Corpus, out: pathlib.Path, given: str, vocab_size: i
   return tokenizer
 
 
-def spread(corpus: text.Corpus, limit: int, places: int = 64) -> Iterator[str]:
+def spread(corpus: text_sources.Corpus, limit: int, places: int = 64) -> Iterator[str]:
   """About `limit` bytes of documents, from evenly spread places; no more is read or kept."""
   for place in range(places):
     left = limit // places
@@ -164,7 +164,7 @@ def _start_worker(counter) -> None:
 
 
 def _do_part(job: Job, out: pathlib.Path, index: int) -> None:
-  corpus = text.open_corpus(job.source, job.data_dir or None)
+  corpus = text_sources.open_corpus(job.source, job.data_dir or None)
   tokenizer = Tokenizer.from_file(out / TOKENIZER_FILE)
   pending = 0
 
@@ -197,10 +197,10 @@ def main(argv) -> None:
   if not 0 < _FRACTION.value < 1:
     raise UserError(f"--validation_fraction={_FRACTION.value} must be between 0 and 1")
   workers = _WORKERS.value or runtime.cpu_count()
-  corpus = text.open_corpus(_SOURCE.value, _DATA_DIR.value or None)
+  corpus = text_sources.open_corpus(_SOURCE.value, _DATA_DIR.value or None)
   tokenizer = (Tokenizer.from_file(_TOKENIZER.value).sha256 if _TOKENIZER.value else
                f"{_TYPE.value}, {_VOCAB.value} pieces, {_SAMPLE.value} bytes")
-  job = Job(_SOURCE.value, _DATA_DIR.value or "", text.corpus_key(corpus),
+  job = Job(_SOURCE.value, _DATA_DIR.value or "", text_sources.corpus_key(corpus),
             _PARTS.value or _parts_before(out) or 4 * workers, _FRACTION.value, tokenizer)
   made = prepare(corpus, job, out, workers, _TOKENIZER.value or "", _VOCAB.value,
                  _TYPE.value, _SAMPLE.value)

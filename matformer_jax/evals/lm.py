@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from matformer_jax import granularity as gran
-from matformer_jax import losses
+from matformer_jax.models import losses
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.evals import Result
 from matformer_jax.models.matlm import MatLM

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from typing import Any
 
-from matformer_jax import checkpoint, cli
+from matformer_jax.checkpoints import checkpoint
+from matformer_jax import cli
 from matformer_jax.config import MatViTConfig, model_config
 from matformer_jax.errors import UserError
 

@@ -7,9 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from matformer_jax import losses
+from matformer_jax.models import losses
 from matformer_jax.config import MatViTConfig, did_you_mean
-from matformer_jax.data import images
+from matformer_jax.data import image_sources
 from matformer_jax.errors import UserError
 from matformer_jax.evals import classification
 from matformer_jax.models import matvit
@@ -71,7 +71,7 @@ class ImageClassification(Classification):
                      config.mixup)
     data, model = config.data, self.model_config
     self.open_split = functools.partial(
-        images.open_images, data.source, channels=model.channels, classes=tuple(data.classes),
+        image_sources.open_images, data.source, channels=model.channels, classes=tuple(data.classes),
         data_dir=data.data_dir or None, label=data.label)
     self.train_images = self.open_split(data.train_split)
     self.validation_images = self.open_split(data.validation_split)
@@ -79,9 +79,9 @@ class ImageClassification(Classification):
       raise UserError(f"model.num_classes={model.num_classes}, but data.source={data.source!r} has "
                       f"{self.train_images.num_classes} classes; set --config.model.num_classes="
                       f"{self.train_images.num_classes}")
-    transform = functools.partial(images.Transform, size=model.image_size)
-    self._corrupt = images.Corrupt(data.corrupt, workdir)
-    self._train = images.Batches(self.train_images, config.batch_size,
+    transform = functools.partial(image_sources.Transform, size=model.image_size)
+    self._corrupt = image_sources.Corrupt(data.corrupt, workdir)
+    self._train = image_sources.Batches(self.train_images, config.batch_size,
                                  transform(data.train_transform, name="data.train_transform"),
                                  self._corrupt, config.seed, config.mixup)
     self._eval_transform = transform(data.eval_transform, name="data.eval_transform")
@@ -90,15 +90,15 @@ class ImageClassification(Classification):
     self._train.batch(0, range(1))
     self._validation(1).batch(0)
 
-  def _validation(self, batch_size: int) -> images.LabelledBatches:
-    return images.LabelledBatches(self.validation_images, batch_size, self._eval_transform,
+  def _validation(self, batch_size: int) -> image_sources.LabelledBatches:
+    return image_sources.LabelledBatches(self.validation_images, batch_size, self._eval_transform,
                                   self._corrupt)
 
   def batch(self, step, rows=None):
     return self._train.batch(step, rows)
 
   def batches(self, first, last, rows):
-    return images.read_ahead(self._train, first, last, rows, self._workers)
+    return image_sources.read_ahead(self._train, first, last, rows, self._workers)
 
   def sample_ids(self, step, rows=None):
     return self._train.image_ids(step, rows)

@@ -8,9 +8,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from matformer_jax import losses
+from matformer_jax.models import losses
 from matformer_jax.config import MatLMConfig
-from matformer_jax.data import text
+from matformer_jax.data import text_sources
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from matformer_jax.errors import UserError
 from matformer_jax.evals import lm
@@ -54,20 +54,20 @@ class LanguageModeling(NextToken):
     given = data.tokenizer or _existing(workdir)
     cache_dir = data.cache_dir or None
 
-    def make_tokenizer(corpus: text.Corpus) -> Tokenizer:
+    def make_tokenizer(corpus: text_sources.Corpus) -> Tokenizer:
       if given:
         return Tokenizer.from_file(given)
-      return text.get_tokenizer(corpus, self.model_config.vocab_size, data.tokenizer_type,
+      return text_sources.get_tokenizer(corpus, self.model_config.vocab_size, data.tokenizer_type,
                                 data.tokenizer_sample_bytes, cache_dir)
 
-    self.store, self.tokenizer = text.open_source(
+    self.store, self.tokenizer = text_sources.open_source(
         data.source, data.data_dir or None, make_tokenizer, data.validation_fraction, cache_dir)
     if self.tokenizer.vocab_size > self.model_config.vocab_size:
       raise UserError(f"model.vocab_size={self.model_config.vocab_size} is smaller than the "
                       f"tokenizer's {self.tokenizer.vocab_size} pieces ({given or data.source}); "
                       "raise it")
     seq_len = self.model_config.seq_len
-    self._train = text.Windows(self.store.tokens["train"], seq_len, config.batch_size,
+    self._train = text_sources.Windows(self.store.tokens["train"], seq_len, config.batch_size,
                                config.seed)
     self._eval = config.eval
 
@@ -88,8 +88,8 @@ class LanguageModeling(NextToken):
     if batch_size is None:
       batch_size = self._eval.batch_size
     else:  # no window twice, however few there are
-      batch_size = min(batch_size, text.Windows(tokens, seq_len, 1, None).num_windows)
-    windows = text.Windows(tokens, seq_len, batch_size, None)
+      batch_size = min(batch_size, text_sources.Windows(tokens, seq_len, 1, None).num_windows)
+    windows = text_sources.Windows(tokens, seq_len, batch_size, None)
     total = max(1, windows.num_windows // batch_size)
     total = min(total, batches) if batches else total
     read = (put(functools.partial(windows.batch, i), batch_size) for i in range(total))

@@ -1,6 +1,6 @@
 """Measures what each granularity's parts cost on this device, to plan for a latency.
 
-  python -m matformer_jax.profile --workdir=runs/quickstart
+  python -m matformer_jax.latency --workdir=runs/quickstart
   python -m matformer_jax.describe --workdir=runs/quickstart --budget=latency:15ms
 
 Two workloads are timed: `latency`, a forward pass over a batch with all its logits,
@@ -28,7 +28,7 @@ import tqdm
 from matformer_jax import cli, runtime, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, MatLMConfig
-from matformer_jax.decode import Decoder
+from matformer_jax.decoding.decode import Decoder
 from matformer_jax.errors import UserError
 from matformer_jax.loading import LanguageModel, load
 from matformer_jax.models import cache as kv
@@ -103,10 +103,10 @@ def read(workdir, config: MatLMConfig) -> Profile | None:
       raise ValueError("it is of another model")
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(f"{path} is not a profile of this model ({e}); measure again: python -m "
-                    f"matformer_jax.profile --workdir={workdir}") from e
+                    f"matformer_jax.latency --workdir={workdir}") from e
   if profile.device != device_name():
     warnings.warn(f"{path} was measured on {profile.device}, this is {device_name()}; measure again "
-                  f"with python -m matformer_jax.profile --workdir={workdir}")
+                  f"with python -m matformer_jax.latency --workdir={workdir}")
   return profile
 
 

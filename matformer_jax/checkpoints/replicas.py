@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from matformer_jax import checksums
+from matformer_jax.checkpoints import checksums
 from matformer_jax.sharding import MESH_AXES, path_names
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 
-from matformer_jax import checkpoint, runtime
+from matformer_jax.checkpoints import checkpoint
+from matformer_jax import runtime
 from matformer_jax import granularity as gran
 from matformer_jax.config import model_config
 from matformer_jax.errors import UserError
-from matformer_jax.multihost import differences
+from matformer_jax.hosts.multihost import differences
 from matformer_jax.runtime import say
 from matformer_jax.tasks import Task
 
@@ -75,7 +76,7 @@ def check_same_run(workdir: pathlib.Path, old_card, new_card) -> None:
 def host_facts(card: dict[str, Any]) -> dict[str, Any]:
   """What must be equal on all hosts of a job: the card, this code, the kind of machine."""
   sources = hashlib.sha256()
-  root = pathlib.Path(__file__).parent
+  root = pathlib.Path(__file__).parent.parent
   for path in sorted(root.rglob("*.py")):
     sources.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
   return json.loads(json.dumps(card)) | {

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matformer_jax import decode
+from matformer_jax.decoding import decode
 from matformer_jax import granularity as gran
-from matformer_jax.decode import Decoder, State
+from matformer_jax.decoding.decode import Decoder, State
 from matformer_jax.errors import UserError
 
 # Choices of draft length where none is given: none where drafting does not pay, short ones

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from matformer_jax.multihost import Hosts
+from matformer_jax.hosts.multihost import Hosts
 
 
 class Watchdog:

@@ -31,10 +31,10 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import checkpoint_managers
 
-from matformer_jax import checksums
+from matformer_jax.checkpoints import checksums
 from matformer_jax.config import ModelConfig, Run, model_config
 from matformer_jax.errors import UserError
-from matformer_jax.multihost import Hosts
+from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.sharding import logical_axes, path_names
 
 STEPS_DIR = "checkpoints"

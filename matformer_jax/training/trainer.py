@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from matformer_jax import granularity as gran
-from matformer_jax import models, optim, sharding
+from matformer_jax import models, sharding
+from matformer_jax.training import optim
 from matformer_jax.config import Execution, ModelConfig
 from matformer_jax.models import layers
 from matformer_jax.runtime import say

@@ -12,7 +12,7 @@ from typing import Any, Mapping, Sequence
 import jax
 import tensorboardX
 
-from matformer_jax.chips import PEAK_FLOPS
+from matformer_jax.tpu.chips import PEAK_FLOPS
 from matformer_jax.evals import Result
 
 
