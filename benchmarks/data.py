@@ -47,15 +47,26 @@ def main(argv) -> None:
         path = pathlib.Path(directory) / f"{kind}{vocab}"
         path.mkdir()
         part = iter(range(_REPS.value))
-        seconds = fastest(lambda: store.write_part(path, next(part), documents, tokenizer, 0.05),
-                          _REPS.value)
+        seconds = fastest(
+          lambda: store.write_part(path, next(part), documents, tokenizer, 0.05), _REPS.value
+        )
         rate = size / seconds
         result["tokenise_MB_per_s"][f"{kind} {vocab}"] = rate / 1e6
-        rows.append([f"{kind}, {vocab:,} pieces", f"{rate / 1e6:.2f}",
-                     *(f"{prepare.C4_BYTES / rate / cores / 3600:,.1f}" for cores in (16, 64, 256))])
+        rows.append(
+          [
+            f"{kind}, {vocab:,} pieces",
+            f"{rate / 1e6:.2f}",
+            *(f"{prepare.C4_BYTES / rate / cores / 3600:,.1f}" for cores in (16, 64, 256)),
+          ]
+        )
     print(tables.table(["tokeniser", "MB/s a core", "c4/en, hours on 16 cores", "64", "256"], rows))
-    tokens = store.Tokens([np.fromfile(path / f"train-{i:05d}.bin", store.token_dtype(tokenizer))
-                           for i in range(_REPS.value)], store.token_dtype(tokenizer))
+    tokens = store.Tokens(
+      [
+        np.fromfile(path / f"train-{i:05d}.bin", store.token_dtype(tokenizer))
+        for i in range(_REPS.value)
+      ],
+      store.token_dtype(tokenizer),
+    )
   rows = []
   for batch, length in _BATCHES:
     windows = text_sources.Windows(tokens, length, batch, seed=0)

@@ -24,9 +24,9 @@ _SECONDS = flags.DEFINE_float("seconds", 4.0, "To measure each pipeline for.", l
 _RATE = flags.DEFINE_float("images_per_s", 2700.0, "What a host's accelerators consume.")
 
 PIPELINES = {
-    "evaluation": "resize_small(256)|center_crop(224)",
-    "crop and flip": "inception_crop(224)|flip",
-    "AugReg": "inception_crop(224)|flip|randaugment(2,15)",
+  "evaluation": "resize_small(256)|center_crop(224)",
+  "crop and flip": "inception_crop(224)|flip",
+  "AugReg": "inception_crop(224)|flip|randaugment(2,15)",
 }
 
 
@@ -35,9 +35,11 @@ class Photographs:
 
   def __init__(self):
     from sklearn import datasets
+
     folder = os.path.join(os.path.dirname(datasets.__file__), "images")
-    self._files = [open(os.path.join(folder, name), "rb").read()
-                   for name in ("china.jpg", "flower.jpg")]
+    self._files = [
+      open(os.path.join(folder, name), "rb").read() for name in ("china.jpg", "flower.jpg")
+    ]
 
   def __call__(self, index):
     return image_sources.Example(self._files[index % 2], (0,))
@@ -56,10 +58,16 @@ def rate(source: image_sources.Images, transform: Transform, seconds: float) -> 
 def main(argv) -> None:
   source = image_sources.Images("photographs", ("any",), "", 10**6, Photographs(), str)
   rows = [("decoding alone", rate(source, lambda image, rng: None, _SECONDS.value))]
-  rows += [(f"{name}: {text}", rate(source, Transform(text, 224), _SECONDS.value))
-           for name, text in PIPELINES.items()]
-  print(tables.table(("JPEG 640 x 427, to 224 x 224", "images/s a core", f"cores for {_RATE.value:,.0f}/s"),
-                     [(name, f"{r:,.0f}", f"{_RATE.value / r:.0f}") for name, r in rows]))
+  rows += [
+    (f"{name}: {text}", rate(source, Transform(text, 224), _SECONDS.value))
+    for name, text in PIPELINES.items()
+  ]
+  print(
+    tables.table(
+      ("JPEG 640 x 427, to 224 x 224", "images/s a core", f"cores for {_RATE.value:,.0f}/s"),
+      [(name, f"{r:,.0f}", f"{_RATE.value / r:.0f}") for name, r in rows],
+    )
+  )
 
 
 if __name__ == "__main__":

@@ -41,20 +41,32 @@ def main(argv) -> None:
   for workload in latency.WORKLOADS:
     decoders = latency.parts(config, execution)
     weights = decoders[-1].lay_out(model.params)
-    programs = [latency.make_program(d, weights, workload, _BATCH.value, config.seq_len)
-                for d in [*decoders, *(Decoder(config, execution, g) for g in mixes)]]
+    programs = [
+      latency.make_program(d, weights, workload, _BATCH.value, config.seq_len)
+      for d in [*decoders, *(Decoder(config, execution, g) for g in mixes)]
+    ]
     times = latency.fastest(programs, _ROUNDS.value, f"timing {workload}")
-    measured = times[len(decoders):]
-    costs = latency.solve(config, times[:len(decoders)], _BATCH.value, config.seq_len)
+    measured = times[len(decoders) :]
+    costs = latency.solve(config, times[: len(decoders)], _BATCH.value, config.seq_len)
     predict = latency.Profile(latency.device_name(), {workload: costs}).predict
     errors = [predict(g, workload) / m - 1 for g, m in zip(mixes, measured)]
-    rows = [(gran.to_text(g, config), f"{1e3 * predict(g, workload):.3f}", f"{1e3 * m:.3f}",
-             f"{100 * e:+.1f}%") for g, m, e in zip(mixes, measured, errors)]
+    rows = [
+      (
+        gran.to_text(g, config),
+        f"{1e3 * predict(g, workload):.3f}",
+        f"{1e3 * m:.3f}",
+        f"{100 * e:+.1f}%",
+      )
+      for g, m, e in zip(mixes, measured, errors)
+    ]
     print(f"\n{workload}, {gran.LATENCIES[workload]}\n")
     print(tables.table(("mix", "predicted ms", "measured ms", "error"), rows), flush=True)
-    result[workload] = {"mixes": len(mixes), "worst_error": max(map(abs, errors)),
-                        "median_error": float(np.median(np.abs(errors))),
-                        "within_10_percent": sum(abs(e) <= 0.1 for e in errors)}
+    result[workload] = {
+      "mixes": len(mixes),
+      "worst_error": max(map(abs, errors)),
+      "median_error": float(np.median(np.abs(errors))),
+      "within_10_percent": sum(abs(e) <= 0.1 for e in errors),
+    }
   print(json.dumps(result))
 
 

@@ -28,14 +28,23 @@ import matformer_jax
 from matformer_jax import granularity as gran
 from matformer_jax import runtime, tables, train
 from matformer_jax.decoding.decode import Decoder, Sampling
+from matformer_jax.decoding.speculative import (
+  AUTO_DRAFT_LENGTHS,
+  SpeculativeDecoder,
+  forced,
+  frequent_tokens,
+  predicted_speedup,
+)
 from matformer_jax.evaluate import validation_store
-from matformer_jax.decoding.speculative import (AUTO_DRAFT_LENGTHS, SpeculativeDecoder, forced,
-                                                frequent_tokens, predicted_speedup)
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "A trained model.")
-_BASELINE = flags.DEFINE_string("baseline", None, "A model of S's width trained on its own, on the "
-                                "same data; default trains one for a quarter of the steps, its "
-                                "share of the tokens (Appendix B.4).")
+_BASELINE = flags.DEFINE_string(
+  "baseline",
+  None,
+  "A model of S's width trained on its own, on the "
+  "same data; default trains one for a quarter of the steps, its "
+  "share of the tokens (Appendix B.4).",
+)
 _BATCHES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Sequences decoded together.")
 _LENGTHS = flags.DEFINE_list("draft_lengths", list("12345678"), "Draft lengths k.")
 _DRAFT_VOCABS = flags.DEFINE_list("draft_vocabs", ["1024", "4096"], "Sizes of the draft's head.")
@@ -63,8 +72,9 @@ class Run:
     if isinstance(self.decoder, Decoder):
       state = self.decoder.advance(*self.weights, state, _TOKENS.value)
     else:
-      state, self.stats = self.decoder.advance(*self.weights, state, _TOKENS.value,
-                                               costs=self.costs)
+      state, self.stats = self.decoder.advance(
+        *self.weights, state, _TOKENS.value, costs=self.costs
+      )
     jax.block_until_ready(state)
     self.best = min(self.best, time.perf_counter() - started)
     self.sequences = state.sequences()
@@ -90,6 +100,7 @@ def round_costs(run: Run) -> list[float]:
 def train_baseline(model, directory: str) -> str:
   """A dense model of S's width, trained like `model` on its share of the tokens."""
   import ml_collections
+
   config = ml_collections.ConfigDict(model.card["config"])
   config.model.ffn_ratios = tuple(model.config.ffn_ratios[:1])
   config.model.head_ratios = (1.0,)
@@ -105,37 +116,63 @@ def benchmark(model, baseline, store, batch: int) -> dict:
   config, eos = model.config, -1  # never ends early: every run decodes the same number of tokens
   tokens = np.asarray(store.tokens["validation"])
   starts = np.linspace(0, len(tokens) - _PROMPT.value, batch + 2)[1:-1].astype(int)
-  prompts = [tokens[i:i + _PROMPT.value].tolist() for i in starts]
+  prompts = [tokens[i : i + _PROMPT.value].tolist() for i in starts]
   decoder = lambda name, sampling=Sampling(): Decoder(
-      config, model.execution, gran.parse(name, config), sampling, eos)
+    config, model.execution, gran.parse(name, config), sampling, eos
+  )
   xl = decoder("XL")
   weights = xl.lay_out(model.params)
   plain = {name: Run(decoder(name), (weights,), prompts) for name in ("S", "M", "L", "XL")}
   lengths = [int(k) for k in _LENGTHS.value]
   speculate = lambda draft, k, **kw: Run(
-      SpeculativeDecoder(xl, draft, k, **kw), (weights, weights), prompts)
+    SpeculativeDecoder(xl, draft, k, **kw), (weights, weights), prompts
+  )
   grid = {(name, k): speculate(decoder(name), (k,)) for name in ("S", "M", "L") for k in lengths}
   print(f"\nbatch {batch}: compiling and measuring {len(grid) + 4} programs", flush=True)
   measure([*plain.values(), *grid.values()])
   base = plain["XL"]
   speedup = lambda run: base.best / run.best
-  results = {"plain_ms_per_token": {n: 1e3 * r.best / _TOKENS.value for n, r in plain.items()},
-             "grid": []}
+  results = {
+    "plain_ms_per_token": {n: 1e3 * r.best / _TOKENS.value for n, r in plain.items()},
+    "grid": [],
+  }
   rows = []
   for (name, k), run in grid.items():
     a, c = run.stats.acceptance(), plain[name].best / base.best
     predicted = predicted_speedup(a, k, c)
     same = run.sequences == base.sequences
-    rows.append((name, str(k), f"{a:.3f}", f"{run.stats.tokens_per_round():.2f}", f"{c:.2f}",
-                 f"{predicted:.2f}x", f"{speedup(run):.2f}x",
-                 "slower" if run.best > base.best else "", "yes" if same else "NO"))
-    results["grid"].append({"draft": name, "k": k, "acceptance": a, "cost_ratio": c,
-                            "tokens_per_round": run.stats.tokens_per_round(),
-                            "predicted_speedup": predicted, "speedup": speedup(run),
-                            "equals_plain": same})
+    rows.append(
+      (
+        name,
+        str(k),
+        f"{a:.3f}",
+        f"{run.stats.tokens_per_round():.2f}",
+        f"{c:.2f}",
+        f"{predicted:.2f}x",
+        f"{speedup(run):.2f}x",
+        "slower" if run.best > base.best else "",
+        "yes" if same else "NO",
+      )
+    )
+    results["grid"].append(
+      {
+        "draft": name,
+        "k": k,
+        "acceptance": a,
+        "cost_ratio": c,
+        "tokens_per_round": run.stats.tokens_per_round(),
+        "predicted_speedup": predicted,
+        "speedup": speedup(run),
+        "equals_plain": same,
+      }
+    )
   print(f"\nBatch {batch}, plain XL {1e3 * base.best / _TOKENS.value:.3f} ms per step\n")
-  print(tables.table(("draft", "k", "accepted", "tokens/pass", "c", "predicted", "speed-up", "",
-                      "same text"), rows), flush=True)
+  print(
+    tables.table(
+      ("draft", "k", "accepted", "tokens/pass", "c", "predicted", "speed-up", "", "same text"), rows
+    ),
+    flush=True,
+  )
 
   # Table 2's rows, at the draft length that suits S best here; greedy and sampled.
   k = max(lengths, key=lambda k: speedup(grid["S", k]))
@@ -149,11 +186,14 @@ def benchmark(model, baseline, store, batch: int) -> dict:
     label = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     variants[f"plain XL, {label}"] = Run(v, (weights,), prompts)
     variants[f"S trained on its own, {label}"] = Run(
-        SpeculativeDecoder(v, o, (k,), False), (weights, own_weights), prompts)
+      SpeculativeDecoder(v, o, (k,), False), (weights, own_weights), prompts
+    )
     variants[f"MatLM S, {label}"] = Run(
-        SpeculativeDecoder(v, d, (k,), False), (weights, weights), prompts)
+      SpeculativeDecoder(v, d, (k,), False), (weights, weights), prompts
+    )
     variants[f"MatLM S, shared cache, {label}"] = Run(
-        SpeculativeDecoder(v, d, (k,)), (weights, weights), prompts)
+      SpeculativeDecoder(v, d, (k,)), (weights, weights), prompts
+    )
   chosen = speculate(s, AUTO_DRAFT_LENGTHS)
   variants["MatLM S, k chosen, greedy"] = dataclasses.replace(chosen, costs=round_costs(chosen))
   for size in map(int, _DRAFT_VOCABS.value):
@@ -162,7 +202,8 @@ def benchmark(model, baseline, store, batch: int) -> dict:
       variants[f"MatLM S, head of {size}, greedy"] = speculate(s, (k,), draft_vocab=frequent)
       chosen = speculate(s, AUTO_DRAFT_LENGTHS, draft_vocab=frequent)
       variants[f"MatLM S, head of {size}, k chosen, greedy"] = dataclasses.replace(
-          chosen, costs=round_costs(chosen))
+        chosen, costs=round_costs(chosen)
+      )
   measure(list(variants.values()))
   rows, results["variants"] = [], {}
   reference = {}
@@ -172,10 +213,19 @@ def benchmark(model, baseline, store, batch: int) -> dict:
       reference[mode] = run
       continue
     gain = reference[mode].best / run.best
-    rows.append((label, f"{run.stats.acceptance():.3f}", f"{run.stats.tokens_per_round():.2f}",
-                 f"{gain:.2f}x"))
-    results["variants"][label] = {"acceptance": run.stats.acceptance(), "speedup": gain,
-                                  "tokens_per_round": run.stats.tokens_per_round()}
+    rows.append(
+      (
+        label,
+        f"{run.stats.acceptance():.3f}",
+        f"{run.stats.tokens_per_round():.2f}",
+        f"{gain:.2f}x",
+      )
+    )
+    results["variants"][label] = {
+      "acceptance": run.stats.acceptance(),
+      "speedup": gain,
+      "tokens_per_round": run.stats.tokens_per_round(),
+    }
   print(f"\nBatch {batch}, k = {k}\n")
   print(tables.table(("draft", "accepted", "tokens/pass", "speed-up"), rows), flush=True)
   return results

@@ -24,24 +24,24 @@ from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import Program, get_config, measure, paired
 
 from matformer_jax import granularity as gran
-from matformer_jax.models import losses
-from matformer_jax.training import metrics
 from matformer_jax import runtime, sharding, tables, train
 from matformer_jax.config import Execution, MatLMConfig
-from matformer_jax.models import attention, layers
+from matformer_jax.models import attention, layers, losses
 from matformer_jax.tasks import make_task
 from matformer_jax.tasks.language import NextToken
+from matformer_jax.training import metrics
 from matformer_jax.training.trainer import Trainer, TrainState
-from timing import Program, get_config, measure, paired
 
 _REPS = flags.DEFINE_integer("reps", 15, "Repetitions of every program.")
 _LOOP_STEPS = flags.DEFINE_integer("loop_steps", 120, "Steps of the loop measurement.")
 _ONE_THREAD = flags.DEFINE_bool("one_thread", False, "Internal: the one-thread measurement.")
 
-ONE_THREAD_SHAPE = MatLMConfig(vocab_size=8192, num_layers=16, d_model=256, num_heads=16,
-                               seq_len=512)
+ONE_THREAD_SHAPE = MatLMConfig(
+  vocab_size=8192, num_layers=16, d_model=256, num_heads=16, seq_len=512
+)
 
 
 class Tokens(NextToken):
@@ -50,8 +50,9 @@ class Tokens(NextToken):
   def __init__(self, model_config: MatLMConfig, batch_size: int):
     super().__init__(model_config, batch_size)
     rng = np.random.default_rng(0)
-    self.tokens = rng.integers(0, model_config.vocab_size, (batch_size, model_config.seq_len + 1),
-                               np.int32)
+    self.tokens = rng.integers(
+      0, model_config.vocab_size, (batch_size, model_config.seq_len + 1), np.int32
+    )
 
   def batch(self, step, rows):
     return self.tokens[rows]
@@ -70,10 +71,21 @@ def dense_params(config: MatLMConfig, width: int):
   """A list of per-layer weights of FFN width `width`."""
   d, keys = config.d_model, iter(jax.random.split(jax.random.key(0), 4 * config.num_layers + 1))
   normal = lambda *shape: jax.random.normal(next(keys), shape) * shape[-1] ** -0.5
-  return {"embedding": normal(config.vocab_size, d), "final": {"scale": jnp.ones(d)},
-          "layers": [{"qkv": normal(3 * d, d), "out": normal(d, d), "up": normal(width, d),
-                      "down": normal(width, d), "norm1": {"scale": jnp.ones(d)},
-                      "norm2": {"scale": jnp.ones(d)}} for _ in range(config.num_layers)]}
+  return {
+    "embedding": normal(config.vocab_size, d),
+    "final": {"scale": jnp.ones(d)},
+    "layers": [
+      {
+        "qkv": normal(3 * d, d),
+        "out": normal(d, d),
+        "up": normal(width, d),
+        "down": normal(width, d),
+        "norm1": {"scale": jnp.ones(d)},
+        "norm2": {"scale": jnp.ones(d)},
+      }
+      for _ in range(config.num_layers)
+    ],
+  }
 
 
 def dense_hidden(params, tokens, config: MatLMConfig, execution: Execution):
@@ -84,12 +96,14 @@ def dense_hidden(params, tokens, config: MatLMConfig, execution: Execution):
   for p in params["layers"]:
     y = norm(x, p["norm1"]).reshape(b * t, d)
     qkv = layers.flat_matmul_transposed(y, p["qkv"]).reshape(b, t, 3, 1, n, h)
-    q, k, v = (jnp.squeeze(z, 2).transpose(0, 2, 3, 1, 4)
-               for z in jax.lax.split(qkv, (1, 1, 1), axis=2))
+    q, k, v = (
+      jnp.squeeze(z, 2).transpose(0, 2, 3, 1, 4) for z in jax.lax.split(qkv, (1, 1, 1), axis=2)
+    )
     q, k, v = jax.lax.optimization_barrier((q, k, v))
     q = layers.apply_rope(q, *table) * h**-0.5
-    o = attention.blocked_attention(q, layers.apply_rope(k, *table), v, True,
-                                    execution.attention_block)
+    o = attention.blocked_attention(
+      q, layers.apply_rope(k, *table), v, True, execution.attention_block
+    )
     o = o.transpose(0, 3, 1, 2, 4).reshape(b * t, d)
     x = x + layers.flat_matmul(o, p["out"]).reshape(b, t, d)
     y = norm(x, p["norm2"]).reshape(b * t, d)
@@ -153,19 +167,38 @@ def against_dense(reps: int):
     a, b = nested[i], dense[i]
     ratios.append(paired(a.step_times, b.step_times))
     time_share = paired(a.step_times, nested[-1].step_times)
-    rows.append((
-        name, f"{1e3 * statistics.median(a.step_times):.1f}",
-        f"{1e3 * statistics.median(b.step_times):.1f}", f"{ratios[-1]:.3f}",
+    rows.append(
+      (
+        name,
+        f"{1e3 * statistics.median(a.step_times):.1f}",
+        f"{1e3 * statistics.median(b.step_times):.1f}",
+        f"{ratios[-1]:.3f}",
         f"{1e3 * statistics.median(a.forward_times):.1f}",
         f"{1e3 * statistics.median(b.forward_times):.1f}",
         f"{paired(a.forward_times, b.forward_times):.3f}",
-        f"{100 * time_share:.1f}%", f"{100 * flops[i] / flops[-1]:.1f}%",
+        f"{100 * time_share:.1f}%",
+        f"{100 * flops[i] / flops[-1]:.1f}%",
         f"{time_share / (flops[i] / flops[-1]):.3f}",
-        f"{trainer.task.examples_per_step / statistics.median(a.step_times):,.0f}"))
-  header = ("size", "step ms", "dense ms", "ratio", "forward ms", "dense ms", "ratio", "of XL time",
-            "of XL FLOPs", "time/FLOPs", "tokens/s")
-  print(f"\nQuickstart shape: {model.num_layers} layers, d_model {model.d_model}, vocabulary "
-        f"{model.vocab_size}, {config.batch_size} x {model.seq_len} tokens\n")
+        f"{trainer.task.examples_per_step / statistics.median(a.step_times):,.0f}",
+      )
+    )
+  header = (
+    "size",
+    "step ms",
+    "dense ms",
+    "ratio",
+    "forward ms",
+    "dense ms",
+    "ratio",
+    "of XL time",
+    "of XL FLOPs",
+    "time/FLOPs",
+    "tokens/s",
+  )
+  print(
+    f"\nQuickstart shape: {model.num_layers} layers, d_model {model.d_model}, vocabulary "
+    f"{model.vocab_size}, {config.batch_size} x {model.seq_len} tokens\n"
+  )
   print(tables.table(header, rows), flush=True)
   share = paired(nested[0].step_times, nested[-1].step_times) / (flops[0] / flops[-1])
   return max(ratios), share
@@ -190,10 +223,17 @@ def one_thread(reps: int) -> dict:
 
 def one_thread_in_a_process_of_its_own(reps: int) -> dict:
   """`one_thread`, pinned to one core with XLA's thread pools switched off."""
-  env = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false "
-         "intra_op_parallelism_threads=1"}
-  out = subprocess.run([sys.executable, __file__, "--one_thread", f"--reps={reps}"], env=env,
-                       stdout=subprocess.PIPE, text=True, check=True).stdout
+  env = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+  }
+  out = subprocess.run(
+    [sys.executable, __file__, "--one_thread", f"--reps={reps}"],
+    env=env,
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  ).stdout
   return json.loads(out.splitlines()[-1])
 
 
@@ -213,7 +253,7 @@ def loop_overhead(steps: int) -> float:
     for attempt in range(3):
       workdir = pathlib.Path(directory) / str(attempt)
       train.train(config, workdir)
-      rows = metrics.read_jsonl(workdir / "metrics.jsonl")[steps // 4:]
+      rows = metrics.read_jsonl(workdir / "metrics.jsonl")[steps // 4 :]
       in_loop = sum(r["step_time_s"] for r in rows)
       trainer = Trainer(make_task(config), config, sharding.make_mesh({}))
       programs, state = trainer.compile(), trainer.init(0)
@@ -244,10 +284,19 @@ def loss_memory() -> list[tuple]:
     y = jnp.zeros((2, 1024), jnp.int32)
     chunks = losses.num_chunks(y.shape, vocab)
     chunked = lambda x, e, y: losses.chunked_cross_entropy(x, e, y, chunks)[0]
-    temp = [jax.jit(jax.grad(f, (0, 1))).lower(x, e, y).compile().memory_analysis()
-            .temp_size_in_bytes for f in (plain, chunked)]
-    rows.append((f"{vocab:,}", tables.si(temp[0], "B"), tables.si(temp[1], "B"), str(chunks),
-                 f"{temp[0] / temp[1]:.1f}x"))
+    temp = [
+      jax.jit(jax.grad(f, (0, 1))).lower(x, e, y).compile().memory_analysis().temp_size_in_bytes
+      for f in (plain, chunked)
+    ]
+    rows.append(
+      (
+        f"{vocab:,}",
+        tables.si(temp[0], "B"),
+        tables.si(temp[1], "B"),
+        str(chunks),
+        f"{temp[0] / temp[1]:.1f}x",
+      )
+    )
   return rows
 
 
@@ -261,17 +310,28 @@ def main(argv) -> None:
     return
   worst, share = against_dense(_REPS.value)
   print("\nLoss and gradient of 2,048 tokens, d_model 256, temporary memory\n")
-  print(tables.table(("vocabulary", "plain", "chunked", "chunks", "saves"), loss_memory()), flush=True)
+  print(
+    tables.table(("vocabulary", "plain", "chunked", "chunks", "saves"), loss_memory()), flush=True
+  )
   rates = one_thread_in_a_process_of_its_own(_REPS.value)
   s = ONE_THREAD_SHAPE
-  print(f"\nOne thread, {s.num_layers} layers, d_model {s.d_model}, vocabulary {s.vocab_size}, "
-        f"1 x {s.seq_len} tokens: tokens/s "
-        + "  ".join(f"{n} {r:,.0f}" for n, r in rates.items()), flush=True)
+  print(
+    f"\nOne thread, {s.num_layers} layers, d_model {s.d_model}, vocabulary {s.vocab_size}, "
+    f"1 x {s.seq_len} tokens: tokens/s " + "  ".join(f"{n} {r:,.0f}" for n, r in rates.items()),
+    flush=True,
+  )
   overhead = loop_overhead(_LOOP_STEPS.value)
-  print(json.dumps({
-      "worst_ratio_to_dense": worst, "s_ratio_to_flop_share": share,
-      "tokens_per_s_mean": statistics.mean(rates.values()), "loop_overhead": overhead,
-      "tokens_per_s": rates}))
+  print(
+    json.dumps(
+      {
+        "worst_ratio_to_dense": worst,
+        "s_ratio_to_flop_share": share,
+        "tokens_per_s_mean": statistics.mean(rates.values()),
+        "loop_overhead": overhead,
+        "tokens_per_s": rates,
+      }
+    )
+  )
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ import ml_collections
 
 # Table 4. A universal model is trained on g x the listed tokens (Appendix B.4).
 TABLE_4 = {
-    # row: (d_model, tokens per granularity in billions)
-    "78M": (256, 10),
-    "180M": (512, 20),
-    "310M": (768, 30),
-    "463M": (1024, 40),
-    "850M": (1536, 80),
-    "2.6B": (3072, 80),  # named in the text; the paper gives no token count: 850M's is kept
+  # row: (d_model, tokens per granularity in billions)
+  "78M": (256, 10),
+  "180M": (512, 20),
+  "310M": (768, 30),
+  "463M": (1024, 40),
+  "850M": (1536, 80),
+  "2.6B": (3072, 80),  # named in the text; the paper gives no token count: 850M's is kept
 }
 ROWS = tuple(TABLE_4) + ("quickstart", "tiny")
 GRANULARITIES = 4
@@ -44,7 +44,8 @@ def get_config(row: str = "quickstart") -> ml_collections.ConfigDict:
 
 
 def _base() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(dict(
+  return ml_collections.ConfigDict(
+    dict(
       task="matlm",
       # Directory of a trained or extracted model to start from: its model, tokenizer and
       # weights, a fresh optimizer. An extracted M*2+L*2 has the sizes S, M and M*2+L*2;
@@ -69,47 +70,48 @@ def _base() -> ml_collections.ConfigDict:
       peer_timeout_s=60.0,  # leave when another host is silent for so long
       mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: the remaining devices
       model=dict(
-          vocab_size=256_000,
-          num_layers=16,
-          d_model=0,
-          num_heads=16,
-          seq_len=1024,
-          ffn_ratios=(0.5, 1.0, 2.0, 4.0),  # Section 3.1
-          activation="gelu",  # or relu2; the paper names both
-          gated=False,
-          nested_heads=False,
-          head_ratios=(0.25, 0.5, 0.75, 1.0),  # Appendix F.2
-          ffn_groups=1,
-          head_groups=1,
-          rope_base=10_000.0,
-          norm_eps=1e-6,
+        vocab_size=256_000,
+        num_layers=16,
+        d_model=0,
+        num_heads=16,
+        seq_len=1024,
+        ffn_ratios=(0.5, 1.0, 2.0, 4.0),  # Section 3.1
+        activation="gelu",  # or relu2; the paper names both
+        gated=False,
+        nested_heads=False,
+        head_ratios=(0.25, 0.5, 0.75, 1.0),  # Appendix F.2
+        ffn_groups=1,
+        head_groups=1,
+        rope_base=10_000.0,
+        norm_eps=1e-6,
       ),
       data=dict(
-          source="stdlib",  # text:GLOB, tfds:NAME[/CONFIG]:FEATURE, tokens:DIR (data.prepare)
-          data_dir="",  # where TFDS datasets were prepared
-          tokenizer="",  # a SentencePiece .model file; empty trains one
-          tokenizer_type="bpe",
-          tokenizer_sample_bytes=50_000_000,
-          validation_fraction=0.05,
-          cache_dir="",  # default ~/.cache/matformer_jax/data
-          log_samples=False,  # samples-<process>.jsonl: which windows each step trained on
+        source="stdlib",  # text:GLOB, tfds:NAME[/CONFIG]:FEATURE, tokens:DIR (data.prepare)
+        data_dir="",  # where TFDS datasets were prepared
+        tokenizer="",  # a SentencePiece .model file; empty trains one
+        tokenizer_type="bpe",
+        tokenizer_sample_bytes=50_000_000,
+        validation_fraction=0.05,
+        cache_dir="",  # default ~/.cache/matformer_jax/data
+        log_samples=False,  # samples-<process>.jsonl: which windows each step trained on
       ),
       optim=dict(
-          name="adamw",  # or adafactor, sgd
-          schedule="cosine",
-          peak_lr=0.0,
-          warmup_steps=0,
-          final_lr_ratio=0.1,
-          b1=0.9,
-          b2=0.95,
-          momentum=0.9,  # of sgd
-          eps=1e-8,
-          weight_decay=0.1,  # matrices only
-          clip_norm=1.0,
+        name="adamw",  # or adafactor, sgd
+        schedule="cosine",
+        peak_lr=0.0,
+        warmup_steps=0,
+        final_lr_ratio=0.1,
+        b1=0.9,
+        b2=0.95,
+        momentum=0.9,  # of sgd
+        eps=1e-8,
+        weight_decay=0.1,  # matrices only
+        clip_norm=1.0,
       ),
       checkpoint=dict(every=0, keep_last=2, keep_best=1),
       eval=dict(every=0, batches=0, batch_size=0),
-  ))
+    )
+  )
 
 
 def _table_4(config, d_model: int, billion_tokens: int) -> None:
@@ -136,8 +138,9 @@ def _table_4(config, d_model: int, billion_tokens: int) -> None:
   config.data.tokenizer_type = "unigram"
   config.data.tokenizer_sample_bytes = 10**9
   config.z_loss = 1e-4
-  config.optim.update(dict(name="adafactor", schedule="rsqrt", peak_lr=0.01,
-                           warmup_steps=10_000, weight_decay=0.0))
+  config.optim.update(
+    dict(name="adafactor", schedule="rsqrt", peak_lr=0.01, warmup_steps=10_000, weight_decay=0.0)
+  )
   config.log_every = 100
   config.checkpoint.update(dict(every=1000, keep_last=3, keep_best=1))
   config.eval.update(dict(every=5000, batches=16, batch_size=1024))
@@ -157,8 +160,11 @@ def _quickstart(config) -> None:
 
 
 def _tiny(config) -> None:
-  config.model.update(dict(vocab_size=512, num_layers=2, d_model=32, num_heads=4, seq_len=32,
-                           ffn_groups=2, head_groups=1))
+  config.model.update(
+    dict(
+      vocab_size=512, num_layers=2, d_model=32, num_heads=4, seq_len=32, ffn_groups=2, head_groups=1
+    )
+  )
   config.batch_size = 8
   config.steps = 40
   config.optim.update(dict(peak_lr=1e-2, warmup_steps=5))

@@ -22,8 +22,13 @@ import re
 import ml_collections
 
 # d_model, layers, heads: Dosovitskiy et al. 2021, Table 1; Ti and S: Steiner et al. 2021.
-VARIANTS = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16),
-            "H": (1280, 32, 16)}
+VARIANTS = {
+  "Ti": (192, 12, 3),
+  "S": (384, 12, 6),
+  "B": (768, 12, 12),
+  "L": (1024, 24, 16),
+  "H": (1280, 32, 16),
+}
 PATCHES = (4, 8, 14, 16, 32)
 ROWS = ("B16_i1k_augreg", "L16_i21k", "L16_i1k_finetune", "fashion", "digits")
 GRANULARITIES = 4
@@ -40,14 +45,16 @@ def get_config(row: str = "fashion") -> ml_collections.ConfigDict:
   if not match or int(match[2]) not in PATCHES:
     raise ValueError(f"configs/matvit.py has no row {row!r}; rows are {', '.join(ROWS)}")
   d_model, num_layers, num_heads = VARIANTS[match[1]]
-  config.model.update(dict(d_model=d_model, num_layers=num_layers, num_heads=num_heads,
-                           patch_size=int(match[2])))
+  config.model.update(
+    dict(d_model=d_model, num_layers=num_layers, num_heads=num_heads, patch_size=int(match[2]))
+  )
   {"i1k_augreg": _i1k_augreg, "i21k": _i21k, "i1k_finetune": _i1k_finetune}[match[3]](config)
   return config
 
 
 def _base() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(dict(
+  return ml_collections.ConfigDict(
+    dict(
       task="matvit",
       # Directory of a trained or extracted model to start from: its encoder, a fresh
       # optimizer. Positions are resized to this config's image_size.
@@ -71,57 +78,58 @@ def _base() -> ml_collections.ConfigDict:
       peer_timeout_s=60.0,  # leave when another host is silent for so long
       mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the remaining devices
       model=dict(
-          image_size=224,
-          patch_size=16,
-          channels=3,
-          num_classes=1000,
-          num_layers=0,
-          d_model=0,
-          num_heads=0,
-          pooling="cls",  # or mean
-          representation_size=0,
-          head_bias=0.0,
-          dropout=0.0,
-          stochastic_depth=0.0,
-          ffn_ratios=(0.5, 1.0, 2.0, 4.0),  # Section 4.2
-          activation="gelu",
-          gated=False,
-          nested_heads=False,
-          head_ratios=(0.25, 0.5, 0.75, 1.0),  # Appendix F.2
-          ffn_groups=1,
-          head_groups=1,
-          norm_eps=1e-6,
+        image_size=224,
+        patch_size=16,
+        channels=3,
+        num_classes=1000,
+        num_layers=0,
+        d_model=0,
+        num_heads=0,
+        pooling="cls",  # or mean
+        representation_size=0,
+        head_bias=0.0,
+        dropout=0.0,
+        stochastic_depth=0.0,
+        ffn_ratios=(0.5, 1.0, 2.0, 4.0),  # Section 4.2
+        activation="gelu",
+        gated=False,
+        nested_heads=False,
+        head_ratios=(0.25, 0.5, 0.75, 1.0),  # Appendix F.2
+        ffn_groups=1,
+        head_groups=1,
+        norm_eps=1e-6,
       ),
       data=dict(
-          source="tfds:imagenet2012",  # sklearn:digits, idx:DIR, folder:DIR
-          data_dir="",  # where TFDS datasets were prepared
-          train_split="train",
-          validation_split="validation",
-          label="label",  # TFDS feature with the class, or several (real_label)
-          classes=(),  # keep only these, numbered anew; () keeps all
-          # Operations, see matformer_jax/data/augment.py.
-          train_transform="inception_crop(224)|flip",
-          eval_transform="resize_small(256)|center_crop(224)",
-          corrupt="error",  # or skip: images that do not decode are left out and counted
-          workers=0,  # processes that decode; 0: in the training process
-          log_samples=False,  # samples-<process>.jsonl: which images each step trained on
+        source="tfds:imagenet2012",  # sklearn:digits, idx:DIR, folder:DIR
+        data_dir="",  # where TFDS datasets were prepared
+        train_split="train",
+        validation_split="validation",
+        label="label",  # TFDS feature with the class, or several (real_label)
+        classes=(),  # keep only these, numbered anew; () keeps all
+        # Operations, see matformer_jax/data/augment.py.
+        train_transform="inception_crop(224)|flip",
+        eval_transform="resize_small(256)|center_crop(224)",
+        corrupt="error",  # or skip: images that do not decode are left out and counted
+        workers=0,  # processes that decode; 0: in the training process
+        log_samples=False,  # samples-<process>.jsonl: which images each step trained on
       ),
       optim=dict(
-          name="adamw",  # or sgd, adafactor
-          schedule="cosine",
-          peak_lr=1e-3,
-          warmup_steps=10_000,
-          final_lr_ratio=0.0,
-          b1=0.9,
-          b2=0.999,
-          momentum=0.9,  # of sgd
-          eps=1e-8,
-          weight_decay=0.1,  # times the learning rate; matrices only
-          clip_norm=1.0,
+        name="adamw",  # or sgd, adafactor
+        schedule="cosine",
+        peak_lr=1e-3,
+        warmup_steps=10_000,
+        final_lr_ratio=0.0,
+        b1=0.9,
+        b2=0.999,
+        momentum=0.9,  # of sgd
+        eps=1e-8,
+        weight_decay=0.1,  # times the learning rate; matrices only
+        clip_norm=1.0,
       ),
       checkpoint=dict(every=0, keep_last=2, keep_best=1),
       eval=dict(every=0, batches=0, batch_size=0),  # 0 batches: the whole split
-  ))
+    )
+  )
 
 
 def _i1k_augreg(config) -> None:
@@ -143,8 +151,12 @@ def _i21k(config) -> None:
   config.mixup = 0.2
   config.batch_size = 4096
   config.steps = GRANULARITIES * 90 * IMAGENET_21K // config.batch_size
-  config.data.update(dict(source="folder:/data/imagenet21k",
-                          train_transform="inception_crop(224)|flip|randaugment(2,10)"))
+  config.data.update(
+    dict(
+      source="folder:/data/imagenet21k",
+      train_transform="inception_crop(224)|flip|randaugment(2,10)",
+    )
+  )
   config.optim.weight_decay = 0.03
   _pod(config, eval_every=20_000)
 
@@ -155,8 +167,7 @@ def _i1k_finetune(config) -> None:
   config.model.image_size = 384
   config.batch_size = 512
   config.steps = 20_000
-  config.data.update(dict(train_transform="inception_crop(384)|flip",
-                          eval_transform="resize(384)"))
+  config.data.update(dict(train_transform="inception_crop(384)|flip", eval_transform="resize(384)"))
   config.optim.update(dict(name="sgd", peak_lr=0.03, warmup_steps=500, weight_decay=0.0))
   _pod(config, eval_every=2000)
 
@@ -170,10 +181,14 @@ def _pod(config, eval_every: int) -> None:
 
 def _fashion(config) -> None:
   """Fashion-MNIST from its IDX files, such as Debian's dataset-fashion-mnist installs."""
-  config.model.update(dict(image_size=28, patch_size=4, channels=1, num_classes=10, d_model=64,
-                           num_layers=4, num_heads=4))
-  config.data.update(dict(source="idx:/usr/share/datasets/fashion-mnist", train_transform="flip",
-                          eval_transform=""))
+  config.model.update(
+    dict(
+      image_size=28, patch_size=4, channels=1, num_classes=10, d_model=64, num_layers=4, num_heads=4
+    )
+  )
+  config.data.update(
+    dict(source="idx:/usr/share/datasets/fashion-mnist", train_transform="flip", eval_transform="")
+  )
   config.batch_size = 32
   config.steps = 12_000
   config.optim.update(dict(peak_lr=3e-3, warmup_steps=600, b2=0.95))
@@ -183,8 +198,18 @@ def _fashion(config) -> None:
 
 
 def _digits(config) -> None:
-  config.model.update(dict(image_size=8, patch_size=2, channels=1, num_classes=10, d_model=32,
-                           num_layers=2, num_heads=4, ffn_groups=2))
+  config.model.update(
+    dict(
+      image_size=8,
+      patch_size=2,
+      channels=1,
+      num_classes=10,
+      d_model=32,
+      num_layers=2,
+      num_heads=4,
+      ffn_groups=2,
+    )
+  )
   config.data.update(dict(source="sklearn:digits", train_transform="", eval_transform=""))
   config.batch_size = 64
   config.steps = 300

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import errno
 import re
 import sys
+from typing import NoReturn
 import warnings
-from typing import Callable, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -16,19 +17,33 @@ from matformer_jax.errors import UserError
 
 EXIT_ERROR = 1
 
-BUDGET_HELP = ("Choose the Mix'n'Match granularity that fits: 0.6x (of XL's parameters), 620M, "
-               "nonembedding:245.5M, ffn:94M, flops:1.2G, or with a profile of this device "
-               "latency:15ms (a forward pass), decode:0.4ms (a token).")
+BUDGET_HELP = (
+  "Choose the Mix'n'Match granularity that fits: 0.6x (of XL's parameters), 620M, "
+  "nonembedding:245.5M, ffn:94M, flops:1.2G, or with a profile of this device "
+  "latency:15ms (a forward pass), decode:0.4ms (a token)."
+)
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-                errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.EEXIST)
+_DISK_ERRORS = (
+  errno.ENOSPC,
+  errno.EROFS,
+  errno.EACCES,
+  errno.EPERM,
+  errno.ENOTDIR,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.ENOENT,
+  errno.EEXIST,
+)
 
 
 def define_config(required: bool = True):
   """Defines --config=FILE.py[:ROW] with --config.key=value overrides."""
   holder = config_flags.DEFINE_config_file(
-      "config", None, "Config file and row, e.g. configs/matlm.py:quickstart; any key can be "
-      "overridden: --config.optim.peak_lr=1e-3." + ("" if required else " Optional."))
+    "config",
+    None,
+    "Config file and row, e.g. configs/matlm.py:quickstart; any key can be "
+    "overridden: --config.optim.peak_lr=1e-3." + ("" if required else " Optional."),
+  )
   flags.declare_key_flag("config")
   return holder
 
@@ -42,16 +57,20 @@ def read_config(flag):
     try:
       config.model
     except Exception as e:
-      raise UserError(f"--config cannot be read: {str(e).strip().splitlines()[-1]}; give for "
-                      "example --config=configs/matlm.py:quickstart") from None
+      raise UserError(
+        f"--config cannot be read: {str(e).strip().splitlines()[-1]}; give for "
+        "example --config=configs/matlm.py:quickstart"
+      ) from None
   return config
 
 
 def check(argv: list[str], **directories: str | None) -> None:
   """Raises UserError for stray arguments and for directory flags that are missing."""
   if len(argv) > 1:
-    raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value, quoted where the "
-                    "value holds spaces or '*'")
+    raise UserError(
+      f"unexpected argument {argv[1]!r}; flags are --name=value, quoted where the "
+      "value holds spaces or '*'"
+    )
   for name, value in directories.items():
     if not value:
       raise UserError(f"--{name} is missing; give a directory, e.g. --{name}=runs/mine")
@@ -83,8 +102,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except OSError as e:
       if e.errno not in _DISK_ERRORS:
         raise
-      fail(f"{e.filename or 'file'}: {e.strerror}; free space, or choose a directory "
-           "that can be written")
+      fail(
+        f"{e.filename or 'file'}: {e.strerror}; free space, or choose a directory "
+        "that can be written"
+      )
 
   runtime.keep_freed_memory()  # here, since it must come before JAX's first use
   warnings.showwarning = _print_warning
@@ -99,7 +120,7 @@ def _unknown_key(argv: list[str], e: Exception) -> str:
   near = re.search(r'Did you mean "([^"]+)" instead of "([^"]+)"', str(e))
   if near:
     flag = next((a for a in argv if near.group(2) in a), "--config.*")
-    return (f"unknown config key {near.group(2)!r} in {flag}; did you mean {near.group(1)!r}?")
+    return f"unknown config key {near.group(2)!r} in {flag}; did you mean {near.group(1)!r}?"
   names = [a for a in argv if a.startswith("--config.")]
   return f"unknown config key in {' '.join(names)} ({' '.join(str(e).split())})"
 

@@ -7,9 +7,10 @@ anew on every machine and never stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import difflib
-from typing import Any, ClassVar, Mapping
+from typing import Any, ClassVar
 
 from matformer_jax.errors import UserError
 
@@ -79,8 +80,13 @@ class ModelConfig:
   unit: ClassVar[str]  # what FLOPs are counted for: a token or an image
   blocks_name: ClassVar[str]  # what the paper calls the parameters of all but the ends
   adaptable: ClassVar[tuple[str, ...]] = ()  # what further training may change
-  _sizes: ClassVar[tuple[str, ...]] = ("num_layers", "d_model", "num_heads", "ffn_groups",
-                                       "head_groups")
+  _sizes: ClassVar[tuple[str, ...]] = (
+    "num_layers",
+    "d_model",
+    "num_heads",
+    "ffn_groups",
+    "head_groups",
+  )
 
   def __post_init__(self):
     self._set("ffn_ratios", tuple(self.ffn_ratios))
@@ -91,12 +97,14 @@ class ModelConfig:
         raise UserError(f"model.{name}={value!r} must be a positive integer")
     if self.d_model % self.num_heads:
       raise UserError(
-          f"model.d_model={self.d_model} is not divisible by model.num_heads="
-          f"{self.num_heads}; choose num_heads among {_divisors(self.d_model)}")
+        f"model.d_model={self.d_model} is not divisible by model.num_heads="
+        f"{self.num_heads}; choose num_heads among {_divisors(self.d_model)}"
+      )
     if self.rope_base and self.head_dim % 2:
       raise UserError(
-          f"model.d_model/model.num_heads = {self.head_dim} must be even for "
-          "rotary position embeddings; use fewer or more heads")
+        f"model.d_model/model.num_heads = {self.head_dim} must be even for "
+        "rotary position embeddings; use fewer or more heads"
+      )
     if self.activation not in ACTIVATIONS:
       raise UserError(f"model.activation={self.activation!r} is not one of {ACTIVATIONS}")
     _check_increasing("ffn_ratios", self.ffn_ratios)
@@ -104,20 +112,23 @@ class ModelConfig:
       width = ratio * self.d_model
       if width != int(width) or width < 1 or int(width) % self.ffn_groups:
         raise UserError(
-            f"model.ffn_ratios entry {ratio} x d_model={self.d_model} gives FFN width "
-            f"{width:g}, which must be an integer multiple of model.ffn_groups={self.ffn_groups}")
+          f"model.ffn_ratios entry {ratio} x d_model={self.d_model} gives FFN width "
+          f"{width:g}, which must be an integer multiple of model.ffn_groups={self.ffn_groups}"
+        )
     if self.nested_heads:
       _check_increasing("head_ratios", self.head_ratios)
       if len(self.head_ratios) != len(self.ffn_ratios) or self.head_ratios[-1] != 1:
         raise UserError(
-            f"model.head_ratios={self.head_ratios} must have {len(self.ffn_ratios)} entries "
-            "(one per ffn_ratios entry) and end with 1")
+          f"model.head_ratios={self.head_ratios} must have {len(self.ffn_ratios)} entries "
+          "(one per ffn_ratios entry) and end with 1"
+        )
     for ratio in self.head_ratios if self.nested_heads else (1,):
       heads = ratio * self.num_heads
       if heads != int(heads) or heads < 1 or int(heads) % self.head_groups:
         raise UserError(
-            f"head ratio {ratio} x num_heads={self.num_heads} gives {heads:g} heads, which "
-            f"must be an integer multiple of model.head_groups={self.head_groups}")
+          f"head ratio {ratio} x num_heads={self.num_heads} gives {heads:g} heads, which "
+          f"must be an integer multiple of model.head_groups={self.head_groups}"
+        )
     top = self.num_granularities - 1
     runs = self.runs or (Run(self.num_layers, top, top),)
     runs = tuple(r if isinstance(r, Run) else Run(**r) for r in runs)
@@ -152,8 +163,10 @@ class ModelConfig:
 
   def slice_lengths(self, run: Run) -> dict[str, int]:
     """{nested axis: how much of it the widths of `run` use}, per group; see sharding.py."""
-    return {"neurons": self.ffn_widths[run.ffn] // self.ffn_groups,
-            "heads": self.head_counts[run.heads] // self.head_groups}
+    return {
+      "neurons": self.ffn_widths[run.ffn] // self.ffn_groups,
+      "heads": self.head_counts[run.heads] // self.head_groups,
+    }
 
   @property
   def num_tokens(self) -> int:
@@ -283,8 +296,14 @@ class MatViTConfig(ModelConfig):
   layer_norm = True
   biases = True
   glorot = True
-  adaptable = ("image_size", "num_classes", "representation_size", "head_bias", "dropout",
-               "stochastic_depth")
+  adaptable = (
+    "image_size",
+    "num_classes",
+    "representation_size",
+    "head_bias",
+    "dropout",
+    "stochastic_depth",
+  )
   name = "MatViT"
   unit = "image"
   blocks_name = "encoder"
@@ -293,13 +312,16 @@ class MatViTConfig(ModelConfig):
   def __post_init__(self):
     super().__post_init__()
     if self.image_size % self.patch_size:
-      raise UserError(f"model.image_size={self.image_size} is not a multiple of "
-                      f"model.patch_size={self.patch_size}")
+      raise UserError(
+        f"model.image_size={self.image_size} is not a multiple of "
+        f"model.patch_size={self.patch_size}"
+      )
     if self.pooling not in POOLING:
       raise UserError(f"model.pooling={self.pooling!r} is not one of {POOLING}")
     if not isinstance(self.representation_size, int) or self.representation_size < 0:
-      raise UserError(f"model.representation_size={self.representation_size!r} must be a "
-                      "non-negative integer")
+      raise UserError(
+        f"model.representation_size={self.representation_size!r} must be a non-negative integer"
+      )
     for name in ("dropout", "stochastic_depth"):
       if not 0 <= getattr(self, name) < 1:
         raise UserError(f"model.{name}={getattr(self, name)!r} must be in [0, 1)")
@@ -307,8 +329,10 @@ class MatViTConfig(ModelConfig):
   @property
   def summary(self):
     channels = "grey" if self.channels == 1 else "RGB"
-    return (f"{super().summary}, {self.image_size} x {self.image_size} {channels} pixels in patches "
-            f"of {self.patch_size} x {self.patch_size}, {self.num_classes:,} classes")
+    return (
+      f"{super().summary}, {self.image_size} x {self.image_size} {channels} pixels in patches "
+      f"of {self.patch_size} x {self.patch_size}, {self.num_classes:,} classes"
+    )
 
   @property
   def grid(self) -> int:
@@ -337,13 +361,17 @@ class MatViTConfig(ModelConfig):
   def end_params(self):
     d, r = self.d_model, self.representation_size
     tokens = d * (self.num_tokens + (self.pooling == "cls"))  # positions, [CLS]
-    return ((self.patch_pixels + 1) * d + tokens + (d + 1) * r
-            + (self.features + 1) * self.num_classes)
+    return (
+      (self.patch_pixels + 1) * d + tokens + (d + 1) * r + (self.features + 1) * self.num_classes
+    )
 
   @property
   def end_flops(self):
-    return 2 * (self.grid**2 * self.patch_pixels * self.d_model
-                + self.d_model * self.representation_size + self.features * self.num_classes)
+    return 2 * (
+      self.grid**2 * self.patch_pixels * self.d_model
+      + self.d_model * self.representation_size
+      + self.features * self.num_classes
+    )
 
 
 KINDS = {"matlm": MatLMConfig, "matvit": MatViTConfig}
@@ -394,8 +422,9 @@ class Execution:
   logits_bytes: int = 32 * 2**20
 
   @classmethod
-  def for_platform(cls, platform: str, mesh=None, dtype: str = "auto", remat: str = "auto",
-                   device_kind: str = "") -> Execution:
+  def for_platform(
+    cls, platform: str, mesh=None, dtype: str = "auto", remat: str = "auto", device_kind: str = ""
+  ) -> Execution:
     """What measured best on `cpu`, `gpu` or `tpu`, where dtype and remat are `auto`.
 
     Args:
@@ -415,10 +444,16 @@ class Execution:
       raise UserError(f"remat={remat!r} is not one of {('auto',) + REMAT_POLICIES}")
     if mesh is not None and mesh.size == 1:
       mesh = None
-    return cls(mesh=mesh, dtype=dtype, remat=remat, scan_layers=not cpu or mesh is not None,
-               flat_weights=cpu and mesh is None, attention_block=128 if cpu else 1024,
-               flash_attention=platform == "tpu" and device_kind not in ("TPU v2", "TPU v3"),
-               logits_bytes=(32 if cpu else 512) * 2**20)
+    return cls(
+      mesh=mesh,
+      dtype=dtype,
+      remat=remat,
+      scan_layers=not cpu or mesh is not None,
+      flat_weights=cpu and mesh is None,
+      attention_block=128 if cpu else 1024,
+      flash_attention=platform == "tpu" and device_kind not in ("TPU v2", "TPU v3"),
+      logits_bytes=(32 if cpu else 512) * 2**20,
+    )
 
 
 def did_you_mean(key: str, known) -> str:

@@ -1,9 +1,9 @@
 """What a model is: sizes and costs of every granularity.
 
-  python -m matformer_jax.describe --config=configs/matlm.py:850M
-  python -m matformer_jax.describe --config=configs/matvit.py:B16_i1k_augreg
-  python -m matformer_jax.describe --workdir=runs/quickstart --json
-  python -m matformer_jax.describe --config=configs/matlm.py:850M --budget=nonembedding:245.5M
+python -m matformer_jax.describe --config=configs/matlm.py:850M
+python -m matformer_jax.describe --config=configs/matvit.py:B16_i1k_augreg
+python -m matformer_jax.describe --workdir=runs/quickstart --json
+python -m matformer_jax.describe --config=configs/matlm.py:850M --budget=nonembedding:245.5M
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import json
 
 from absl import flags
 
-from matformer_jax.checkpoints import checkpoint
-from matformer_jax import cli, tables
+from matformer_jax import cli, latency, tables
 from matformer_jax import granularity as gran
-from matformer_jax import latency
+from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import ModelConfig, model_config
 from matformer_jax.errors import UserError
 
@@ -26,41 +25,70 @@ def describe(config: ModelConfig, chosen: gran.Granularity | None = None) -> dic
   Args:
     chosen: what a budget chose, for `mix_n_match`; left out where None.
   """
-  result = {"model": config.to_dict(),
-            "granularities": {gran.to_text(g, config): _sizes(config, g)
-                              for g in gran.uniform(config)}}
+  result = {
+    "model": config.to_dict(),
+    "granularities": {gran.to_text(g, config): _sizes(config, g) for g in gran.uniform(config)},
+  }
   if chosen is not None:
-    result["mix_n_match"] = {"granularity": gran.to_text(chosen, config),
-                             **_sizes(config, chosen)}
+    result["mix_n_match"] = {"granularity": gran.to_text(chosen, config), **_sizes(config, chosen)}
   return result
 
 
 def _sizes(config: ModelConfig, g: gran.Granularity) -> dict:
   n = gran.count(config, g)
-  return {"params": n.params, "non_embedding_params": n.non_embedding_params,
-          "ffn_params": n.ffn_params, f"flops_per_{config.unit}": n.flops,
-          f"train_flops_per_{config.unit}": n.train_flops,
-          "weight_bytes_float32": 4 * n.params, "weight_bytes_bfloat16": 2 * n.params}
+  return {
+    "params": n.params,
+    "non_embedding_params": n.non_embedding_params,
+    "ffn_params": n.ffn_params,
+    f"flops_per_{config.unit}": n.flops,
+    f"train_flops_per_{config.unit}": n.train_flops,
+    "weight_bytes_float32": 4 * n.params,
+    "weight_bytes_bfloat16": 2 * n.params,
+  }
 
 
-def report(config: ModelConfig, chosen: gran.Granularity | None = None,
-           budget: str | None = None) -> str:
+def report(
+  config: ModelConfig, chosen: gran.Granularity | None = None, budget: str | None = None
+) -> str:
   """The same as a table a person reads."""
-  sizes = {gran.to_text(g, config): _sizes(config, g)
-           for g in [*gran.uniform(config), *([chosen] if chosen else [])]}
-  rows = [(name, f"{r['params']:,}", f"{r['non_embedding_params']:,}", f"{r['ffn_params']:,}",
-           tables.si(r[f"flops_per_{config.unit}"]), tables.si(r[f"train_flops_per_{config.unit}"]),
-           tables.si(r["weight_bytes_float32"], "B"), tables.si(r["weight_bytes_bfloat16"], "B"))
-          for name, r in sorted(sizes.items(), key=lambda item: item[1]["params"])]
+  sizes = {
+    gran.to_text(g, config): _sizes(config, g)
+    for g in [*gran.uniform(config), *([chosen] if chosen else [])]
+  }
+  rows = [
+    (
+      name,
+      f"{r['params']:,}",
+      f"{r['non_embedding_params']:,}",
+      f"{r['ffn_params']:,}",
+      tables.si(r[f"flops_per_{config.unit}"]),
+      tables.si(r[f"train_flops_per_{config.unit}"]),
+      tables.si(r["weight_bytes_float32"], "B"),
+      tables.si(r["weight_bytes_bfloat16"], "B"),
+    )
+    for name, r in sorted(sizes.items(), key=lambda item: item[1]["params"])
+  ]
   c = config
-  header = ("granularity", "parameters", c.blocks_name, "FFN", f"FLOPs/{c.unit}", "training",
-            "float32", "bfloat16")
-  what = [c.summary, f"{'gated ' if c.gated else ''}{c.activation} FFN widths "
-          + "/".join(map(str, c.ffn_widths))]
+  header = (
+    "granularity",
+    "parameters",
+    c.blocks_name,
+    "FFN",
+    f"FLOPs/{c.unit}",
+    "training",
+    "float32",
+    "bfloat16",
+  )
+  what = [
+    c.summary,
+    f"{'gated ' if c.gated else ''}{c.activation} FFN widths " + "/".join(map(str, c.ffn_widths)),
+  ]
   mixes = len(gran.mix_n_match_ladder(c)) - len(gran.uniform(c))
-  text = (f"{', '.join(what)}\n\n{tables.table(header, rows)}\n\n"
-          f"FLOPs are of a forward pass, attention counted in full. Between the "
-          f"sizes lie {mixes:,} Mix'n'Match models.")
+  text = (
+    f"{', '.join(what)}\n\n{tables.table(header, rows)}\n\n"
+    f"FLOPs are of a forward pass, attention counted in full. Between the "
+    f"sizes lie {mixes:,} Mix'n'Match models."
+  )
   if chosen is not None:
     text += f"\nWithin --budget={budget}: {gran.to_text(chosen, config)}"
   return text
@@ -69,8 +97,9 @@ def report(config: ModelConfig, chosen: gran.Granularity | None = None,
 def main(argv) -> None:
   if bool(_WORKDIR.value) == bool(_CONFIG.value is not None):
     raise UserError("give exactly one of --config=configs/matlm.py:ROW and --workdir=DIR")
-  config = model_config(checkpoint.read_card(_WORKDIR.value) if _WORKDIR.value else
-                        cli.read_config(_CONFIG))
+  config = model_config(
+    checkpoint.read_card(_WORKDIR.value) if _WORKDIR.value else cli.read_config(_CONFIG)
+  )
   chosen = None
   if _BUDGET.value:
     profile = latency.read(_WORKDIR.value, config) if _WORKDIR.value else None

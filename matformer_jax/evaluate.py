@@ -1,14 +1,14 @@
 """Measures granularities of a trained model on its validation data.
 
-  python -m matformer_jax.evaluate --workdir=runs/quickstart --granularities=S,M,"M*2+L*2",XL
+python -m matformer_jax.evaluate --workdir=runs/quickstart --granularities=S,M,"M*2+L*2",XL
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
-from typing import Sequence
 
 from absl import flags
 import ml_collections
@@ -37,12 +37,17 @@ def open_task(model: Model) -> Task:
   config.data.tokenizer = ""  # the one beside the weights
   task = make_task(config, model.workdir)
   trained_on = model.card["identity"]
-  changed = [key for key, value in task.identity().items()
-             if json.loads(json.dumps(value)) != trained_on.get(key)]
+  changed = [
+    key
+    for key, value in task.identity().items()
+    if json.loads(json.dumps(value)) != trained_on.get(key)
+  ]
   if changed:
-    raise UserError(f"data.source={config.data.source!r} no longer gives the {', '.join(changed)} "
-                    "this model was trained on (another version of it?); evaluate where it was "
-                    "trained")
+    raise UserError(
+      f"data.source={config.data.source!r} no longer gives the {', '.join(changed)} "
+      "this model was trained on (another version of it?); evaluate where it was "
+      "trained"
+    )
   return task
 
 
@@ -51,8 +56,14 @@ def validation_store(model: LanguageModel) -> TokenStore:
   return open_task(model).store
 
 
-def evaluate(model: Model, task: Task, granularities: Sequence[gran.Granularity],
-             consistency: bool, max_batches: int = 0, batch_size: int = 16) -> list[Result]:
+def evaluate(
+  model: Model,
+  task: Task,
+  granularities: Sequence[gran.Granularity],
+  consistency: bool,
+  max_batches: int = 0,
+  batch_size: int = 16,
+) -> list[Result]:
   """Measures `granularities` on validation data, in order.
 
   Args:
@@ -60,13 +71,21 @@ def evaluate(model: Model, task: Task, granularities: Sequence[gran.Granularity]
   """
   on_this_device = lambda read, size: read(range(size))
   with tqdm.tqdm(desc="evaluating", unit="batch", mininterval=1.0) as bar:
+
     def progress(done, total):
       bar.total = total
       bar.update(done - bar.n)
 
-    return task.evaluate(model.execution, model.params, on_this_device, granularities,
-                         consistency=consistency, batches=max_batches, batch_size=batch_size,
-                         progress=progress)
+    return task.evaluate(
+      model.execution,
+      model.params,
+      on_this_device,
+      granularities,
+      consistency=consistency,
+      batches=max_batches,
+      batch_size=batch_size,
+      progress=progress,
+    )
 
 
 def ladder(config: ModelConfig, points: int) -> list[gran.Granularity]:
@@ -77,38 +96,68 @@ def ladder(config: ModelConfig, points: int) -> list[gran.Granularity]:
 
 
 # What may be measured -> (column, format); {full} is the largest granularity.
-COLUMNS = {"loss": ("loss", ".4f"), "perplexity": ("perplexity", ".2f"),
-           "accuracy": ("top-1", ".2%"), "agreement": ("agrees with {full}", ".1%"),
-           "kl": ("KL from {full}", ".4f")}
+COLUMNS = {
+  "loss": ("loss", ".4f"),
+  "perplexity": ("perplexity", ".2f"),
+  "accuracy": ("top-1", ".2%"),
+  "agreement": ("agrees with {full}", ".1%"),
+  "kl": ("KL from {full}", ".4f"),
+}
 
 
 def plot(model: Model, results: Sequence[Result], path: str, baseline: float | None) -> None:
   """Accuracy, or else loss, against parameters: explicit sizes, Mix'n'Match, a baseline."""
   import matplotlib
+
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
+
   sizes = [gran.count(model.config, r.granularity).params / 1e6 for r in results]
   explicit = {gran.to_text(g, model.config) for g in gran.uniform(model.config)}
-  metric, label = (("accuracy", "top-1 accuracy (%)") if "accuracy" in results[0].metrics else
-                   ("loss", "validation loss (nats per token)"))
+  metric, label = (
+    ("accuracy", "top-1 accuracy (%)")
+    if "accuracy" in results[0].metrics
+    else ("loss", "validation loss (nats per token)")
+  )
   values = [r.metrics[metric] * (100 if metric == "accuracy" else 1) for r in results]
   figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
   curve = sorted(zip(sizes, values))
   axes.plot(*zip(*curve), color="0.75", zorder=1)
-  for names, marker, size, kind in ((explicit, "o", 70, "trained granularity"),
-                                    (None, "D", 30, "Mix'n'Match, never trained")):
-    chosen = [(s, v, r.granularity) for s, v, r in zip(sizes, values, results)
-              if (r.granularity in explicit) == (names is not None)]
+  for names, marker, size, kind in (
+    (explicit, "o", 70, "trained granularity"),
+    (None, "D", 30, "Mix'n'Match, never trained"),
+  ):
+    chosen = [
+      (s, v, r.granularity)
+      for s, v, r in zip(sizes, values, results)
+      if (r.granularity in explicit) == (names is not None)
+    ]
     if chosen:
-      axes.scatter([s for s, _, _ in chosen], [v for _, v, _ in chosen], marker=marker, s=size,
-                   label=kind, zorder=2)
+      axes.scatter(
+        [s for s, _, _ in chosen],
+        [v for _, v, _ in chosen],
+        marker=marker,
+        s=size,
+        label=kind,
+        zorder=2,
+      )
     for s, v, name in chosen if names else ():
       axes.annotate(name, (s, v), textcoords="offset points", xytext=(7, 6))
-  axes.set(xlabel="parameters (million)", ylabel=label,
-           title=f"One universal checkpoint, every size ({model.workdir.name}, step {model.step:,})")
+  axes.set(
+    xlabel="parameters (million)",
+    ylabel=label,
+    title=f"One universal checkpoint, every size ({model.workdir.name}, step {model.step:,})",
+  )
   if baseline is not None:
-    axes.text(0.99, 0.97, f"bigram baseline: {baseline:.3f}", transform=axes.transAxes,
-              ha="right", va="top", color="0.4")
+    axes.text(
+      0.99,
+      0.97,
+      f"bigram baseline: {baseline:.3f}",
+      transform=axes.transAxes,
+      ha="right",
+      va="top",
+      color="0.4",
+    )
   axes.margins(0.06, 0.1)
   axes.grid(alpha=0.3)
   axes.legend(loc="lower right" if metric == "accuracy" else "lower left")
@@ -125,8 +174,10 @@ def report(model: Model, results: Sequence[Result], baseline: float | None) -> s
   rows = []
   for r in results:
     n = gran.count(model.config, r.granularity)
-    rows.append([r.granularity, f"{n.params:,}", tables.si(n.flops)]
-                + [format(r.metrics[name], COLUMNS[name][1]) for name in shown])
+    rows.append(
+      [r.granularity, f"{n.params:,}", tables.si(n.flops)]
+      + [format(r.metrics[name], COLUMNS[name][1]) for name in shown]
+    )
   if baseline is not None:
     row = ["bigram baseline", "", "", f"{baseline:.4f}", f"{np.exp(baseline):.2f}"]
     rows.append(row + [""] * (len(header) - len(row)))
@@ -136,8 +187,10 @@ def report(model: Model, results: Sequence[Result], baseline: float | None) -> s
 def only(results: Sequence[Result], metrics: Sequence[str]) -> list[Result]:
   """Results with these metrics; perplexity goes with the loss."""
   wanted = {*metrics, *(["perplexity"] if "loss" in metrics else [])}
-  return [dataclasses.replace(r, metrics={k: v for k, v in r.metrics.items() if k in wanted})
-          for r in results]
+  return [
+    dataclasses.replace(r, metrics={k: v for k, v in r.metrics.items() if k in wanted})
+    for r in results
+  ]
 
 
 def main(argv) -> None:
@@ -168,10 +221,12 @@ def main(argv) -> None:
   results = only(results, metrics)
   baseline = None
   if _BIGRAM.value:
-    measured = task.store.tokens["validation"][:results[0].examples + 1]  # the same predictions
+    measured = task.store.tokens["validation"][: results[0].examples + 1]  # the same predictions
     baseline = bigram_loss(task.store.tokens["train"], measured, model.config.vocab_size)
-  print(f"{model.workdir}, step {model.step:,}, {results[0].examples:,} validation "
-        f"{model.config.unit}s\n")
+  print(
+    f"{model.workdir}, step {model.step:,}, {results[0].examples:,} validation "
+    f"{model.config.unit}s\n"
+  )
   print(report(model, results, baseline))
   if _PLOT.value:
     plot(model, results, _PLOT.value, baseline)
@@ -186,25 +241,40 @@ def as_json(model: Model, results: Sequence[Result], baseline: float | None) -> 
   rows = {}
   for r in results:
     n = gran.count(model.config, r.granularity)
-    rows[r.granularity] = {"params": n.params, "non_embedding_params": n.non_embedding_params,
-                           f"flops_per_{model.config.unit}": n.flops, **r.metrics}
-  return {"workdir": str(model.workdir), "step": model.step,
-          f"{model.config.unit}s": results[0].examples, "bigram_loss": baseline,
-          "granularities": rows}
+    rows[r.granularity] = {
+      "params": n.params,
+      "non_embedding_params": n.non_embedding_params,
+      f"flops_per_{model.config.unit}": n.flops,
+      **r.metrics,
+    }
+  return {
+    "workdir": str(model.workdir),
+    "step": model.step,
+    f"{model.config.unit}s": results[0].examples,
+    "bigram_loss": baseline,
+    "granularities": rows,
+  }
 
 
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
   _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
   _GRANULARITIES = flags.DEFINE_list(
-      "granularities", [], "What to measure, e.g. S,M,'M*2+L*2',XL; default the trained sizes.")
-  _LADDER = flags.DEFINE_integer("ladder", 0, "Also measure this many Mix'n'Match models.",
-                                 lower_bound=0)
-  _METRICS = flags.DEFINE_list("metrics", [], "Any of loss, agreement, kl and, of images, "
-                               "accuracy; default all. Agreement and KL are against the full model.")
+    "granularities", [], "What to measure, e.g. S,M,'M*2+L*2',XL; default the trained sizes."
+  )
+  _LADDER = flags.DEFINE_integer(
+    "ladder", 0, "Also measure this many Mix'n'Match models.", lower_bound=0
+  )
+  _METRICS = flags.DEFINE_list(
+    "metrics",
+    [],
+    "Any of loss, agreement, kl and, of images, "
+    "accuracy; default all. Agreement and KL are against the full model.",
+  )
   _BATCHES = flags.DEFINE_integer("batches", 0, "Validation batches; 0 is all.", lower_bound=0)
-  _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Per batch; default 16 windows or 256 "
-                                     "images.", lower_bound=1)
+  _BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Per batch; default 16 windows or 256 images.", lower_bound=1
+  )
   _BIGRAM = flags.DEFINE_bool("bigram", False, "Also show a bigram baseline.")
   _PLOT = flags.DEFINE_string("plot", None, "Write a PNG of loss or accuracy against parameters.")
   _JSON = flags.DEFINE_string("json", None, "Write the results to this file.")

@@ -20,16 +20,20 @@ from absl import flags
 import jax
 import tqdm
 
-from matformer_jax.checkpoints import checkpoint
-from matformer_jax import cli, describe, models, sharding
+from matformer_jax import cli, describe, latency, models, sharding
 from matformer_jax import granularity as gran
-from matformer_jax import latency
+from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import ModelConfig, model_config
 from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError
 
-def extract(workdir: str | os.PathLike, granularity: gran.GranularityLike, out: str | os.PathLike,
-            step: int | None = None) -> ModelConfig:
+
+def extract(
+  workdir: str | os.PathLike,
+  granularity: gran.GranularityLike,
+  out: str | os.PathLike,
+  step: int | None = None,
+) -> ModelConfig:
   """Writes a submodel as a model directory: config, tokenizer, weights, checksums.
 
   Args:
@@ -54,8 +58,11 @@ def extract(workdir: str | os.PathLike, granularity: gran.GranularityLike, out: 
     raise UserError(f"--out={out} exists already and is not empty; give a new directory")
   steps = [step] if step is not None else checkpoint.steps(workdir)[::-1]
   if not steps or steps[0] not in checkpoint.steps(workdir):
-    raise UserError(f"{workdir} has no checkpoint" + (f" of step {step}" if step else "")
-                    + f"; it has {', '.join(map(str, checkpoint.steps(workdir))) or 'none'}")
+    raise UserError(
+      f"{workdir} has no checkpoint"
+      + (f" of step {step}" if step else "")
+      + f"; it has {', '.join(map(str, checkpoint.steps(workdir))) or 'none'}"
+    )
   for number in steps:
     try:
       params = _read(workdir, number, config, g)
@@ -65,8 +72,14 @@ def extract(workdir: str | os.PathLike, granularity: gran.GranularityLike, out: 
         raise
       checkpoint.warn(f"{e}; trying the step before")
   sub_config = gran.submodel_config(config, g)
-  card = card | {"model": sub_config.to_dict(), "extracted": {
-      "from": str(workdir.resolve()), "step": number, "granularity": gran.to_text(g, config)}}
+  card = card | {
+    "model": sub_config.to_dict(),
+    "extracted": {
+      "from": str(workdir.resolve()),
+      "step": number,
+      "granularity": gran.to_text(g, config),
+    },
+  }
   # Written aside and moved when whole, so that a kill leaves nothing that looks like a model.
   temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
   temporary.mkdir(parents=True)
@@ -96,11 +109,15 @@ def _read(workdir: pathlib.Path, step: int, config: ModelConfig, g: gran.Granula
     if names[0] != "blocks":
       return reader.read(names, slice(None), {})
     part = parts[int(names[1])]
-    return reader.read(("blocks", str(part.source), *names[2:]), slice(part.start, part.stop),
-                       config.slice_lengths(part.run))
+    return reader.read(
+      ("blocks", str(part.source), *names[2:]),
+      slice(part.start, part.stop),
+      config.slice_lengths(part.run),
+    )
 
-  wanted = jax.eval_shape(lambda: models.init_params(gran.submodel_config(config, g),
-                                                     jax.random.key(0)))
+  wanted = jax.eval_shape(
+    lambda: models.init_params(gran.submodel_config(config, g), jax.random.key(0))
+  )
   with tqdm.tqdm(total=len(jax.tree.leaves(wanted)), desc="reading slices", mininterval=1.0) as bar:
     return jax.tree_util.tree_map_with_path(read, wanted)
 
@@ -111,12 +128,15 @@ def main(argv) -> None:
     raise UserError("give exactly one of --granularity='M*2+L*2' and --budget=0.6x")
   config = model_config(checkpoint.read_card(_WORKDIR.value))
   chosen = _GRANULARITY.value or gran.mix_n_match(
-      config, _BUDGET.value, profile=latency.read(_WORKDIR.value, config))
+    config, _BUDGET.value, profile=latency.read(_WORKDIR.value, config)
+  )
   started = time.perf_counter()
   sub_config = extract(_WORKDIR.value, chosen, _OUT.value, _STEP.value)
   print(describe.report(sub_config))
-  print(f"\nwrote {gran.to_text(gran.full(sub_config), sub_config)} to {_OUT.value} in "
-        f"{time.perf_counter() - started:.1f} s")
+  print(
+    f"\nwrote {gran.to_text(gran.full(sub_config), sub_config)} to {_OUT.value} in "
+    f"{time.perf_counter() - started:.1f} s"
+  )
 
 
 if __name__ == "__main__":

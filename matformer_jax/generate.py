@@ -23,9 +23,14 @@ from matformer_jax.loading import LanguageModel, Settings, load
 def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value)
   settings = Settings(
-      _GRANULARITY.value, _MAX_TOKENS.value,
-      Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value), _SEED.value, _DRAFT.value,
-      _draft_lengths(_DRAFT_LENGTH.value), _SHARE_CACHE.value)
+    _GRANULARITY.value,
+    _MAX_TOKENS.value,
+    Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value),
+    _SEED.value,
+    _DRAFT.value,
+    _draft_lengths(_DRAFT_LENGTH.value),
+    _SHARE_CACHE.value,
+  )
   runtime.enable_compilation_cache()
   model = load(_WORKDIR.value, _STEP.value, LanguageModel)
   prompt = model.tokenizer.encode(_PROMPT.value) or [model.tokenizer.eos_id]
@@ -35,18 +40,20 @@ def main(argv) -> None:
       first_at, first_count = time.perf_counter(), len(ids)
     text = model.tokenizer.decode(ids)
     whole = text.rstrip("\ufffd")  # a character may be cut in the middle of its bytes
-    sys.stdout.write(whole[len(shown):])
+    sys.stdout.write(whole[len(shown) :])
     sys.stdout.flush()
     shown = whole
-  sys.stdout.write(text[len(shown):] + ("\n" if sys.stdout.isatty() else ""))
+  sys.stdout.write(text[len(shown) :] + ("\n" if sys.stdout.isatty() else ""))
   sys.stdout.flush()
   seconds = time.perf_counter() - first_at
   report = f"{len(ids)} tokens"
   if len(ids) > first_count:
     report += f", {(len(ids) - first_count) / seconds:,.0f} tokens/s after the first"
   if stats is not None:
-    report += (f", {100 * stats.acceptance():.0f}% of drafted tokens accepted, "
-               f"{stats.tokens_per_round():.2f} tokens per verifier pass")
+    report += (
+      f", {100 * stats.acceptance():.0f}% of drafted tokens accepted, "
+      f"{stats.tokens_per_round():.2f} tokens per verifier pass"
+    )
   print(report, file=sys.stderr)
 
 
@@ -63,16 +70,24 @@ if __name__ == "__main__":
   _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
   _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty starts a new document.")
   _GRANULARITY = flags.DEFINE_string(
-      "granularity", None, "Size that decodes: S, 'M*2+L*2', XL; default everything stored.")
+    "granularity", None, "Size that decodes: S, 'M*2+L*2', XL; default everything stored."
+  )
   _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to add.")
   _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
   _TOP_K = flags.DEFINE_integer("top_k", 0, "Keep only the k most likely tokens; 0 keeps all.")
   _TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the most likely tokens up to this probability.")
   _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
-  _DRAFT = flags.DEFINE_string("draft", None, "A smaller size that drafts (speculative decoding): "
-                               "faster where it is, the same text at temperature 0.")
+  _DRAFT = flags.DEFINE_string(
+    "draft",
+    None,
+    "A smaller size that drafts (speculative decoding): "
+    "faster where it is, the same text at temperature 0.",
+  )
   _DRAFT_LENGTH = flags.DEFINE_string(
-      "draft_length", "auto", "Tokens per draft; auto chooses by measured acceptance and time, and "
-      "stops drafting where it does not pay.")
+    "draft_length",
+    "auto",
+    "Tokens per draft; auto chooses by measured acceptance and time, and "
+    "stops drafting where it does not pay.",
+  )
   _SHARE_CACHE = flags.DEFINE_bool("share_cache", True, "Draft on the verifier's attention cache.")
   cli.run(main)

@@ -12,11 +12,12 @@ argument of every jitted function. It is never a global or a module's state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import difflib
 import itertools
 import re
-from typing import Sequence, Union
+from typing import Union
 
 import numpy as np
 
@@ -25,12 +26,12 @@ from matformer_jax.errors import UserError
 
 # The rows of Table 6, p_S/p_M/p_L/p_XL. The third is the paper's default.
 SAMPLING_PRESETS = {
-    "uniform": (0.25, 0.25, 0.25, 0.25),
-    "table6_1": (0.44, 0.31, 0.15, 0.10),
-    "table6_2": (0.31, 0.27, 0.22, 0.20),
-    "table6_3": (0.25, 0.25, 0.25, 0.25),
-    "table6_4": (0.20, 0.22, 0.24, 0.34),
-    "table6_5": (0.17, 0.20, 0.22, 0.41),
+  "uniform": (0.25, 0.25, 0.25, 0.25),
+  "table6_1": (0.44, 0.31, 0.15, 0.10),
+  "table6_2": (0.31, 0.27, 0.22, 0.20),
+  "table6_3": (0.25, 0.25, 0.25, 0.25),
+  "table6_4": (0.20, 0.22, 0.24, 0.34),
+  "table6_5": (0.17, 0.20, 0.22, 0.41),
 }
 
 
@@ -74,8 +75,10 @@ def parse(value: GranularityLike, config: ModelConfig) -> Granularity:
   elif isinstance(value, str):
     ffn_text, slash, heads_text = value.partition("/")
     if slash and not config.nested_heads:
-      raise UserError(f"granularity {value!r} names attention heads, but the model has "
-                      "nested_heads=False; write only the FFN part")
+      raise UserError(
+        f"granularity {value!r} names attention heads, but the model has "
+        "nested_heads=False; write only the FFN part"
+      )
     ffn = _parse_runs(ffn_text, value, config)
     heads = _parse_runs(heads_text, value, config) if slash else ffn
   elif isinstance(value, (int, np.integer)):
@@ -105,8 +108,10 @@ def uniform(config: ModelConfig) -> list[Granularity]:
   """
   stored = full(config)
   cut = lambda i, part: tuple(min(i, top) for top in part)
-  sizes = [Granularity(cut(i, stored.ffn), cut(i, stored.heads) if config.nested_heads
-                       else stored.heads) for i in range(config.num_granularities)]
+  sizes = [
+    Granularity(cut(i, stored.ffn), cut(i, stored.heads) if config.nested_heads else stored.heads)
+    for i in range(config.num_granularities)
+  ]
   return list(dict.fromkeys(sizes))
 
 
@@ -136,8 +141,9 @@ def slices(config: ModelConfig, granularity: Granularity) -> list[Slice]:
     key = lambda layer: (granularity.ffn[layer], granularity.heads[layer])
     for (ffn, heads), group in itertools.groupby(layers, key):
       group = list(group)
-      result.append(Slice(source, group[0] - first, group[-1] + 1 - first,
-                          Run(len(group), ffn, heads)))
+      result.append(
+        Slice(source, group[0] - first, group[-1] + 1 - first, Run(len(group), ffn, heads))
+      )
     first += stored.num_layers
   return result
 
@@ -169,12 +175,16 @@ def sampling_probabilities(value: str | Sequence[float], config: ModelConfig) ->
     try:
       value = tuple(float(p) for p in value.split("/"))
     except ValueError:
-      raise UserError(f"sampling={value!r} is neither a preset ({', '.join(SAMPLING_PRESETS)}) "
-                      "nor probabilities like '0.2/0.22/0.24/0.34'") from None
+      raise UserError(
+        f"sampling={value!r} is neither a preset ({', '.join(SAMPLING_PRESETS)}) "
+        "nor probabilities like '0.2/0.22/0.24/0.34'"
+      ) from None
   value = tuple(float(p) for p in value)
   if len(value) != g or min(value) < 0 or abs(sum(value) - 1) > 1e-6:
-    raise UserError(f"sampling={value} must be {g} non-negative probabilities "
-                    f"({'/'.join(names(config))}) that add up to 1; they add up to {sum(value):g}")
+    raise UserError(
+      f"sampling={value} must be {g} non-negative probabilities "
+      f"({'/'.join(names(config))}) that add up to 1; they add up to {sum(value):g}"
+    )
   return value
 
 
@@ -211,38 +221,60 @@ def mix_n_match_ladder(config: ModelConfig, shape: str = "increasing") -> list[G
     raise UserError(f"shape={shape!r} is not one of {', '.join(SHAPES)}")
   layers, sizes = config.num_layers, uniform(config)
   # Layers in the order in which they are given the larger size.
-  order = {"increasing": range(layers - 1, -1, -1), "decreasing": range(layers),
-           "increasing-decreasing": sorted(range(layers), key=lambda i: abs(2 * i - layers + 1)),
-           "decreasing-increasing": sorted(range(layers), key=lambda i: -abs(2 * i - layers + 1)),
-           }[shape]
+  order = {
+    "increasing": range(layers - 1, -1, -1),
+    "decreasing": range(layers),
+    "increasing-decreasing": sorted(range(layers), key=lambda i: abs(2 * i - layers + 1)),
+    "decreasing-increasing": sorted(range(layers), key=lambda i: -abs(2 * i - layers + 1)),
+  }[shape]
   ladder = []
   for low, high in zip(sizes, sizes[1:]):
     for count_high in range(layers):
       larger = set(list(order)[:count_high])
-      pick = lambda part: tuple(getattr(high if i in larger else low, part)[i]
-                                for i in range(layers))
+      pick = lambda part: tuple(
+        getattr(high if i in larger else low, part)[i] for i in range(layers)
+      )
       ladder.append(Granularity(pick("ffn"), pick("heads")))
   return list(dict.fromkeys(ladder + sizes[-1:]))
 
 
 # What a budget can bound -> (its unit, cost of (config, granularity)).
 COSTS = {
-    "params": ("parameters", lambda c, g: count(c, g).params),
-    "nonembedding": ("non-embedding parameters", lambda c, g: count(c, g).non_embedding_params),
-    "ffn": ("FFN parameters", lambda c, g: count(c, g).ffn_params),
-    "flops": ("FLOPs", lambda c, g: count(c, g).flops),
+  "params": ("parameters", lambda c, g: count(c, g).params),
+  "nonembedding": ("non-embedding parameters", lambda c, g: count(c, g).non_embedding_params),
+  "ffn": ("FFN parameters", lambda c, g: count(c, g).ffn_params),
+  "flops": ("FLOPs", lambda c, g: count(c, g).flops),
 }
 LATENCIES = {
-    "latency": "seconds for a forward pass", "decode": "seconds per decoded token",
+  "latency": "seconds for a forward pass",
+  "decode": "seconds per decoded token",
 }
-_UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12,
-          "s": 1, "ms": 1e-3, "us": 1e-6}
-_BUDGET = re.compile(r"(?:(?P<kind>[a-z_]+):)?(?P<number>[0-9.]+(?:[eE][+-]?[0-9]+)?)"
-                     r"(?P<unit>x|k|K|M|G|B|T|s|ms|us|)(?P<flop>FLOPs?)?")
+_UNITS = {
+  "": 1,
+  "k": 1e3,
+  "K": 1e3,
+  "M": 1e6,
+  "G": 1e9,
+  "B": 1e9,
+  "T": 1e12,
+  "s": 1,
+  "ms": 1e-3,
+  "us": 1e-6,
+}
+_BUDGET = re.compile(
+  r"(?:(?P<kind>[a-z_]+):)?(?P<number>[0-9.]+(?:[eE][+-]?[0-9]+)?)"
+  r"(?P<unit>x|k|K|M|G|B|T|s|ms|us|)(?P<flop>FLOPs?)?"
+)
 
 
-def mix_n_match(config: ModelConfig, budget: str | None = None, *, profile=None,
-                shape: str = "increasing", **bound: float | str) -> Granularity:
+def mix_n_match(
+  config: ModelConfig,
+  budget: str | None = None,
+  *,
+  profile=None,
+  shape: str = "increasing",
+  **bound: float | str,
+) -> Granularity:
   """The largest Mix'n'Match granularity within a budget (Section 3.3).
 
   Args:
@@ -259,16 +291,20 @@ def mix_n_match(config: ModelConfig, budget: str | None = None, *, profile=None,
       the largest granularity.
   """
   if (budget is None) == (len(bound) != 1) or len(bound) > 1:
-    raise UserError(f"give one budget: mix_n_match(config, '0.6x') or one of "
-                    f"{', '.join([*COSTS, *LATENCIES])}=...; got {budget!r} and {bound}")
+    raise UserError(
+      f"give one budget: mix_n_match(config, '0.6x') or one of "
+      f"{', '.join([*COSTS, *LATENCIES])}=...; got {budget!r} and {bound}"
+    )
   if budget is None:
     kind, value = next(iter(bound.items()))
     budget = f"{kind}:{value}"
   kind, number, relative = _parse_budget(budget)
   if kind in LATENCIES:
     if profile is None:
-      raise UserError(f"budget {budget!r} bounds a latency, which needs a measured profile: run "
-                      "python -m matformer_jax.latency --workdir=DIR on this device")
+      raise UserError(
+        f"budget {budget!r} bounds a latency, which needs a measured profile: run "
+        "python -m matformer_jax.latency --workdir=DIR on this device"
+      )
     unit, cost = LATENCIES[kind], lambda c, g: profile.predict(g, kind)
   else:
     unit, cost = COSTS[kind]
@@ -276,14 +312,15 @@ def mix_n_match(config: ModelConfig, budget: str | None = None, *, profile=None,
   costs = [cost(config, g) for g in ladder]
   limit = number * costs[-1] if relative else number
   if not costs[0] <= limit <= costs[-1] * (1 + 1e-9):
-    ends = " to ".join(f"{c:,.4g} ({to_text(g, config)})" if kind in LATENCIES else
-                       f"{c:,} ({to_text(g, config)})"
-                       for c, g in ((costs[0], ladder[0]), (costs[-1], ladder[-1])))
+    ends = " to ".join(
+      f"{c:,.4g} ({to_text(g, config)})" if kind in LATENCIES else f"{c:,} ({to_text(g, config)})"
+      for c, g in ((costs[0], ladder[0]), (costs[-1], ladder[-1]))
+    )
     side = "below the smallest" if limit < costs[0] else "above the largest"
-    raise UserError(f"budget {budget!r} = {limit:,.6g} {unit} is {side} granularity; "
-                    f"give {ends}")
-  return max((g for g, c in zip(ladder, costs) if c <= limit * (1 + 1e-9)),
-             key=lambda g: cost(config, g))
+    raise UserError(f"budget {budget!r} = {limit:,.6g} {unit} is {side} granularity; give {ends}")
+  return max(
+    (g for g, c in zip(ladder, costs) if c <= limit * (1 + 1e-9)), key=lambda g: cost(config, g)
+  )
 
 
 def _parse_budget(text: str) -> tuple[str, float, bool]:
@@ -293,15 +330,20 @@ def _parse_budget(text: str) -> tuple[str, float, bool]:
   try:
     number = float(match["number"])
   except (TypeError, ValueError):
-    raise UserError(f"budget {text!r} does not parse; write 0.6x, 620M, 1.2GFLOP or 15ms, or one "
-                    f"of {', '.join(k + ':' for k in kinds)} and a number") from None
+    raise UserError(
+      f"budget {text!r} does not parse; write 0.6x, 620M, 1.2GFLOP or 15ms, or one "
+      f"of {', '.join(k + ':' for k in kinds)} and a number"
+    ) from None
   unit = match["unit"]
   timed = unit in ("s", "ms", "us")
   kind = match["kind"] or ("flops" if match["flop"] else "latency" if timed else "params")
   if kind not in kinds:
     raise UserError(f"budget {text!r}: {kind!r} is not one of {', '.join(kinds)}")
-  if (timed and kind not in LATENCIES) or (match["flop"] and kind != "flops") or (
-      kind in LATENCIES and unit not in ("", "x", "s", "ms", "us")):
+  if (
+    (timed and kind not in LATENCIES)
+    or (match["flop"] and kind != "flops")
+    or (kind in LATENCIES and unit not in ("", "x", "s", "ms", "us"))
+  ):
     raise UserError(f"budget {text!r}: the unit does not fit {kind!r}")
   return kind, number * _UNITS.get(unit, 1), unit == "x"
 
@@ -333,7 +375,9 @@ class Counts:
     return 3 * self.flops
 
 
-def count(config: ModelConfig, granularity: GranularityLike, num_tokens: int | None = None) -> Counts:
+def count(
+  config: ModelConfig, granularity: GranularityLike, num_tokens: int | None = None
+) -> Counts:
   """Exact parameter counts, and FLOPs by PaLM's convention (its Appendix B).
 
   Forward FLOPs per token = 2 x matmul parameters + 4 x L x N x H x T: the
@@ -357,10 +401,11 @@ def count(config: ModelConfig, granularity: GranularityLike, num_tokens: int | N
   blocks = ffn + attention + vectors
   per_token = 2 * (ffn + attention) + sum(4 * n * h * num_tokens for n in heads)
   return Counts(
-      params=config.end_params + blocks,
-      non_embedding_params=blocks,
-      ffn_params=ffn,
-      flops=per_token * (num_tokens if config.unit == "image" else 1) + config.end_flops)
+    params=config.end_params + blocks,
+    non_embedding_params=blocks,
+    ffn_params=ffn,
+    flops=per_token * (num_tokens if config.unit == "image" else 1) + config.end_flops,
+  )
 
 
 # ---------------------------------------------------------------- helpers
@@ -374,12 +419,16 @@ def _parse_runs(text: str, whole: str, config: ModelConfig) -> tuple[int, ...]:
     name, star, repeat = (s.strip() for s in part.partition("*"))
     if name not in known:
       near = difflib.get_close_matches(name.upper(), known, n=1)
-      raise UserError(f"granularity {whole!r}: {name!r} is not a size; use one of "
-                      f"{', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else "")
-                      + ", or runs such as 'M*8+L*8'")
+      raise UserError(
+        f"granularity {whole!r}: {name!r} is not a size; use one of "
+        f"{', '.join(known)}"
+        + (f" (did you mean {near[0]}?)" if near else "")
+        + ", or runs such as 'M*8+L*8'"
+      )
     if star and not (repeat.isdecimal() and int(repeat) > 0):
-      raise UserError(f"granularity {whole!r}: {repeat!r} is not a number of layers; "
-                      "write runs such as 'M*8+L*8'")
+      raise UserError(
+        f"granularity {whole!r}: {repeat!r} is not a number of layers; write runs such as 'M*8+L*8'"
+      )
     if star:
       layers += [known.index(name)] * int(repeat)
     elif len(parts) == 1:
@@ -401,12 +450,18 @@ def _check(granularity: Granularity, value: GranularityLike, config: ModelConfig
   stored_heads = [r.heads for r in config.runs for _ in range(r.num_layers)]
   for part, stored in ((granularity.ffn, stored_ffn), (granularity.heads, stored_heads)):
     if len(part) != config.num_layers:
-      raise UserError(f"granularity {value!r} has {len(part)} layers; the model has "
-                      f"num_layers={config.num_layers}")
+      raise UserError(
+        f"granularity {value!r} has {len(part)} layers; the model has "
+        f"num_layers={config.num_layers}"
+      )
     for layer, (index, top) in enumerate(zip(part, stored)):
       if not 0 <= index < config.num_granularities:
-        raise UserError(f"granularity {value!r}: index {index} at layer {layer} is not in "
-                        f"0..{config.num_granularities - 1}")
+        raise UserError(
+          f"granularity {value!r}: index {index} at layer {layer} is not in "
+          f"0..{config.num_granularities - 1}"
+        )
       if index > top:
-        raise UserError(f"granularity {value!r}: layer {layer} is stored only up to "
-                        f"{names(config)[top]}; ask for {names(config)[top]} or less")
+        raise UserError(
+          f"granularity {value!r}: layer {layer} is stored only up to "
+          f"{names(config)[top]}; ask for {names(config)[top]} or less"
+        )

@@ -12,13 +12,14 @@ mix is predicted as the sum of its parts. The profile is stored as profile.json.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
 import pathlib
 import time
+from typing import Any
 import warnings
-from typing import Any, Callable, Mapping, Sequence
 
 from absl import flags
 import jax
@@ -73,8 +74,9 @@ class Profile:
   def predict(self, granularity: gran.Granularity, workload: str = "latency") -> float:
     """Seconds of a workload at any granularity."""
     c = self.costs[workload]
-    return c.fixed + sum(c.attention[h] + c.ffn[f]
-                         for f, h in zip(granularity.ffn, granularity.heads))
+    return c.fixed + sum(
+      c.attention[h] + c.ffn[f] for f, h in zip(granularity.ffn, granularity.heads)
+    )
 
   def to_json(self) -> dict[str, Any]:
     """JSON-ready form; `from_json` inverts it."""
@@ -82,8 +84,10 @@ class Profile:
 
   @classmethod
   def from_json(cls, values: Mapping[str, Any]) -> Profile:
-    costs = {name: Costs(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()})
-             for name, c in values["costs"].items()}
+    costs = {
+      name: Costs(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()})
+      for name, c in values["costs"].items()
+    }
     return cls(values["device"], costs)
 
 
@@ -102,11 +106,15 @@ def read(workdir, config: MatLMConfig) -> Profile | None:
     if sizes != {config.num_granularities} or set(profile.costs) != set(WORKLOADS):
       raise ValueError("it is of another model")
   except (ValueError, KeyError, TypeError) as e:
-    raise UserError(f"{path} is not a profile of this model ({e}); measure again: python -m "
-                    f"matformer_jax.latency --workdir={workdir}") from e
+    raise UserError(
+      f"{path} is not a profile of this model ({e}); measure again: python -m "
+      f"matformer_jax.latency --workdir={workdir}"
+    ) from e
   if profile.device != device_name():
-    warnings.warn(f"{path} was measured on {profile.device}, this is {device_name()}; measure again "
-                  f"with python -m matformer_jax.latency --workdir={workdir}")
+    warnings.warn(
+      f"{path} was measured on {profile.device}, this is {device_name()}; measure again "
+      f"with python -m matformer_jax.latency --workdir={workdir}"
+    )
   return profile
 
 
@@ -127,8 +135,9 @@ class _AttentionBlock(layers.Block):
   @layers.nn.compact
   def __call__(self, x_BxTxD, cache=None, start=None, layer=None):
     cfg = self.config
-    attention = layers.Attention(cfg, self.execution, cfg.head_counts[self.run.heads],
-                                 name="attention")
+    attention = layers.Attention(
+      cfg, self.execution, cfg.head_counts[self.run.heads], name="attention"
+    )
     normed = layers.Norm(cfg, name="attention_norm")(x_BxTxD)
     y, cache = attention(normed, cache, start, layer)
     return x_BxTxD + y, cache
@@ -147,8 +156,9 @@ class _NoLayers(Decoder):
     return x, cache
 
 
-def make_program(decoder: Decoder, weights, workload: str, batch: int,
-                 tokens: int) -> Callable[[], float]:
+def make_program(
+  decoder: Decoder, weights, workload: str, batch: int, tokens: int
+) -> Callable[[], float]:
   """A function that runs one call of a workload and returns its seconds."""
   if workload == "latency":
     ids = jax.device_put(np.zeros((batch, tokens), np.int32), weights["embedding"].sharding)
@@ -192,8 +202,11 @@ def parts(config: MatLMConfig, execution: Execution) -> list[Decoder]:
   halves = [_AttentionOnly(config, execution, size) for size in sizes]
   if not config.nested_heads:
     halves = halves[-1:]
-  return [_NoLayers(config, execution, sizes[-1]), *halves,
-          *(Decoder(config, execution, size) for size in sizes)]
+  return [
+    _NoLayers(config, execution, sizes[-1]),
+    *halves,
+    *(Decoder(config, execution, size) for size in sizes),
+  ]
 
 
 def solve(config: MatLMConfig, times: Sequence[float], batch: int, tokens: int) -> Costs:
@@ -209,8 +222,15 @@ def solve(config: MatLMConfig, times: Sequence[float], batch: int, tokens: int) 
   return Costs(fixed, pad(attention), pad(ffn), batch, tokens)
 
 
-def measure(config: MatLMConfig, execution: Execution, params, workload: str, batch: int,
-            tokens: int, rounds: int) -> Costs:
+def measure(
+  config: MatLMConfig,
+  execution: Execution,
+  params,
+  workload: str,
+  batch: int,
+  tokens: int,
+  rounds: int,
+) -> Costs:
   """Times the parts of a model.
 
   Args:
@@ -230,14 +250,18 @@ def main(argv) -> None:
   runtime.enable_compilation_cache()
   model = load(_WORKDIR.value, kind=LanguageModel)
   tokens = _TOKENS.value or model.config.seq_len
-  costs = {w: measure(model.config, model.execution, model.params, w, _BATCH.value, tokens,
-                      _ROUNDS.value) for w in WORKLOADS}
+  costs = {
+    w: measure(model.config, model.execution, model.params, w, _BATCH.value, tokens, _ROUNDS.value)
+    for w in WORKLOADS
+  }
   profile = Profile(device_name(), costs)
   path = model.workdir / PROFILE_FILE
   path.write_text(json.dumps(profile.to_json(), indent=1))
   print(report(model.config, profile))
-  print(f"\nwrote {path}; plan with: python -m matformer_jax.describe --workdir={model.workdir} "
-        f"--budget=latency:{1.02e3 * profile.predict(gran.uniform(model.config)[1]):.3g}ms")
+  print(
+    f"\nwrote {path}; plan with: python -m matformer_jax.describe --workdir={model.workdir} "
+    f"--budget=latency:{1.02e3 * profile.predict(gran.uniform(model.config)[1]):.3g}ms"
+  )
 
 
 def report(config: MatLMConfig, profile: Profile) -> str:
@@ -245,8 +269,16 @@ def report(config: MatLMConfig, profile: Profile) -> str:
   blocks = [f"{profile.device}, milliseconds"]
   for workload, c in profile.costs.items():
     ms = lambda seconds: f"{1e3 * seconds:.3f}"
-    rows = [(gran.to_text(g, config), ms(c.fixed), ms(c.attention[g.heads[-1]]), ms(c.ffn[g.ffn[-1]]),
-             ms(profile.predict(g, workload))) for g in gran.uniform(config)]
+    rows = [
+      (
+        gran.to_text(g, config),
+        ms(c.fixed),
+        ms(c.attention[g.heads[-1]]),
+        ms(c.ffn[g.ffn[-1]]),
+        ms(profile.predict(g, workload)),
+      )
+      for g in gran.uniform(config)
+    ]
     shape = f"{c.batch} x {c.tokens} tokens" + (" of cache" if workload == "decode" else "")
     header = ("granularity", "embedding, head", "attention/layer", "FFN/layer", "whole model")
     blocks.append(f"{workload}, {gran.LATENCIES[workload]}, {shape}\n{tables.table(header, rows)}")
@@ -256,8 +288,13 @@ def report(config: MatLMConfig, profile: Profile) -> str:
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained or extracted model.")
   _BATCH = flags.DEFINE_integer("batch", 1, "Sequences at a time.", lower_bound=1)
-  _TOKENS = flags.DEFINE_integer("tokens", 0, "Tokens of the forward pass, and of the cache when "
-                                 "decoding; default the training context.", lower_bound=0)
-  _ROUNDS = flags.DEFINE_integer("rounds", 60, "Calls of each program; the fastest counts.",
-                                 lower_bound=1)
+  _TOKENS = flags.DEFINE_integer(
+    "tokens",
+    0,
+    "Tokens of the forward pass, and of the cache when decoding; default the training context.",
+    lower_bound=0,
+  )
+  _ROUNDS = flags.DEFINE_integer(
+    "rounds", 60, "Calls of each program; the fastest counts.", lower_bound=1
+  )
   cli.run(main)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import os
 import pathlib
 import time
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from matformer_jax.checkpoints import checkpoint
-from matformer_jax.models import losses
-from matformer_jax import models, tables
 from matformer_jax import granularity as gran
+from matformer_jax import models, tables
+from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import Execution, MatViTConfig, ModelConfig, model_config
 from matformer_jax.data.augment import Transform
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from matformer_jax.decoding.decode import Decoder, Sampling
+from matformer_jax.decoding.speculative import (
+  AUTO_DRAFT_LENGTHS,
+  CostMeter,
+  SpeculativeDecoder,
+  Stats,
+)
 from matformer_jax.errors import UserError
 from matformer_jax.evals import classification
-from matformer_jax.models import layers, matlm
-from matformer_jax.decoding.speculative import (AUTO_DRAFT_LENGTHS, CostMeter, SpeculativeDecoder,
-                                                Stats)
+from matformer_jax.models import layers, losses, matlm
 
 CALL_SECONDS = 0.05  # of generation: a program call makes about as many tokens as take this long
 
@@ -82,8 +86,9 @@ class Model:
     rows = []
     for g in gran.uniform(c):
       n = gran.count(c, g)
-      rows.append((gran.to_text(g, c), f"{n.params:,}", f"{n.non_embedding_params:,}",
-                   tables.si(n.flops)))
+      rows.append(
+        (gran.to_text(g, c), f"{n.params:,}", f"{n.non_embedding_params:,}", tables.si(n.flops))
+      )
     sizes = tables.table(("granularity", "parameters", c.blocks_name, f"FLOPs/{c.unit}"), rows)
     text = f"{c.name} from {self.workdir}, step {self.step:,}: {c.summary}\n{sizes}"
     mixes = [g for g in gran.mix_n_match_ladder(c) if g not in gran.uniform(c)]
@@ -123,20 +128,29 @@ class VisionModel(Model):
     Raises:
       UserError: for images of another shape or a granularity that does not parse.
     """
-    return classification.logits(self.params, self._check(images), self.config, self.execution,
-                                 self._parse(granularity))
+    return classification.logits(
+      self.params, self._check(images), self.config, self.execution, self._parse(granularity)
+    )
 
   def features(self, images, granularity: gran.GranularityLike | None = None) -> jax.Array:
     """float32 [B, F]: what the head is given, for retrieval; arguments as in `logits`."""
-    return classification.logits(self.params, self._check(images), self.config, self.execution,
-                                 self._parse(granularity), features=True)
+    return classification.logits(
+      self.params,
+      self._check(images),
+      self.config,
+      self.execution,
+      self._parse(granularity),
+      features=True,
+    )
 
   def _check(self, images) -> jax.Array:
     c = self.config
     images, want = jnp.asarray(images), (c.image_size, c.image_size, c.channels)
     if images.shape[1:] != want:
-      raise UserError(f"images must be [B, {', '.join(map(str, want))}], got {images.shape}; "
-                      "model.prepare([image, ...]) makes them from Pillow images")
+      raise UserError(
+        f"images must be [B, {', '.join(map(str, want))}], got {images.shape}; "
+        "model.prepare([image, ...]) makes them from Pillow images"
+      )
     return images
 
 
@@ -184,9 +198,15 @@ class LanguageModel(Model):
       raise UserError(f"loss needs at least 2 tokens, got {batch.shape[1]}; give more text")
     return float(_loss(self.params, batch, self.config, self.execution, self._parse(granularity)))
 
-  def generate(self, prompt: str | Sequence[str], granularity: gran.GranularityLike | None = None,
-               temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, **settings
-               ) -> str | list[str]:
+  def generate(
+    self,
+    prompt: str | Sequence[str],
+    granularity: gran.GranularityLike | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    **settings,
+  ) -> str | list[str]:
     """Continues one text, or several together; stops at end-of-text.
 
     Args:
@@ -210,22 +230,26 @@ class LanguageModel(Model):
     texts = [self.tokenizer.decode(row) for row in new]
     return texts[0] if isinstance(prompt, str) else texts
 
-  def stream(self, prompts: Sequence[Sequence[int]],
-             settings: Settings) -> Iterator[tuple[list[list[int]], Stats | None]]:
+  def stream(
+    self, prompts: Sequence[Sequence[int]], settings: Settings
+  ) -> Iterator[tuple[list[list[int]], Stats | None]]:
     """Continues prompts of token ids together, yielding after every program call.
 
     Yields:
       (new ids per prompt so far, counts of speculative decoding or None).
     """
-    g = gran.full(self.config) if settings.granularity is None else self._parse(
-        settings.granularity)
+    g = (
+      gran.full(self.config) if settings.granularity is None else self._parse(settings.granularity)
+    )
     config = gran.submodel_config(self.config, g)
-    decoder = Decoder(config, self.execution, gran.full(config), settings.sampling,
-                      self.tokenizer.eos_id)
+    decoder = Decoder(
+      config, self.execution, gran.full(config), settings.sampling, self.tokenizer.eos_id
+    )
     weights = decoder.lay_out(layers.slice_params(self.params, self.config, g))
     request = prompts, settings.max_tokens, [settings.seed + i for i in range(len(prompts))]
     lengths = settings.draft_lengths or tuple(
-        k for k in AUTO_DRAFT_LENGTHS if k or settings.share_cache)
+      k for k in AUTO_DRAFT_LENGTHS if k or settings.share_cache
+    )
     stats, meter = None, CostMeter(lengths)
     if settings.draft is None:
       state = decoder.prefill(weights, *request)
@@ -245,17 +269,21 @@ class LanguageModel(Model):
       elapsed = time.perf_counter() - started
       if stats is not None:
         meter.record(elapsed, float(stats.rounds.max()) - before)
-      yield [s[len(p):] for s, p in zip(state.sequences(), prompts)], stats
+      yield [s[len(p) :] for s, p in zip(state.sequences(), prompts)], stats
       steps = max(1, min(2 * steps, int(steps * CALL_SECONDS / elapsed)))
 
   def _check(self, tokens) -> jax.Array:
     array = np.asarray(tokens)
     if array.ndim not in (1, 2) or array.size == 0 or array.dtype.kind not in "iu":
-      raise UserError(f"tokens must be integers of shape [T] or [B, T], got {array.dtype} of "
-                      f"shape {array.shape}; model.tokenizer.encode(text) makes them")
+      raise UserError(
+        f"tokens must be integers of shape [T] or [B, T], got {array.dtype} of "
+        f"shape {array.shape}; model.tokenizer.encode(text) makes them"
+      )
     if array.min() < 0 or array.max() >= self.config.vocab_size:
-      raise UserError(f"token ids must be in 0..{self.config.vocab_size - 1}, got "
-                      f"{array.min()}..{array.max()}; use model.tokenizer")
+      raise UserError(
+        f"token ids must be in 0..{self.config.vocab_size - 1}, got "
+        f"{array.min()}..{array.max()}; use model.tokenizer"
+      )
     return jnp.asarray(array, jnp.int32)
 
 
@@ -287,21 +315,28 @@ def load(workdir: str | os.PathLike, step: int | None = None, kind: type[Model] 
       raise UserError(f"{workdir} holds no checkpoint that verifies; train there first")
   else:
     if step not in checkpoint.steps(workdir):
-      raise UserError(f"{workdir} has no checkpoint of step {step}; it has "
-                      f"{', '.join(map(str, checkpoint.steps(workdir))) or 'none'}")
+      raise UserError(
+        f"{workdir} has no checkpoint of step {step}; it has "
+        f"{', '.join(map(str, checkpoint.steps(workdir))) or 'none'}"
+      )
     found = checkpoint.restore(workdir, step, {"params": abstract})
   items, meta, _ = found
   device = jax.devices()[0]
-  execution = Execution.for_platform(device.platform, dtype="float32", remat="none",
-                                     device_kind=device.device_kind)
+  execution = Execution.for_platform(
+    device.platform, dtype="float32", remat="none", device_kind=device.device_kind
+  )
   loaded = items["params"], config, meta["step"], card, workdir, execution
   if is_vision:
-    return VisionModel(*loaded, Transform(card["config"]["data"]["eval_transform"],
-                                          config.image_size, "data.eval_transform"))
+    return VisionModel(
+      *loaded,
+      Transform(card["config"]["data"]["eval_transform"], config.image_size, "data.eval_transform"),
+    )
   tokenizer = Tokenizer.from_file(workdir / TOKENIZER_FILE)
   if tokenizer.sha256 != card["identity"]["tokenizer"]:
-    raise UserError(f"{workdir / TOKENIZER_FILE} is not the tokenizer this model was trained with "
-                    "(its checksum differs); restore the file, or run train there again")
+    raise UserError(
+      f"{workdir / TOKENIZER_FILE} is not the tokenizer this model was trained with "
+      "(its checksum differs); restore the file, or run train there again"
+    )
   return LanguageModel(*loaded, tokenizer)
 
 
@@ -317,7 +352,8 @@ def _logits(params, tokens, config, execution, granularity):
 @_jit
 def _loss(params, tokens, config, execution, granularity):
   hidden, embedding = matlm.MatLM(config, execution).apply(
-      {"params": params}, tokens[:, :-1], granularity=granularity, return_hidden=True)
+    {"params": params}, tokens[:, :-1], granularity=granularity, return_hidden=True
+  )
   targets = tokens[:, 1:]
   chunks = losses.num_chunks(targets.shape, config.vocab_size, execution)
   return losses.chunked_cross_entropy(hidden, embedding, targets, chunks)[1]

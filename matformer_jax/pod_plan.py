@@ -28,14 +28,14 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
-from matformer_jax.tpu import chips, hlo
 from matformer_jax import cli, sharding, tables
-from matformer_jax.training import metrics
 from matformer_jax import granularity as gran
 from matformer_jax.decoding.decode import Decoder, State
 from matformer_jax.errors import UserError
 from matformer_jax.models import cache as kv
 from matformer_jax.tasks import make_task_without_data
+from matformer_jax.tpu import chips, hlo
+from matformer_jax.training import metrics
 from matformer_jax.training.trainer import Trainer
 
 KERNEL_MATMULS = 11  # [T, T] x H products of the attention kernel: 2 forward, twice, and 7 back
@@ -54,21 +54,31 @@ def topology_devices(topology: str) -> tuple[chips.Tpu, list[jax.Device]]:
   name, _, shape = topology.partition(":")
   tpu = chips.TPUS.get(name)
   if tpu is None or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-    raise UserError(f"--topology={topology!r} is not CHIP:SHAPE, e.g. v3:16x16; chips are "
-                    f"{', '.join(chips.TPUS)} (--topology=list)")
+    raise UserError(
+      f"--topology={topology!r} is not CHIP:SHAPE, e.g. v3:16x16; chips are "
+      f"{', '.join(chips.TPUS)} (--topology=list)"
+    )
   if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
     raise UserError("the TPU compiler is not installed; pip install 'matformer_jax[tpu]'")
   # The library is told of a machine that does not exist, and not to look for one.
-  os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-                    TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE=tpu.accelerator_type)
+  os.environ.update(
+    TPU_SKIP_MDS_QUERY="1",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE=tpu.accelerator_type,
+  )
   jax.config.update("jax_platforms", "cpu")
   from jax.experimental import topologies
+
   try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology,
-                                           chip_config_name=tpu.chip_config).devices
+    devices = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology, chip_config_name=tpu.chip_config
+    ).devices
   except Exception as e:
-    raise UserError(f"--topology={topology!r}: the TPU compiler knows no such slice "
-                    f"({' '.join(str(e).split())[:200]}); try {tpu.example}") from e
+    raise UserError(
+      f"--topology={topology!r}: the TPU compiler knows no such slice "
+      f"({' '.join(str(e).split())[:200]}); try {tpu.example}"
+    ) from e
   return tpu, devices
 
 
@@ -80,8 +90,10 @@ def parse_mesh(text: str, default) -> dict[str, int]:
   for part in text.split(","):
     axis, _, size = part.partition(":")
     if axis not in sizes or not re.fullmatch(r"-1|\d+", size):
-      raise UserError(f"--mesh={text!r}: {part!r} is not AXIS:SIZE with an axis of "
-                      f"{', '.join(sharding.MESH_AXES)}, e.g. fsdp:16,tensor:2")
+      raise UserError(
+        f"--mesh={text!r}: {part!r} is not AXIS:SIZE with an axis of "
+        f"{', '.join(sharding.MESH_AXES)}, e.g. fsdp:16,tensor:2"
+      )
     sizes[axis] = int(size)
   return sizes
 
@@ -127,8 +139,10 @@ def kernel_flops(trainer: Trainer, granularity: gran.Granularity) -> float:
 
 def tree_bytes(tree) -> int:
   """Of one device's shards."""
-  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-             for leaf in jax.tree.leaves(tree))
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
 
 
 class DoesNotFit(Exception):
@@ -164,9 +178,12 @@ def compile_program(lowered):
 def memory(compiled) -> dict[str, int]:
   """Bytes per device by purpose."""
   m = compiled.memory_analysis()
-  return {"arguments": m.argument_size_in_bytes,
-          "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,
-          "temporaries": m.temp_size_in_bytes, "code": m.generated_code_size_in_bytes}
+  return {
+    "arguments": m.argument_size_in_bytes,
+    "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,
+    "temporaries": m.temp_size_in_bytes,
+    "code": m.generated_code_size_in_bytes,
+  }
 
 
 def plan_step(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu) -> dict[str, Any]:
@@ -182,8 +199,11 @@ def plan_step(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu) -
     compiled, text = compile_program(traced.lower())
   except DoesNotFit as e:
     parts["temporaries"] = e.bytes - (0 if e.temporaries_only else sum(parts.values()))
-    return result | {"fits": False, "hbm_bytes_per_core": sum(parts.values()),
-                     "compile_s": time.perf_counter() - started}
+    return result | {
+      "fits": False,
+      "hbm_bytes_per_core": sum(parts.values()),
+      "compile_s": time.perf_counter() - started,
+    }
   used = memory(compiled)
   parts |= {k: used[k] for k in ("temporaries", "code")}
   parts["batch and other"] = used["arguments"] + used["outputs"] - tree_bytes(state)
@@ -196,49 +216,72 @@ def plan_step(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu) -
   flops = matmul_flops(traced.jaxpr.jaxpr) / tensor + kernels
   peak, bandwidth = tpu.peak_flops / cores, tpu.hbm_bytes_per_s / cores
   bounds = {
-      "compute_s": flops / peak,
-      # Every live byte is written and read at least once.
-      "memory_s": (used["arguments"] + used["outputs"] + 2 * used["temporaries"]) / bandwidth,
-      "network_s": wire / (tpu.links * tpu.link_bytes_per_s / cores)}
+    "compute_s": flops / peak,
+    # Every live byte is written and read at least once.
+    "memory_s": (used["arguments"] + used["outputs"] + 2 * used["temporaries"]) / bandwidth,
+    "network_s": wire / (tpu.links * tpu.link_bytes_per_s / cores),
+  }
   cycles = hlo.estimated_cycles(text)
   busy = max(cycles / tpu.clock_hz + kernels / peak, bounds["compute_s"], bounds["memory_s"])
   # Around one ring, both ways: what XLA does not hide behind computation adds to the step.
   step_time = busy + exposed / (2 * tpu.link_bytes_per_s / cores)
   config = trainer.task.model_config
-  model_flops = (gran.count(config, granularity).train_flops
-                 * trainer.task.examples_per_step)
+  model_flops = gran.count(config, granularity).train_flops * trainer.task.examples_per_step
   return result | {
-      "fits": sum(parts.values()) <= capacity, "hbm_bytes_per_core": sum(parts.values()),
-      "collective_bytes": {k: sum(c.bytes * c.times for c in v) for k, v in kinds.items() if v},
-      "collective_count": {k: sum(c.arrays * c.times for c in v) for k, v in kinds.items() if v},
-      "wire_bytes": int(wire), "exposed_wire_bytes": int(exposed),
-      "flops_per_core": flops, "model_flops": model_flops, "estimated_cycles": cycles,
-      "bounds": bounds, "step_time_s": step_time,
-      "mfu": model_flops / step_time / (peak * trainer.mesh.size),
-      "tokens_per_s": trainer.task.examples_per_step / step_time,
-      "compile_s": time.perf_counter() - started}
+    "fits": sum(parts.values()) <= capacity,
+    "hbm_bytes_per_core": sum(parts.values()),
+    "collective_bytes": {k: sum(c.bytes * c.times for c in v) for k, v in kinds.items() if v},
+    "collective_count": {k: sum(c.arrays * c.times for c in v) for k, v in kinds.items() if v},
+    "wire_bytes": int(wire),
+    "exposed_wire_bytes": int(exposed),
+    "flops_per_core": flops,
+    "model_flops": model_flops,
+    "estimated_cycles": cycles,
+    "bounds": bounds,
+    "step_time_s": step_time,
+    "mfu": model_flops / step_time / (peak * trainer.mesh.size),
+    "tokens_per_s": trainer.task.examples_per_step / step_time,
+    "compile_s": time.perf_counter() - started,
+  }
 
 
-def plan_decode(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu, batch: int,
-                length: int) -> dict[str, Any]:
+def plan_decode(
+  trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu, batch: int, length: int
+) -> dict[str, Any]:
   """Memory and time of decoding one token of `batch` sequences with a cache of `length`."""
   mesh, config = trainer.mesh, trainer.task.model_config
   decoder = Decoder(config, dataclasses.replace(trainer.execution, remat="none"), granularity)
   place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch",)))
   row = lambda dtype, *shape: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=place)
   params = trainer.abstract_state.params
-  weights = jax.tree.map(lambda s, like: jax.ShapeDtypeStruct(s.shape, s.dtype,
-                                                              sharding=like.sharding),
-                         jax.eval_shape(decoder.lay_out, params), params)
+  weights = jax.tree.map(
+    lambda s, like: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=like.sharding),
+    jax.eval_shape(decoder.lay_out, params),
+    params,
+  )
   cache = jax.eval_shape(functools.partial(kv.init_cache, config, decoder.execution, batch, length))
   axes = ("batch", "head_groups", "heads", "positions", "head_dim")
-  cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(
-          mesh, sharding.spec(("layers",) * (leaf.ndim - 5) + axes))), cache)
+  cache = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape,
+      leaf.dtype,
+      sharding=jax.sharding.NamedSharding(
+        mesh, sharding.spec(("layers",) * (leaf.ndim - 5) + axes)
+      ),
+    ),
+    cache,
+  )
   keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(batch, jnp.uint32)))
-  state = State(row(jnp.int32, length), row(jnp.int32), row(jnp.int32), row(jnp.bool_),
-                jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=place), cache, None,
-                decoder.heads)
+  state = State(
+    row(jnp.int32, length),
+    row(jnp.int32),
+    row(jnp.int32),
+    row(jnp.bool_),
+    jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=place),
+    cache,
+    None,
+    decoder.heads,
+  )
   capacity = tpu.hbm_bytes // tpu.cores_per_chip
   try:
     compiled, text = compile_program(Decoder._advance.lower(decoder, weights, state, jnp.int32(1)))
@@ -247,18 +290,31 @@ def plan_decode(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu,
   used = memory(compiled)
   # One pass through the loop; what is read must be read once a token.
   exposed = sum(c.wire_bytes for c in hlo.collectives(text))
-  seconds = max(hlo.estimated_cycles(text) / tpu.clock_hz,
-                used["arguments"] / (tpu.hbm_bytes_per_s / tpu.cores_per_chip))
+  seconds = max(
+    hlo.estimated_cycles(text) / tpu.clock_hz,
+    used["arguments"] / (tpu.hbm_bytes_per_s / tpu.cores_per_chip),
+  )
   seconds += exposed / (2 * tpu.link_bytes_per_s / tpu.cores_per_chip)
-  return {"fits": sum(used.values()) <= capacity, "hbm_bytes_per_core": sum(used.values()),
-          "hbm_capacity": capacity, "token_time_s": seconds, "tokens_per_s": batch / seconds}
+  return {
+    "fits": sum(used.values()) <= capacity,
+    "hbm_bytes_per_core": sum(used.values()),
+    "hbm_capacity": capacity,
+    "token_time_s": seconds,
+    "tokens_per_s": batch / seconds,
+  }
 
 
 # ------------------------------------------------------------------ the plan
 
 
-def make_plan(config, topology: str, mesh_sizes: str = "", granularities=(), decode_batch: int = 0,
-              say=lambda message: None) -> dict[str, Any]:
+def make_plan(
+  config,
+  topology: str,
+  mesh_sizes: str = "",
+  granularities=(),
+  decode_batch: int = 0,
+  say=lambda message: None,
+) -> dict[str, Any]:
   """The whole plan, ready for JSON.
 
   Args:
@@ -270,7 +326,9 @@ def make_plan(config, topology: str, mesh_sizes: str = "", granularities=(), dec
     say: told of progress.
   """
   if decode_batch and config.task != "matlm":
-    raise UserError(f"--decode_batch={decode_batch}: a model of task {config.task!r} does not decode")
+    raise UserError(
+      f"--decode_batch={decode_batch}: a model of task {config.task!r} does not decode"
+    )
   tpu, devices = topology_devices(topology)
   mesh = sharding.make_mesh(parse_mesh(mesh_sizes, config.mesh), devices)
   task = make_task_without_data(config)
@@ -281,22 +339,33 @@ def make_plan(config, topology: str, mesh_sizes: str = "", granularities=(), dec
   names = list(granularities) or trainer.names
   count = len(devices) // tpu.cores_per_chip
   plan: dict[str, Any] = {
-      "topology": topology, "chips": count, "cores": len(devices),
-      "mesh": {k: int(v) for k, v in mesh.shape.items()}, "batch_size": config.batch_size,
-      "tokens_per_step": task.examples_per_step, "unit": task.examples_unit,
-      "grad_accum": config.grad_accum,
-      "dtype": trainer.execution.dtype, "remat": trainer.execution.remat,
-      "attention": "flash" if trainer.execution.flash_attention else "blocks",
-      "optimizer": config.optim.name, "steps": config.steps, "granularities": {}}
+    "topology": topology,
+    "chips": count,
+    "cores": len(devices),
+    "mesh": {k: int(v) for k, v in mesh.shape.items()},
+    "batch_size": config.batch_size,
+    "tokens_per_step": task.examples_per_step,
+    "unit": task.examples_unit,
+    "grad_accum": config.grad_accum,
+    "dtype": trainer.execution.dtype,
+    "remat": trainer.execution.remat,
+    "attention": "flash" if trainer.execution.flash_attention else "blocks",
+    "optimizer": config.optim.name,
+    "steps": config.steps,
+    "granularities": {},
+  }
   for name in names:
-    say(f"compiling the step of {name} for {topology} ({len(plan['granularities']) + 1}/{len(names)})")
+    say(
+      f"compiling the step of {name} for {topology} ({len(plan['granularities']) + 1}/{len(names)})"
+    )
     g = gran.parse(name, model_config)
     row = plan_step(trainer, g, tpu)
     plan["granularities"][name] = row | _totals(row, config.steps, count)
     if decode_batch:
       say(f"compiling decoding with {name}")
-      plan["granularities"][name]["decode"] = plan_decode(trainer, g, tpu, decode_batch,
-                                                          model_config.seq_len)
+      plan["granularities"][name]["decode"] = plan_decode(
+        trainer, g, tpu, decode_batch, model_config.seq_len
+      )
   plan["mean"] = _mean(plan, trainer, config.steps, count)
   plan["fits"] = all(row["fits"] for row in plan["granularities"].values())
   plan["advice"] = advice(plan, config)
@@ -312,14 +381,20 @@ def _totals(row, steps: int, count: int) -> dict[str, float]:
 
 def _mean(plan, trainer: Trainer, steps: int, count: int) -> dict[str, float] | None:
   """Of the steps that sampling makes; None unless all sampled sizes were planned and fit."""
-  rows = [(p, plan["granularities"].get(name)) for name, p in zip(trainer.names,
-                                                                  trainer.probabilities) if p > 0]
+  rows = [
+    (p, plan["granularities"].get(name))
+    for name, p in zip(trainer.names, trainer.probabilities)
+    if p > 0
+  ]
   if any(row is None or "step_time_s" not in row for _, row in rows):
     return None
   seconds = sum(p * row["step_time_s"] for p, row in rows)
   peak = metrics.peak_flops(trainer.mesh)
-  row = {"step_time_s": seconds, "tokens_per_s": plan["tokens_per_step"] / seconds,
-         "mfu": sum(p * row["model_flops"] for p, row in rows) / seconds / peak}
+  row = {
+    "step_time_s": seconds,
+    "tokens_per_s": plan["tokens_per_step"] / seconds,
+    "mfu": sum(p * row["model_flops"] for p, row in rows) / seconds / peak,
+  }
   return row | _totals(row, steps, count)
 
 
@@ -331,12 +406,16 @@ def advice(plan, config) -> list[str]:
       continue
     hbm, missing = row["hbm"], row["hbm_bytes_per_core"] - row["hbm_capacity"]
     kept = hbm["parameters"] + hbm["optimizer"]
-    what = (f"{name} needs {row['hbm_bytes_per_core'] / _GIB:.2f} GiB a core, "
-            f"{missing / _GIB:.2f} more than there is: ")
+    what = (
+      f"{name} needs {row['hbm_bytes_per_core'] / _GIB:.2f} GiB a core, "
+      f"{missing / _GIB:.2f} more than there is: "
+    )
     if kept > row["hbm_capacity"] / 2:
-      what += (f"parameters and optimizer take {kept / _GIB:.2f}; raise mesh.fsdp="
-               f"{plan['mesh']['fsdp']}" + ("" if config.optim.name == "adafactor" else
-                                            ", or use --config.optim.name=adafactor"))
+      what += (
+        f"parameters and optimizer take {kept / _GIB:.2f}; raise mesh.fsdp="
+        f"{plan['mesh']['fsdp']}"
+        + ("" if config.optim.name == "adafactor" else ", or use --config.optim.name=adafactor")
+      )
     else:
       ways = [f"--config.grad_accum={2 * plan['grad_accum']}"]
       ways += ["--config.remat=full"] if plan["remat"] != "full" else []
@@ -348,56 +427,143 @@ def advice(plan, config) -> list[str]:
 
 def report(plan: dict[str, Any]) -> str:
   """Tables a person reads."""
-  head = (f"{plan['topology']}: {plan['chips']} chips, {plan['cores']} cores, mesh {plan['mesh']}, "
-          f"{plan['tokens_per_step']:,} {plan['unit']}/step, {plan['dtype']}, remat {plan['remat']}, "
-          f"{plan['attention']} attention, {plan['optimizer']}")
+  head = (
+    f"{plan['topology']}: {plan['chips']} chips, {plan['cores']} cores, mesh {plan['mesh']}, "
+    f"{plan['tokens_per_step']:,} {plan['unit']}/step, {plan['dtype']}, remat {plan['remat']}, "
+    f"{plan['attention']} attention, {plan['optimizer']}"
+  )
   gib = lambda value: f"{value / _GIB:.2f}"
   mib = lambda value: f"{value / 2**20:,.0f}"
   ms = lambda value: f"{1e3 * value:,.1f}"
   rows = plan["granularities"]
   purposes = list(dict.fromkeys(k for row in rows.values() for k in row["hbm"]))
-  tables_ = [head, "HBM per core, GiB", tables.table(
+  tables_ = [
+    head,
+    "HBM per core, GiB",
+    tables.table(
       ["size", *purposes, "all", "of", "fits"],
-      [[name, *(gib(row["hbm"].get(k, 0)) for k in purposes), gib(row["hbm_bytes_per_core"]),
-        gib(row["hbm_capacity"]), "yes" if row["fits"] else "NO"] for name, row in rows.items()])]
+      [
+        [
+          name,
+          *(gib(row["hbm"].get(k, 0)) for k in purposes),
+          gib(row["hbm_bytes_per_core"]),
+          gib(row["hbm_capacity"]),
+          "yes" if row["fits"] else "NO",
+        ]
+        for name, row in rows.items()
+      ],
+    ),
+  ]
   timed = {name: row for name, row in rows.items() if "step_time_s" in row}
   if timed:
     kinds = [k for k in hlo.KINDS if any(k in row["collective_bytes"] for row in timed.values())]
-    tables_ += ["Collectives per step and core: arrays, MiB of results", tables.table(
+    tables_ += [
+      "Collectives per step and core: arrays, MiB of results",
+      tables.table(
         ["size", *kinds, "on the wire", "not hidden"],
-        [[name, *(f"{row['collective_count'].get(k, 0)}, {mib(row['collective_bytes'].get(k, 0))}"
-                  for k in kinds), mib(row["wire_bytes"]), mib(row["exposed_wire_bytes"])]
-         for name, row in timed.items()])]
+        [
+          [
+            name,
+            *(
+              f"{row['collective_count'].get(k, 0)}, {mib(row['collective_bytes'].get(k, 0))}"
+              for k in kinds
+            ),
+            mib(row["wire_bytes"]),
+            mib(row["exposed_wire_bytes"]),
+          ]
+          for name, row in timed.items()
+        ],
+      ),
+    ]
     mean = {"mean": plan["mean"]} if plan["mean"] else {}
-    tables_ += ["Time: lower bounds and estimate, ms", tables.table(
-        ["size", "TFLOP/core", "compute", "memory", "network", "estimate", "MFU", f"{plan['unit']}/s",
-         "days", "chip-hours"],
-        [[name, f"{row['flops_per_core'] / 1e12:.2f}" if "bounds" in row else "",
-          *(ms(row["bounds"][k]) if "bounds" in row else ""
-            for k in ("compute_s", "memory_s", "network_s")),
-          ms(row["step_time_s"]), f"{100 * row['mfu']:.1f}%", f"{row['tokens_per_s']:,.0f}",
-          f"{row['days']:,.2f}", f"{row['chip_hours']:,.0f}"] for name, row in (timed | mean).items()])]
+    tables_ += [
+      "Time: lower bounds and estimate, ms",
+      tables.table(
+        [
+          "size",
+          "TFLOP/core",
+          "compute",
+          "memory",
+          "network",
+          "estimate",
+          "MFU",
+          f"{plan['unit']}/s",
+          "days",
+          "chip-hours",
+        ],
+        [
+          [
+            name,
+            f"{row['flops_per_core'] / 1e12:.2f}" if "bounds" in row else "",
+            *(
+              ms(row["bounds"][k]) if "bounds" in row else ""
+              for k in ("compute_s", "memory_s", "network_s")
+            ),
+            ms(row["step_time_s"]),
+            f"{100 * row['mfu']:.1f}%",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['days']:,.2f}",
+            f"{row['chip_hours']:,.0f}",
+          ]
+          for name, row in (timed | mean).items()
+        ],
+      ),
+    ]
   decoding = {name: row["decode"] for name, row in rows.items() if "decode" in row}
   if decoding:
-    tables_ += ["Decoding", tables.table(
+    tables_ += [
+      "Decoding",
+      tables.table(
         ["size", "GiB/core", "ms/token", "tokens/s", "fits"],
-        [[name, gib(d["hbm_bytes_per_core"]), ms(d["token_time_s"]) if "token_time_s" in d else "",
-          f"{d['tokens_per_s']:,.0f}" if "token_time_s" in d else "", "yes" if d["fits"] else "NO"]
-         for name, d in decoding.items()])]
-  note = ("Compute counts executed products, recomputation included, at peak; memory every live "
-          "byte written and read once; network all links at once. The estimate adds XLA's cycle "
-          "counts and what it does not hide of the communication, around one ring. MFU counts "
-          "model FLOPs only. Days and chip-hours are for all steps of the config.")
+        [
+          [
+            name,
+            gib(d["hbm_bytes_per_core"]),
+            ms(d["token_time_s"]) if "token_time_s" in d else "",
+            f"{d['tokens_per_s']:,.0f}" if "token_time_s" in d else "",
+            "yes" if d["fits"] else "NO",
+          ]
+          for name, d in decoding.items()
+        ],
+      ),
+    ]
+  note = (
+    "Compute counts executed products, recomputation included, at peak; memory every live "
+    "byte written and read once; network all links at once. The estimate adds XLA's cycle "
+    "counts and what it does not hide of the communication, around one ring. MFU counts "
+    "model FLOPs only. Days and chip-hours are for all steps of the config."
+  )
   return "\n\n".join([*tables_, *plan["advice"], note])
 
 
 def list_topologies() -> str:
   """A table of the known chips."""
-  rows = [[tpu.name, str(tpu.cores_per_chip), f"{tpu.hbm_bytes / _GIB:.0f}",
-           f"{tpu.peak_flops / 1e12:.0f}", f"{tpu.hbm_bytes_per_s / 1e9:,.0f}", str(tpu.links),
-           f"{tpu.link_bytes_per_s / 1e9:.0f}", tpu.example] for tpu in chips.TPUS.values()]
-  return tables.table(["chip", "JAX devices", "HBM GiB", "bf16 TFLOP/s", "HBM GB/s", "links",
-                       "GB/s each way", "example"], rows)
+  rows = [
+    [
+      tpu.name,
+      str(tpu.cores_per_chip),
+      f"{tpu.hbm_bytes / _GIB:.0f}",
+      f"{tpu.peak_flops / 1e12:.0f}",
+      f"{tpu.hbm_bytes_per_s / 1e9:,.0f}",
+      str(tpu.links),
+      f"{tpu.link_bytes_per_s / 1e9:.0f}",
+      tpu.example,
+    ]
+    for tpu in chips.TPUS.values()
+  ]
+  return tables.table(
+    [
+      "chip",
+      "JAX devices",
+      "HBM GiB",
+      "bf16 TFLOP/s",
+      "HBM GB/s",
+      "links",
+      "GB/s each way",
+      "example",
+    ],
+    rows,
+  )
 
 
 def main(argv) -> None:
@@ -408,21 +574,33 @@ def main(argv) -> None:
   config = cli.read_config(_CONFIG)
   if not _TOPOLOGY.value:
     raise UserError("--topology is missing; give e.g. --topology=v3:16x16, or list")
-  plan = make_plan(config, _TOPOLOGY.value, _MESH.value, _GRANULARITIES.value, _DECODE_BATCH.value,
-                   lambda message: print(message, file=sys.stderr, flush=True))
+  plan = make_plan(
+    config,
+    _TOPOLOGY.value,
+    _MESH.value,
+    _GRANULARITIES.value,
+    _DECODE_BATCH.value,
+    lambda message: print(message, file=sys.stderr, flush=True),
+  )
   print(json.dumps(plan, indent=1) if _JSON.value else "\n" + report(plan))
 
 
 if __name__ == "__main__":
   _CONFIG = cli.define_config()
-  _TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE, e.g. v3:16x16, v5e:4x4, "
-                                  "v5p:4x4x4; or list.")
-  _MESH = flags.DEFINE_string("mesh", "", "Sizes of mesh axes instead of the config's, e.g. "
-                              "fsdp:16,tensor:2; data takes what remains.")
-  _GRANULARITIES = flags.DEFINE_list("granularities", [], "What to plan, e.g. S,XL; default all "
-                                     "trained sizes.")
-  _DECODE_BATCH = flags.DEFINE_integer("decode_batch", 0, "Also plan decoding of so many "
-                                       "sequences with a full cache.", lower_bound=0)
+  _TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "CHIP:SHAPE, e.g. v3:16x16, v5e:4x4, v5p:4x4x4; or list."
+  )
+  _MESH = flags.DEFINE_string(
+    "mesh",
+    "",
+    "Sizes of mesh axes instead of the config's, e.g. fsdp:16,tensor:2; data takes what remains.",
+  )
+  _GRANULARITIES = flags.DEFINE_list(
+    "granularities", [], "What to plan, e.g. S,XL; default all trained sizes."
+  )
+  _DECODE_BATCH = flags.DEFINE_integer(
+    "decode_batch", 0, "Also plan decoding of so many sequences with a full cache.", lower_bound=0
+  )
   _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
   flags.adopt_module_key_flags(cli)
   cli.run(main)

@@ -11,6 +11,7 @@ each query is given the class of its nearest neighbours (Section 4.2.2, Figure 5
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 import csv
 import dataclasses
 import hashlib
@@ -18,16 +19,15 @@ import io
 import json
 import os
 import pathlib
-from typing import Iterator, Sequence
 
 from absl import flags
 import jax
 import numpy as np
 import tqdm
 
-from matformer_jax.checkpoints import checkpoint
 from matformer_jax import cli, runtime, sharding, tables
 from matformer_jax import granularity as gran
+from matformer_jax.checkpoints import checkpoint
 from matformer_jax.data import image_sources
 from matformer_jax.errors import UserError
 from matformer_jax.evals import retrieval
@@ -54,20 +54,26 @@ class Embedder:
     self._workers = workers
     self._corrupt = image_sources.Corrupt(model.card["config"]["data"]["corrupt"])
 
-  def embed(self, source: image_sources.Images, granularity: gran.Granularity,
-            bar: tqdm.tqdm) -> tuple[np.ndarray, np.ndarray]:
+  def embed(
+    self, source: image_sources.Images, granularity: gran.Granularity, bar: tqdm.tqdm
+  ) -> tuple[np.ndarray, np.ndarray]:
     """(float32 [N, F], labels int32 [N, R], -1 where there are none) of all images, in order."""
-    reader = image_sources.LabelledBatches(source, self._batch_size, self.model.transform, self._corrupt)
+    reader = image_sources.LabelledBatches(
+      source, self._batch_size, self.model.transform, self._corrupt
+    )
     features, labels = [], []
-    for (batch,) in image_sources.read_ahead(reader, 0, reader.num_batches - 1,
-                                      [range(self._batch_size)], self._workers):
+    for (batch,) in image_sources.read_ahead(
+      reader, 0, reader.num_batches - 1, [range(self._batch_size)], self._workers
+    ):
       features.append(self.model.features(jax.device_put(batch["image"], self._split), granularity))
       labels.append(batch["labels"])
       if len(features) > 2:  # the device is this much ahead of the disk, not more
         features[-3] = np.asarray(features[-3])
       bar.update(min(self._batch_size, source.size - self._batch_size * (len(labels) - 1)))
-    return (np.concatenate([np.asarray(f) for f in features])[:source.size],
-            np.concatenate(labels)[:source.size])
+    return (
+      np.concatenate([np.asarray(f) for f in features])[: source.size],
+      np.concatenate(labels)[: source.size],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +96,13 @@ class Corpus:
       yield np.load(self.path / f"features-{i:05d}.npy", mmap_mode="r")
 
 
-def embed_corpus(embedder: Embedder, source: image_sources.Images, granularity: gran.Granularity,
-                 root: pathlib.Path, chunk_images: int = CHUNK_IMAGES) -> Corpus:
+def embed_corpus(
+  embedder: Embedder,
+  source: image_sources.Images,
+  granularity: gran.Granularity,
+  root: pathlib.Path,
+  chunk_images: int = CHUNK_IMAGES,
+) -> Corpus:
   """Embeds a corpus, or opens what an earlier call embedded; goes on where a kill cut it.
 
   Args:
@@ -99,18 +110,27 @@ def embed_corpus(embedder: Embedder, source: image_sources.Images, granularity: 
   """
   model = embedder.model
   name = gran.to_text(granularity, model.config)
-  facts = {"workdir": str(model.workdir), "step": model.step, "granularity": name,
-           "model": checkpoint.read_meta(model.workdir, model.step)["seal"],
-           "images": source.fingerprint, "source": source.name, "num_images": source.size,
-           "features": model.config.features, "transform": model.transform.text,
-           "chunk_images": chunk_images}
+  facts = {
+    "workdir": str(model.workdir),
+    "step": model.step,
+    "granularity": name,
+    "model": checkpoint.read_meta(model.workdir, model.step)["seal"],
+    "images": source.fingerprint,
+    "source": source.name,
+    "num_images": source.size,
+    "features": model.config.features,
+    "transform": model.transform.text,
+    "chunk_images": chunk_images,
+  }
   key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
   path = root / f"{name.replace('*', 'x').replace('/', '_')}-{key}"
   path.mkdir(parents=True, exist_ok=True)
-  chunks = [range(i, min(i + chunk_images, source.size))
-            for i in range(0, source.size, chunk_images)]
-  with tqdm.tqdm(total=source.size, unit="img", desc=f"embedding the corpus with {name}",
-                 mininterval=1.0) as bar:
+  chunks = [
+    range(i, min(i + chunk_images, source.size)) for i in range(0, source.size, chunk_images)
+  ]
+  with tqdm.tqdm(
+    total=source.size, unit="img", desc=f"embedding the corpus with {name}", mininterval=1.0
+  ) as bar:
     for i, rows in enumerate(chunks):
       files = path / f"features-{i:05d}.npy", path / f"labels-{i:05d}.npy"
       if all(_holds(f, len(rows)) for f in files):
@@ -155,52 +175,95 @@ class Row:
   accuracy: dict[int, float]
 
 
-def measure(embedder: Embedder, queries: image_sources.Images, granularity: gran.Granularity,
-            corpus: Corpus, corpus_name: str, ks: Sequence[int], metric: str, backend: str,
-            encoder: str) -> Row:
+def measure(
+  embedder: Embedder,
+  queries: image_sources.Images,
+  granularity: gran.Granularity,
+  corpus: Corpus,
+  corpus_name: str,
+  ks: Sequence[int],
+  metric: str,
+  backend: str,
+  encoder: str,
+) -> Row:
   """Retrieval with one query encoder."""
   config = embedder.model.config
   name, counts = gran.to_text(granularity, config), gran.count(config, granularity)
-  with tqdm.tqdm(total=queries.size, unit="img", desc=f"queries by {encoder} {name}",
-                 mininterval=1.0, leave=False) as bar:
+  with tqdm.tqdm(
+    total=queries.size,
+    unit="img",
+    desc=f"queries by {encoder} {name}",
+    mininterval=1.0,
+    leave=False,
+  ) as bar:
     features, labels = embedder.embed(queries, granularity, bar)
   neighbours, _ = retrieval.search(features, corpus.blocks(), max(ks), metric, backend)
-  return Row(encoder, name, corpus_name, counts.params, counts.flops,
-             {k: retrieval.accuracy(neighbours, corpus.labels, labels, k) for k in ks})
+  return Row(
+    encoder,
+    name,
+    corpus_name,
+    counts.params,
+    counts.flops,
+    {k: retrieval.accuracy(neighbours, corpus.labels, labels, k) for k in ks},
+  )
 
 
 def report(rows: Sequence[Row]) -> str:
   """The table a person reads; each row is compared with the corpus's own encoder."""
   ks = list(rows[0].accuracy)
   header = ["query encoder", "corpus", "parameters", "FLOPs/image"] + [f"{k}-NN" for k in ks]
-  return tables.table(header, [
+  return tables.table(
+    header,
+    [
       [f"{r.encoder} {r.granularity}", r.corpus, f"{r.params:,}", tables.si(r.flops)]
-      + [f"{r.accuracy[k]:.2%}" for k in ks] for r in rows])
+      + [f"{r.accuracy[k]:.2%}" for k in ks]
+      for r in rows
+    ],
+  )
 
 
 def plot(rows: Sequence[Row], k: int, title: str, path: str | os.PathLike) -> None:
   """Accuracy against the query encoder's FLOPs (Figure 5)."""
   import matplotlib
+
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
+
   figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
   universal = [r for r in rows if r.encoder == UNIVERSAL]
   largest = max(universal, key=lambda r: r.flops).granularity
-  groups = (("MatViT queries, corpus by " + largest, "o",
-             [r for r in universal if r.corpus == largest]),
-            ("the same encoder on both sides", "s", [r for r in universal if r.corpus == r.granularity
-                                                     and r.granularity != largest]),
-            ("independent ViT queries, corpus by " + largest, "x",
-             [r for r in rows if r.encoder != UNIVERSAL]))
+  groups = (
+    ("MatViT queries, corpus by " + largest, "o", [r for r in universal if r.corpus == largest]),
+    (
+      "the same encoder on both sides",
+      "s",
+      [r for r in universal if r.corpus == r.granularity and r.granularity != largest],
+    ),
+    (
+      "independent ViT queries, corpus by " + largest,
+      "x",
+      [r for r in rows if r.encoder != UNIVERSAL],
+    ),
+  )
   for label, marker, group in groups:
     if group:
       group = sorted(group, key=lambda r: r.flops)
-      axes.plot([r.flops / 1e9 for r in group], [100 * r.accuracy[k] for r in group], marker=marker,
-                label=label, linestyle="-" if marker == "o" else "", alpha=0.9)
+      axes.plot(
+        [r.flops / 1e9 for r in group],
+        [100 * r.accuracy[k] for r in group],
+        marker=marker,
+        label=label,
+        linestyle="-" if marker == "o" else "",
+        alpha=0.9,
+      )
       for r in group if marker == "o" else ():
         if "*" not in r.granularity:
-          axes.annotate(r.granularity, (r.flops / 1e9, 100 * r.accuracy[k]),
-                        textcoords="offset points", xytext=(5, -13))
+          axes.annotate(
+            r.granularity,
+            (r.flops / 1e9, 100 * r.accuracy[k]),
+            textcoords="offset points",
+            xytext=(5, -13),
+          )
   axes.set(xlabel="GFLOPs per query image", ylabel=f"{k}-NN accuracy (%)", title=title)
   axes.grid(alpha=0.3)
   axes.legend()
@@ -223,14 +286,18 @@ def main(argv) -> None:
   model = load(_WORKDIR.value, _STEP.value, VisionModel)
   task = open_task(model)
   config, data = model.config, model.card["config"]["data"]
-  chosen = ([gran.parse(g, config) for g in _GRANULARITIES.value] or gran.uniform(config))
+  chosen = [gran.parse(g, config) for g in _GRANULARITIES.value] or gran.uniform(config)
   chosen += ladder(config, _LADDER.value) if _LADDER.value else []
   full = gran.full(config)
   chosen = sorted(dict.fromkeys([*chosen, full]), key=lambda g: gran.count(config, g).params)
-  splits = {data["train_split"]: task.train_images, data["validation_split"]: task.validation_images}
-  corpus_images, queries = (splits.get(s) or task.open_split(s)
-                            for s in (_CORPUS.value or data["train_split"],
-                                      _QUERIES.value or data["validation_split"]))
+  splits = {
+    data["train_split"]: task.train_images,
+    data["validation_split"]: task.validation_images,
+  }
+  corpus_images, queries = (
+    splits.get(s) or task.open_split(s)
+    for s in (_CORPUS.value or data["train_split"], _QUERIES.value or data["validation_split"])
+  )
   if _MAX_QUERIES.value:
     queries = queries.part(range(min(_MAX_QUERIES.value, queries.size)))
   embedder = Embedder(model, _BATCH_SIZE.value, _WORKERS.value)
@@ -246,10 +313,21 @@ def main(argv) -> None:
       rows.append(measure(embedder, queries, g, own, text(g), *options, UNIVERSAL))
   for directory in _BASELINES.value:
     other = load(directory, kind=VisionModel)
-    rows.append(measure(Embedder(other, _BATCH_SIZE.value, _WORKERS.value), queries,
-                        gran.full(other.config), corpus, text(full), *options, directory))
-  print(f"\n{model.workdir}, step {model.step:,}: {queries.size:,} queries ({queries.name}) in "
-        f"{corpus_images.size:,} images ({corpus_images.name}), {_METRIC.value}\n")
+    rows.append(
+      measure(
+        Embedder(other, _BATCH_SIZE.value, _WORKERS.value),
+        queries,
+        gran.full(other.config),
+        corpus,
+        text(full),
+        *options,
+        directory,
+      )
+    )
+  print(
+    f"\n{model.workdir}, step {model.step:,}: {queries.size:,} queries ({queries.name}) in "
+    f"{corpus_images.size:,} images ({corpus_images.name}), {_METRIC.value}\n"
+  )
   print(report(rows) + "\n")
   root.mkdir(parents=True, exist_ok=True)
   flat = [dataclasses.asdict(r) for r in rows]
@@ -259,34 +337,61 @@ def main(argv) -> None:
     writer = csv.DictWriter(f, flat[0].keys())
     writer.writeheader()
     writer.writerows(flat)
-  (root / "retrieval.json").write_text(json.dumps(
-      {"workdir": str(model.workdir), "step": model.step, "corpus": corpus_images.name,
-       "queries": queries.size, "metric": _METRIC.value, "rows": flat}, indent=1))
-  plot(rows, ks[0], f"{model.workdir.name}: retrieval with elastic query encoders",
-       root / "retrieval.png")
+  (root / "retrieval.json").write_text(
+    json.dumps(
+      {
+        "workdir": str(model.workdir),
+        "step": model.step,
+        "corpus": corpus_images.name,
+        "queries": queries.size,
+        "metric": _METRIC.value,
+        "rows": flat,
+      },
+      indent=1,
+    )
+  )
+  plot(
+    rows,
+    ks[0],
+    f"{model.workdir.name}: retrieval with elastic query encoders",
+    root / "retrieval.png",
+  )
   print(f"wrote {root / 'retrieval.csv'}, retrieval.json, retrieval.png")
 
 
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained MatViT.")
   _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
-  _GRANULARITIES = flags.DEFINE_list("granularities", [], "Query encoders; default the trained sizes.")
-  _LADDER = flags.DEFINE_integer("ladder", 0, "Also this many Mix'n'Match query encoders.",
-                                 lower_bound=0)
-  _SYMMETRIC = flags.DEFINE_enum("symmetric", "none", ("none", "trained", "all"),
-                                 "Also embed the corpus with the query encoders: those that were "
-                                 "trained, or all.")
-  _BASELINES = flags.DEFINE_list("baselines", [], "Directories of independently trained ViTs, to "
-                                 "use as query encoders against the same corpus.")
+  _GRANULARITIES = flags.DEFINE_list(
+    "granularities", [], "Query encoders; default the trained sizes."
+  )
+  _LADDER = flags.DEFINE_integer(
+    "ladder", 0, "Also this many Mix'n'Match query encoders.", lower_bound=0
+  )
+  _SYMMETRIC = flags.DEFINE_enum(
+    "symmetric",
+    "none",
+    ("none", "trained", "all"),
+    "Also embed the corpus with the query encoders: those that were trained, or all.",
+  )
+  _BASELINES = flags.DEFINE_list(
+    "baselines",
+    [],
+    "Directories of independently trained ViTs, to use as query encoders against the same corpus.",
+  )
   _CORPUS = flags.DEFINE_string("corpus", None, "Split to search in; default the training split.")
   _QUERIES = flags.DEFINE_string("queries", None, "Split of queries; default the validation split.")
-  _MAX_QUERIES = flags.DEFINE_integer("max_queries", 0, "Only the first so many; 0: all.",
-                                      lower_bound=0)
+  _MAX_QUERIES = flags.DEFINE_integer(
+    "max_queries", 0, "Only the first so many; 0: all.", lower_bound=0
+  )
   _K = flags.DEFINE_list("k", ["1", "20"], "Neighbours that vote.")
   _METRIC = flags.DEFINE_enum("metric", "cosine", retrieval.METRICS, "How near is measured.")
   _BACKEND = flags.DEFINE_enum("backend", "jax", retrieval.BACKENDS, "What searches.")
   _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per batch.", lower_bound=1)
-  _WORKERS = flags.DEFINE_integer("workers", 0, "Processes that decode; 0: this one.", lower_bound=0)
-  _OUT = flags.DEFINE_string("out", None, "Directory for embeddings and results; default "
-                             "WORKDIR/retrieval.")
+  _WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Processes that decode; 0: this one.", lower_bound=0
+  )
+  _OUT = flags.DEFINE_string(
+    "out", None, "Directory for embeddings and results; default WORKDIR/retrieval."
+  )
   cli.run(main)

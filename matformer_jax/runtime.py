@@ -28,8 +28,10 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
   except (OSError, AttributeError):
     return False
-  return all(mallopt(option, value) == 1 for option, value in (
-      (_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
+  return all(
+    mallopt(option, value) == 1
+    for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
+  )
 
 
 def enable_compilation_cache() -> str:
@@ -38,6 +40,7 @@ def enable_compilation_cache() -> str:
   `JAX_COMPILATION_CACHE_DIR` wins; else `cache_dir()/jit`.
   """
   import jax
+
   path = jax.config.jax_compilation_cache_dir or os.path.join(cache_dir(), "jit")
   jax.config.update("jax_compilation_cache_dir", path)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -54,6 +57,7 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
 def say(message: str) -> None:
   """Prints progress, once in a job of several processes."""
   import jax
+
   if jax.process_index() == 0:
     print(message, flush=True)
 

@@ -9,27 +9,26 @@ errors. Writes search.csv, search.json and search.png.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import csv
 import dataclasses
 import functools
 import json
 import pathlib
-from typing import Sequence
 
 from absl import flags
 import jax
 import numpy as np
 import tqdm
 
-from matformer_jax import cli, runtime, tables
-from matformer_jax.models import losses, dynamic
+from matformer_jax import cli, latency, runtime, tables
 from matformer_jax import granularity as gran
-from matformer_jax import latency
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.data import text_sources
 from matformer_jax.errors import UserError
 from matformer_jax.evaluate import ladder, validation_store
 from matformer_jax.loading import LanguageModel, load
+from matformer_jax.models import dynamic, losses
 
 CONFIGS_PER_CALL = 16
 MIX_N_MATCH = gran.SHAPES[0]  # "increasing"
@@ -50,8 +49,13 @@ class Candidate:
   budget: str
 
 
-def score(config: MatLMConfig, execution: Execution, params,
-          granularities: Sequence[gran.Granularity], batches: Sequence[np.ndarray]) -> np.ndarray:
+def score(
+  config: MatLMConfig,
+  execution: Execution,
+  params,
+  granularities: Sequence[gran.Granularity],
+  batches: Sequence[np.ndarray],
+) -> np.ndarray:
   """Losses [configurations, windows] in nats per token, with one program for all.
 
   Args:
@@ -63,15 +67,19 @@ def score(config: MatLMConfig, execution: Execution, params,
   padded = np.concatenate([indices, np.repeat(indices[-1:], padding, axis=0)])
   calls = padded.reshape(-1, CONFIGS_PER_CALL, config.num_layers)
   result = []
-  with tqdm.tqdm(total=len(calls) * len(batches), desc="scoring",
-                 unit=f" x {CONFIGS_PER_CALL} models", mininterval=1.0) as bar:
+  with tqdm.tqdm(
+    total=len(calls) * len(batches),
+    desc="scoring",
+    unit=f" x {CONFIGS_PER_CALL} models",
+    mininterval=1.0,
+  ) as bar:
     for call in calls:
       rows = []
       for batch in batches:
         rows.append(np.asarray(_window_losses(params, batch, call, config, execution)))
         bar.update()
       result.append(np.concatenate(rows, axis=1))
-  return np.concatenate(result)[:len(indices)]
+  return np.concatenate(result)[: len(indices)]
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -82,16 +90,17 @@ def _window_losses(params, batch, indices, config: MatLMConfig, execution: Execu
 
   def one(layer_indices):
     hidden, embedding = dynamic.apply_dynamic(
-        params, batch[:, :-1], layer_indices, config=config, execution=execution,
-        return_hidden=True)
+      params, batch[:, :-1], layer_indices, config=config, execution=execution, return_hidden=True
+    )
     window = lambda xy: losses.chunked_cross_entropy(xy[0][None], embedding, xy[1][None], chunks)[1]
     return jax.lax.map(window, (hidden, targets))
 
   return jax.lax.map(one, indices)
 
 
-def candidates(config: MatLMConfig, budgets: Sequence[str], random: int, seed: int,
-               rungs: int, profile=None) -> list[Candidate]:
+def candidates(
+  config: MatLMConfig, budgets: Sequence[str], random: int, seed: int, rungs: int, profile=None
+) -> list[Candidate]:
   """Trained sizes, the Mix'n'Match ladder, and per budget every shape and random mixes.
 
   Args:
@@ -110,8 +119,9 @@ def candidates(config: MatLMConfig, budgets: Sequence[str], random: int, seed: i
   return found
 
 
-def _random_mixes(config: MatLMConfig, limit: int, number: int,
-                  rng: np.random.Generator) -> list[gran.Granularity]:
+def _random_mixes(
+  config: MatLMConfig, limit: int, number: int, rng: np.random.Generator
+) -> list[gran.Granularity]:
   """Distinct mixes of at most `limit` parameters that no layer can be raised in."""
   top = gran.full(config)
   g = config.num_granularities
@@ -126,8 +136,11 @@ def _random_mixes(config: MatLMConfig, limit: int, number: int,
       layer = open_layers[rng.integers(len(open_layers))]
       raised = layers.copy()
       raised[layer] += 1
-      if raised[layer] < g and raised[layer] <= top.ffn[layer] and (
-          gran.count(config, raised).params <= limit):
+      if (
+        raised[layer] < g
+        and raised[layer] <= top.ffn[layer]
+        and (gran.count(config, raised).params <= limit)
+      ):
         layers = raised
       else:
         open_layers.remove(layer)
@@ -156,7 +169,9 @@ class Scored:
   pareto: bool
 
 
-def summarize(config: MatLMConfig, found: Sequence[Candidate], window_losses: np.ndarray) -> list[Scored]:
+def summarize(
+  config: MatLMConfig, found: Sequence[Candidate], window_losses: np.ndarray
+) -> list[Scored]:
   """Means, standard errors and the Pareto front."""
   sizes = [gran.count(config, c.granularity) for c in found]
   means = window_losses.mean(1)
@@ -165,12 +180,22 @@ def summarize(config: MatLMConfig, found: Sequence[Candidate], window_losses: np
   result = []
   for c, n, row, mean in zip(found, sizes, window_losses, means):
     paired = row - reference[c.budget] if c.budget else None
-    pareto = not any((m.params <= n.params and other < mean) or (m.params < n.params and other <= mean)
-                     for m, other in zip(sizes, means))
-    result.append(Scored(
-        c, n.params, n.flops, float(mean), error(row),
+    pareto = not any(
+      (m.params <= n.params and other < mean) or (m.params < n.params and other <= mean)
+      for m, other in zip(sizes, means)
+    )
+    result.append(
+      Scored(
+        c,
+        n.params,
+        n.flops,
+        float(mean),
+        error(row),
         None if paired is None else float(paired.mean()),
-        None if paired is None else error(paired), pareto))
+        None if paired is None else error(paired),
+        pareto,
+      )
+    )
   return result
 
 
@@ -186,13 +211,23 @@ def report(config: MatLMConfig, scored: Sequence[Scored]) -> str:
     random = sorted((s for s in mine if s.candidate.kind == "random"), key=lambda s: s.loss)
     picks = [(_label(s.candidate.kind), s) for s in mine if s.candidate.kind != "random"]
     if random:
-      picks += [(f"best of {len(random)} random", random[0]),
-                ("median random", random[len(random) // 2])]
+      picks += [
+        (f"best of {len(random)} random", random[0]),
+        ("median random", random[len(random) // 2]),
+      ]
     for label, s in picks:
-      rows.append((budget, label, gran.to_text(s.candidate.granularity, config), f"{s.params:,}",
-                   f"{s.loss:.4f} ± {s.stderr:.4f}",
-                   "" if s.candidate.kind == MIX_N_MATCH else
-                   f"{s.difference:+.4f} ± {s.difference_stderr:.4f}"))
+      rows.append(
+        (
+          budget,
+          label,
+          gran.to_text(s.candidate.granularity, config),
+          f"{s.params:,}",
+          f"{s.loss:.4f} ± {s.stderr:.4f}",
+          ""
+          if s.candidate.kind == MIX_N_MATCH
+          else f"{s.difference:+.4f} ± {s.difference_stderr:.4f}",
+        )
+      )
       budget = ""
   return tables.table(header, rows)
 
@@ -206,30 +241,51 @@ def as_rows(config: MatLMConfig, scored: Sequence[Scored]) -> list[dict]:
   rows = []
   for s in sorted(scored, key=lambda s: (s.params, s.loss)):
     kind = "mix_n_match" if s.candidate.kind == MIX_N_MATCH else s.candidate.kind
-    rows.append({"granularity": gran.to_text(s.candidate.granularity, config), "kind": kind,
-                 "budget": s.candidate.budget,
-                 **{f.name: getattr(s, f.name) for f in dataclasses.fields(s)[1:]}})
+    rows.append(
+      {
+        "granularity": gran.to_text(s.candidate.granularity, config),
+        "kind": kind,
+        "budget": s.candidate.budget,
+        **{f.name: getattr(s, f.name) for f in dataclasses.fields(s)[1:]},
+      }
+    )
   return rows
 
 
 def plot(config: MatLMConfig, scored: Sequence[Scored], title: str, path: pathlib.Path) -> None:
   """Loss against parameters: trained sizes, Mix'n'Match, other shapes, random mixes, front."""
   import matplotlib
+
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
+
   figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-  styles = [("random", "random mixes", dict(marker=".", color="0.7", s=30)),
-            *[(shape, shape, dict(marker=marker, s=32, alpha=0.8, color=color))
-              for shape, marker, color in zip(gran.SHAPES[1:], "v^s", ("C1", "C2", "C4"))],
-            (MIX_N_MATCH, "Mix'n'Match (increasing)", dict(marker="D", s=34, color="C0")),
-            ("trained", "trained sizes", dict(marker="o", s=90, color="C3"))]
+  styles = [
+    ("random", "random mixes", dict(marker=".", color="0.7", s=30)),
+    *[
+      (shape, shape, dict(marker=marker, s=32, alpha=0.8, color=color))
+      for shape, marker, color in zip(gran.SHAPES[1:], "v^s", ("C1", "C2", "C4"))
+    ],
+    (MIX_N_MATCH, "Mix'n'Match (increasing)", dict(marker="D", s=34, color="C0")),
+    ("trained", "trained sizes", dict(marker="o", s=90, color="C3")),
+  ]
   for order, (kind, label, style) in enumerate(styles):
     mine = [s for s in scored if s.candidate.kind == kind]
-    axes.scatter([s.params / 1e6 for s in mine], [s.loss for s in mine], label=label,
-                 zorder=order + 2, linewidths=0, **style)
+    axes.scatter(
+      [s.params / 1e6 for s in mine],
+      [s.loss for s in mine],
+      label=label,
+      zorder=order + 2,
+      linewidths=0,
+      **style,
+    )
     for s in mine if kind == "trained" else ():
-      axes.annotate(gran.to_text(s.candidate.granularity, config), (s.params / 1e6, s.loss),
-                    textcoords="offset points", xytext=(8, 6))
+      axes.annotate(
+        gran.to_text(s.candidate.granularity, config),
+        (s.params / 1e6, s.loss),
+        textcoords="offset points",
+        xytext=(8, 6),
+      )
   front = sorted((s.params / 1e6, s.loss) for s in scored if s.pareto)
   axes.step(*zip(*front), where="post", color="0.3", linewidth=1, zorder=1, label="Pareto front")
   axes.set(xlabel="parameters (million)", ylabel="validation loss (nats per token)", title=title)
@@ -245,14 +301,24 @@ def main(argv) -> None:
   runtime.enable_compilation_cache()
   model = load(_WORKDIR.value, _STEP.value, LanguageModel)
   config = model.config
-  found = candidates(config, _BUDGETS.value, _RANDOM.value, _SEED.value, _RUNGS.value,
-                     latency.read(model.workdir, config))
+  found = candidates(
+    config,
+    _BUDGETS.value,
+    _RANDOM.value,
+    _SEED.value,
+    _RUNGS.value,
+    latency.read(model.workdir, config),
+  )
   distinct = list(dict.fromkeys(c.granularity for c in found))
   windows = validation_windows(model, _BATCH_SIZE.value)
-  batches = [windows.batch(i) for i in range(min(_BATCHES.value, windows.num_windows // _BATCH_SIZE.value))]
+  batches = [
+    windows.batch(i) for i in range(min(_BATCHES.value, windows.num_windows // _BATCH_SIZE.value))
+  ]
   if not batches:
-    raise UserError(f"--batch_size={_BATCH_SIZE.value} is larger than the {windows.num_windows} "
-                    "validation windows; lower it")
+    raise UserError(
+      f"--batch_size={_BATCH_SIZE.value} is larger than the {windows.num_windows} "
+      "validation windows; lower it"
+    )
   rows = dict(zip(distinct, score(config, model.execution, model.params, distinct, batches)))
   scored = summarize(config, found, np.stack([rows[c.granularity] for c in found]))
   out = pathlib.Path(_OUT.value or model.workdir / "search")
@@ -263,12 +329,22 @@ def main(argv) -> None:
     writer.writeheader()
     writer.writerows(flat)
   tokens = sum(b.shape[0] * (b.shape[1] - 1) for b in batches)
-  (out / "search.json").write_text(json.dumps(
-      {"workdir": str(model.workdir), "step": model.step, "tokens": tokens, "rows": flat}, indent=1))
-  plot(config, scored, f"{len(distinct)} submodels of {model.workdir.name}, step {model.step:,}, "
-       f"{tokens:,} tokens each", out / "search.png")
-  print(f"{model.workdir}, step {model.step:,}: {len(distinct)} submodels, {tokens:,} validation "
-        f"tokens each\n")
+  (out / "search.json").write_text(
+    json.dumps(
+      {"workdir": str(model.workdir), "step": model.step, "tokens": tokens, "rows": flat}, indent=1
+    )
+  )
+  plot(
+    config,
+    scored,
+    f"{len(distinct)} submodels of {model.workdir.name}, step {model.step:,}, "
+    f"{tokens:,} tokens each",
+    out / "search.png",
+  )
+  print(
+    f"{model.workdir}, step {model.step:,}: {len(distinct)} submodels, {tokens:,} validation "
+    f"tokens each\n"
+  )
   if _BUDGETS.value:
     print(report(config, scored) + "\n")
   print(f"wrote {out / 'search.csv'}, search.json, search.png")
@@ -283,11 +359,16 @@ def validation_windows(model: LanguageModel, batch_size: int) -> text_sources.Wi
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained or extracted model.")
   _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
-  _BUDGETS = flags.DEFINE_list("budgets", [], "Budgets to compare shapes and random mixes at, "
-                               "e.g. 0.55x,0.7x or 1.3M,1.6M; see describe --budget.")
+  _BUDGETS = flags.DEFINE_list(
+    "budgets",
+    [],
+    "Budgets to compare shapes and random mixes at, "
+    "e.g. 0.55x,0.7x or 1.3M,1.6M; see describe --budget.",
+  )
   _RANDOM = flags.DEFINE_integer("random", 20, "Random mixes per budget.", lower_bound=0)
-  _RUNGS = flags.DEFINE_integer("rungs", 25, "About how many models of the Mix'n'Match ladder.",
-                                lower_bound=2)
+  _RUNGS = flags.DEFINE_integer(
+    "rungs", 25, "About how many models of the Mix'n'Match ladder.", lower_bound=2
+  )
   _BATCHES = flags.DEFINE_integer("batches", 4, "Validation batches.", lower_bound=1)
   _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows per batch.", lower_bound=1)
   _SEED = flags.DEFINE_integer("seed", 0, "Of the random mixes.", lower_bound=0)

@@ -10,14 +10,15 @@ sharded too), `tensor` (groups of neurons and heads, vocabulary).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import functools
-from typing import Any, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from matformer_jax.errors import UserError
 
@@ -29,40 +30,40 @@ DATA, FSDP, TENSOR = MESH_AXES
 _FFN = ("layers", "ffn_groups", "neurons", "embed")
 _QKV = ("layers", "qkv", "head_groups", "heads", "head_dim", "embed")
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-    "embedding": ("vocab", "embed"),
-    "attention/qkv": _QKV,
-    "attention/qkv_bias": _QKV[:-1],
-    "attention/out": _QKV[:1] + _QKV[2:],
-    "attention/out_bias": ("layers", "d"),
-    "ffn/in": _FFN,
-    "ffn/in_bias": _FFN[:-1],
-    "ffn/gate": _FFN,
-    "ffn/gate_bias": _FFN[:-1],
-    "ffn/out": _FFN,
-    "ffn/out_bias": ("layers", "d"),
-    "attention_norm/scale": ("layers", "d"),
-    "attention_norm/bias": ("layers", "d"),
-    "ffn_norm/scale": ("layers", "d"),
-    "ffn_norm/bias": ("layers", "d"),
-    "final_norm/scale": ("d",),
-    "final_norm/bias": ("d",),
-    "patches/kernel": ("embed", "pixels"),
-    "patches/bias": ("d",),
-    "cls": ("d",),
-    "positions": ("length", "d"),
-    "representation/kernel": ("features", "embed"),
-    "representation/bias": ("features",),
-    "head/kernel": ("classes", "embed"),
-    "head/bias": ("classes",),
+  "embedding": ("vocab", "embed"),
+  "attention/qkv": _QKV,
+  "attention/qkv_bias": _QKV[:-1],
+  "attention/out": _QKV[:1] + _QKV[2:],
+  "attention/out_bias": ("layers", "d"),
+  "ffn/in": _FFN,
+  "ffn/in_bias": _FFN[:-1],
+  "ffn/gate": _FFN,
+  "ffn/gate_bias": _FFN[:-1],
+  "ffn/out": _FFN,
+  "ffn/out_bias": ("layers", "d"),
+  "attention_norm/scale": ("layers", "d"),
+  "attention_norm/bias": ("layers", "d"),
+  "ffn_norm/scale": ("layers", "d"),
+  "ffn_norm/bias": ("layers", "d"),
+  "final_norm/scale": ("d",),
+  "final_norm/bias": ("d",),
+  "patches/kernel": ("embed", "pixels"),
+  "patches/bias": ("d",),
+  "cls": ("d",),
+  "positions": ("length", "d"),
+  "representation/kernel": ("features", "embed"),
+  "representation/bias": ("features",),
+  "head/kernel": ("classes", "embed"),
+  "head/bias": ("classes",),
 }
 
 # Logical axis -> mesh axis; axes not listed are replicated.
 RULES: dict[str, Any] = {
-    "batch": (DATA, FSDP),
-    "embed": FSDP,
-    "ffn_groups": TENSOR,
-    "head_groups": TENSOR,
-    "vocab": TENSOR,
+  "batch": (DATA, FSDP),
+  "embed": FSDP,
+  "ffn_groups": TENSOR,
+  "head_groups": TENSOR,
+  "vocab": TENSOR,
 }
 
 
@@ -83,8 +84,9 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
     sizes[sizes.index(-1)] = len(devices) // known
   if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
     raise UserError(
-        f"mesh {dict(zip(MESH_AXES, sizes))} does not use the {len(devices)} devices here; "
-        "the sizes must multiply to that number (one may be -1 for the rest)")
+      f"mesh {dict(zip(MESH_AXES, sizes))} does not use the {len(devices)} devices here; "
+      "the sizes must multiply to that number (one may be -1 for the rest)"
+    )
   auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
   return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices)
 
@@ -95,8 +97,10 @@ def check_model_fits_mesh(config, mesh: Mesh) -> None:
   for name, axis in config.sharded_sizes.items():
     value = getattr(config, name)
     if value % sizes[axis]:
-      raise UserError(f"model.{name}={value} is not divisible by mesh.{axis}={sizes[axis]}; "
-                      f"change model.{name} to a multiple, or mesh.{axis}")
+      raise UserError(
+        f"model.{name}={value} is not divisible by mesh.{axis}={sizes[axis]}; "
+        f"change model.{name} to a multiple, or mesh.{axis}"
+      )
 
 
 def check_batch(batch_size: int, grad_accum: int, mesh: Mesh, name: str = "batch_size") -> None:
@@ -104,9 +108,10 @@ def check_batch(batch_size: int, grad_accum: int, mesh: Mesh, name: str = "batch
   shards = batch_shards(mesh)
   if batch_size % (shards * grad_accum):
     raise UserError(
-        f"{name}={batch_size} is not divisible by {shards} batch shards (mesh data x fsdp)"
-        + (f" x grad_accum={grad_accum}" if grad_accum > 1 else "")
-        + f"; use a multiple of {shards * grad_accum}")
+      f"{name}={batch_size} is not divisible by {shards} batch shards (mesh data x fsdp)"
+      + (f" x grad_accum={grad_accum}" if grad_accum > 1 else "")
+      + f"; use a multiple of {shards * grad_accum}"
+    )
 
 
 def logical_axes(path: tuple[str, ...]) -> tuple[str, ...]:
@@ -165,14 +170,16 @@ def _on_tensor_shards(f, axes):
   is given.
   """
   tensor_spec = spec(axes, gathered=True)
-  return jax.shard_map(f, in_specs=tensor_spec, out_specs=tensor_spec, axis_names={TENSOR},
-                       check_vma=False)
+  return jax.shard_map(
+    f, in_specs=tensor_spec, out_specs=tensor_spec, axis_names={TENSOR}, check_vma=False
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather_shards(weight, axes, dtype, param_dtype):
-  gather_ = functools.partial(jax.lax.all_gather, axis_name=FSDP, axis=axes.index("embed"),
-                              tiled=True)
+  gather_ = functools.partial(
+    jax.lax.all_gather, axis_name=FSDP, axis=axes.index("embed"), tiled=True
+  )
   return _on_tensor_shards(gather_, axes)(weight.astype(dtype))
 
 
@@ -185,8 +192,9 @@ def _gather_shards_bwd(axes, dtype, param_dtype, _, cotangent):
     # XLA's TPU backend reduce-scatters the rows of a matrix, and makes an all-reduce of most
     # other forms: so embed by everything else, and its layout pinned.
     moved = jnp.moveaxis(whole, axes.index("embed"), 0)
-    rows = jax.lax.psum_scatter(moved.reshape(moved.shape[0], -1), FSDP, scatter_dimension=0,
-                                tiled=True)
+    rows = jax.lax.psum_scatter(
+      moved.reshape(moved.shape[0], -1), FSDP, scatter_dimension=0, tiled=True
+    )
     rows = with_layout_constraint(rows, Layout((0, 1)))
     return jnp.moveaxis(rows.reshape((-1,) + moved.shape[1:]), 0, axes.index("embed"))
 
@@ -223,11 +231,19 @@ def on_each_device(gradient, mesh: Mesh):
 
   def over_mesh(params, rows):
     specs = jax.tree_util.tree_map_with_path(
-        lambda path, _: PartitionSpec(*(RULES[a] if a == "embed" else None
-                                        for a in logical_axes(path_names(path)))), params)
-    return jax.shard_map(device, mesh=mesh, in_specs=(specs, PartitionSpec((DATA, FSDP))),
-                         out_specs=(PartitionSpec(), specs), axis_names={DATA, FSDP},
-                         check_vma=False)(params, rows)
+      lambda path, _: PartitionSpec(
+        *(RULES[a] if a == "embed" else None for a in logical_axes(path_names(path)))
+      ),
+      params,
+    )
+    return jax.shard_map(
+      device,
+      mesh=mesh,
+      in_specs=(specs, PartitionSpec((DATA, FSDP))),
+      out_specs=(PartitionSpec(), specs),
+      axis_names={DATA, FSDP},
+      check_vma=False,
+    )(params, rows)
 
   return over_mesh
 
@@ -240,7 +256,8 @@ def path_names(path) -> tuple[str, ...]:
 def param_shardings(params, mesh: Mesh):
   """A NamedSharding for every leaf of a parameter tree (arrays or shapes)."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: NamedSharding(mesh, spec(logical_axes(path_names(path)))), params)
+    lambda path, _: NamedSharding(mesh, spec(logical_axes(path_names(path)))), params
+  )
 
 
 def state_shardings(state, params, mesh: Mesh):
@@ -249,8 +266,10 @@ def state_shardings(state, params, mesh: Mesh):
   A leaf whose path ends with a parameter's path and has its shape is sharded like
   it; everything else (counts, factored moments) is replicated.
   """
-  by_path = {path_names(path): (leaf.shape, NamedSharding(mesh, spec(logical_axes(path_names(path)))))
-             for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  by_path = {
+    path_names(path): (leaf.shape, NamedSharding(mesh, spec(logical_axes(path_names(path)))))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
   longest = max(len(p) for p in by_path)
   replicated = NamedSharding(mesh, PartitionSpec())
 

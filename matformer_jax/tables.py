@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """Columns aligned under `header`: the first to the left, the others to the right."""
   cells = [list(header), *map(list, rows)]
   widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-  lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w)
-                     for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in cells]
+  lines = [
+    "  ".join(
+      c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
+    ).rstrip()
+    for row in cells
+  ]
   return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
 

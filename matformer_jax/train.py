@@ -12,6 +12,7 @@ SIGTERM, 130 by Ctrl-C, 42 lost a peer, hung or a hardware fault: run again to g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import hashlib
@@ -20,33 +21,35 @@ import pathlib
 import shutil
 import signal
 import time
+from typing import Any
 import zlib
-from typing import Any, Callable
 
 from absl import flags
 import jax
 import ml_collections
 import numpy as np
 
-from matformer_jax.checkpoints import card as cards, checkpoint, replicas
 from matformer_jax import cli, models, runtime, sharding
-from matformer_jax.hosts import goodput, multihost
-from matformer_jax.training import metrics, optim
 from matformer_jax import granularity as gran
+from matformer_jax.checkpoints import card as cards
+from matformer_jax.checkpoints import checkpoint, replicas
 from matformer_jax.config import KINDS, model_config
 from matformer_jax.data.prefetch import Prefetcher
 from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError
 from matformer_jax.evals import Result
+from matformer_jax.hosts import goodput, multihost
 from matformer_jax.hosts.multihost import Hosts
+from matformer_jax.hosts.watchdog import Watchdog
 from matformer_jax.runtime import say
 from matformer_jax.tasks import make_task
+from matformer_jax.training import metrics, optim
 from matformer_jax.training.trainer import Trainer, TrainState
-from matformer_jax.hosts.watchdog import Watchdog
 
 
-def train(config, workdir: str | os.PathLike, hosts: Hosts = Hosts(),
-          profile: range = range(0)) -> int:
+def train(
+  config, workdir: str | os.PathLike, hosts: Hosts = Hosts(), profile: range = range(0)
+) -> int:
   """Trains or resumes; returns the exit code.
 
   Args:
@@ -88,25 +91,43 @@ def train(config, workdir: str | os.PathLike, hosts: Hosts = Hosts(),
     task.save_files(workdir)
   counts = {name: gran.count(task.model_config, name) for name in trainer.names}
   _say_what_is_trained(config, trainer, counts, hosts)
-  writer = checkpoint.Writer(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best,
-                             card)
+  writer = checkpoint.Writer(
+    workdir, config.checkpoint.keep_last, config.checkpoint.keep_best, card
+  )
   if start >= config.steps:
     say(f"nothing to do: {workdir} is at step {start:,} of {config.steps:,}")
     writer.close()
     return 0
   log = metrics.RunLog(
-      workdir if hosts.first else None, start, config.steps, config.log_every,
-      task.examples_per_step, task.examples_unit,
-      {n: c.train_flops * task.examples_per_step for n, c in counts.items()},
-      metrics.peak_flops(mesh))
+    workdir if hosts.first else None,
+    start,
+    config.steps,
+    config.log_every,
+    task.examples_per_step,
+    task.examples_unit,
+    {n: c.train_flops * task.examples_per_step for n, c in counts.items()},
+    metrics.peak_flops(mesh),
+  )
   ledger = goodput.Ledger(workdir / goodput.GOODPUT_FILE if hosts.first else None, log.lost_s)
   ledger.enter("compile")
   programs = trainer.compile()
   ledger.enter("step")
-  loop = _Loop(config, trainer, programs, hosts, stop, writer, log, ledger,
-               Watchdog(config.hang_timeout_s, hosts), _Profile(profile, workdir),
-               _SampleLog(workdir, start, trainer, hosts) if config.data.log_samples else None,
-               state, start, skipped)
+  loop = _Loop(
+    config,
+    trainer,
+    programs,
+    hosts,
+    stop,
+    writer,
+    log,
+    ledger,
+    Watchdog(config.hang_timeout_s, hosts),
+    _Profile(profile, workdir),
+    _SampleLog(workdir, start, trainer, hosts) if config.data.log_samples else None,
+    state,
+    start,
+    skipped,
+  )
   stopped_at = loop.run()
   ledger.enter("checkpoint")
   writer.close()
@@ -183,8 +204,7 @@ class _Loop:
           results = self._evaluate(step)
         if _due(config.replica_check_every, step):
           self._check_replicas()
-        if (self._stopping or results or _due(config.checkpoint.every, step)
-            or step == config.steps):
+        if self._stopping or results or _due(config.checkpoint.every, step) or step == config.steps:
           self._save(step, results)
         self.profile.after(step)
         if self._stopping:
@@ -203,9 +223,17 @@ class _Loop:
     now = time.perf_counter()
     finite = bool(outputs["finite"])
     name = self.trainer.names[done.index]
-    self.log.step(done.step, name, float(outputs["loss"]), float(outputs["grad_norm"]),
-                  float(self._learning_rates[done.step - 1]), finite, now - self._finished_at,
-                  done.data_wait_s, _draw_hash(done.step, done.index))
+    self.log.step(
+      done.step,
+      name,
+      float(outputs["loss"]),
+      float(outputs["grad_norm"]),
+      float(self._learning_rates[done.step - 1]),
+      finite,
+      now - self._finished_at,
+      done.data_wait_s,
+      _draw_hash(done.step, done.index),
+    )
     self._finished_at = now
     self.watchdog.alive(f"step {done.step:,}")
     if _due(self.config.log_every, done.step):
@@ -214,9 +242,10 @@ class _Loop:
     self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
     if self.config.max_nonfinite and self._bad_in_a_row >= self.config.max_nonfinite:
       raise UserError(
-          f"diverged: loss or gradient was not finite for {self._bad_in_a_row} steps in a row, "
-          f"last {name} at step {done.step}; nothing bad was saved. Lower optim.peak_lr="
-          f"{self.config.optim.peak_lr:g} or set optim.clip_norm, then run again to resume")
+        f"diverged: loss or gradient was not finite for {self._bad_in_a_row} steps in a row, "
+        f"last {name} at step {done.step}; nothing bad was saved. Lower optim.peak_lr="
+        f"{self.config.optim.peak_lr:g} or set optim.clip_norm, then run again to resume"
+      )
 
   def _evaluate(self, step: int) -> list[Result] | None:
     """Validation of every size; None if a stop was asked for meanwhile."""
@@ -229,8 +258,12 @@ class _Loop:
 
     with self.ledger.phase("evaluation"):
       results = self.trainer.task.evaluate(
-          self.trainer.execution, self.state.params, self.trainer.put, self.trainer.granularities,
-          should_stop=should_stop)
+        self.trainer.execution,
+        self.state.params,
+        self.trainer.put,
+        self.trainer.granularities,
+        should_stop=should_stop,
+      )
     if results is not None:
       self.log.evaluation(step, results)
     self._finished_at = time.perf_counter()
@@ -247,9 +280,14 @@ class _Loop:
     self.log.flush()
     with self.ledger.phase("checkpoint"):
       self._check_replicas()  # so that no checkpoint holds a flipped bit
-      self.writer.save(step, self.state.params, self.state.opt_state, {"step": step},
-                       {"skipped": self.skipped},
-                       metric=results[-1].metrics["loss"] if results else None)
+      self.writer.save(
+        step,
+        self.state.params,
+        self.state.opt_state,
+        {"step": step},
+        {"skipped": self.skipped},
+        metric=results[-1].metrics["loss"] if results else None,
+      )
     self.ledger.save()
     self.watchdog.alive(f"saving step {step:,}")
     self._finished_at = time.perf_counter()
@@ -303,8 +341,10 @@ class _Profile:
   def after(self, step: int) -> None:
     if step == self._steps.stop - 1:
       jax.profiler.stop_trace()
-      say(f"wrote a profile of steps {self._steps.start} to {step} to {self._path}; view it with "
-          "TensorBoard's profile plug-in or xprof")
+      say(
+        f"wrote a profile of steps {self._steps.start} to {step} to {self._path}; view it with "
+        "TensorBoard's profile plug-in or xprof"
+      )
 
 
 class _SampleLog:
@@ -325,14 +365,18 @@ class _SampleLog:
 def _start_from(config, workdir: pathlib.Path, old_card, hosts: Hosts):
   """The config with its model taken from `init_from`, where given; the tokenizer is copied."""
   if old_card is not None and "extracted" in old_card:
-    raise UserError(f"--workdir={workdir} is an extracted model; to train it further give "
-                    f"--config.init_from={workdir} and another --workdir")
+    raise UserError(
+      f"--workdir={workdir} is an extracted model; to train it further give "
+      f"--config.init_from={workdir} and another --workdir"
+    )
   if not config.get("init_from"):
     return config
   card = old_card or checkpoint.read_card(config.init_from)
   if card["task"] != config.task:
-    raise UserError(f"init_from={config.init_from!r} is of task {card['task']!r}, and this config "
-                    f"of {config.task!r}")
+    raise UserError(
+      f"init_from={config.init_from!r} is of task {card['task']!r}, and this config "
+      f"of {config.task!r}"
+    )
   own = {key: config.model[key] for key in KINDS[config.task].adaptable}
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -343,12 +387,14 @@ def _start_from(config, workdir: pathlib.Path, old_card, hosts: Hosts):
   return config
 
 
-def _initial_state(config, workdir: pathlib.Path, trainer: Trainer,
-                   hosts: Hosts) -> tuple[TrainState, int, int]:
+def _initial_state(
+  config, workdir: pathlib.Path, trainer: Trainer, hosts: Hosts
+) -> tuple[TrainState, int, int]:
   """(state, steps done, updates skipped) of the newest checkpoint, or of a fresh start."""
   abstract = trainer.abstract_state
   found = checkpoint.restore_newest(
-      workdir, {"params": abstract.params, "opt_state": abstract.opt_state}, True, hosts)
+    workdir, {"params": abstract.params, "opt_state": abstract.opt_state}, True, hosts
+  )
   if found is not None:
     restored, meta, _ = found
     say(f"resuming {workdir} at step {meta['step']:,}")
@@ -357,13 +403,20 @@ def _initial_state(config, workdir: pathlib.Path, trainer: Trainer,
   if config.get("init_from"):
     old = model_config(checkpoint.read_card(config.init_from))
     found = checkpoint.restore_newest(
-        config.init_from, {"params": trainer.abstract_params(old)}, False, hosts)
+      config.init_from, {"params": trainer.abstract_params(old)}, False, hosts
+    )
     if found is None:
-      raise UserError(f"init_from={config.init_from!r} holds no checkpoint that verifies; give the "
-                      "directory of a trained or extracted model")
+      raise UserError(
+        f"init_from={config.init_from!r} holds no checkpoint that verifies; give the "
+        "directory of a trained or extracted model"
+      )
     say(f"starting from {config.init_from}, step {found[1]['step']:,}")
-    adapt = functools.partial(models.adapt_params, config=old, new=trainer.task.model_config,
-                              keep_head=config.get("init_head", True))
+    adapt = functools.partial(
+      models.adapt_params,
+      config=old,
+      new=trainer.task.model_config,
+      keep_head=config.get("init_head", True),
+    )
     places = jax.tree.map(lambda s: s.sharding, abstract.params)
     params = jax.jit(adapt, out_shardings=places)(found[0]["params"], state.params)
     state = TrainState(params, state.opt_state)
@@ -391,9 +444,11 @@ def _check_shared(workdir: pathlib.Path, hosts: Hosts) -> None:
   if hosts.first:
     token.unlink()
   if not all(seen):
-    raise UserError(f"--workdir={workdir} is not one directory on all hosts: process "
-                    f"{seen.index(False)} does not see what process 0 wrote there; use a shared "
-                    "file system")
+    raise UserError(
+      f"--workdir={workdir} is not one directory on all hosts: process "
+      f"{seen.index(False)} does not see what process 0 wrote there; use a shared "
+      "file system"
+    )
 
 
 def _check_config(config) -> None:
@@ -411,14 +466,18 @@ def _say_what_is_trained(config, trainer: Trainer, counts, hosts: Hosts) -> None
   sizes = "  ".join(f"{name} {c.params / 1e6:,.1f}M" for name, c in counts.items())
   warmup = optim.warmup_steps(config.optim, config.steps)
   if warmup < config.optim.warmup_steps:
-    say(f"note: optim.warmup_steps={config.optim.warmup_steps} is not below steps="
-        f"{config.steps}; warming up over {warmup}")
+    say(
+      f"note: optim.warmup_steps={config.optim.warmup_steps} is not below steps="
+      f"{config.steps}; warming up over {warmup}"
+    )
   mesh, execution, task = trainer.mesh, trainer.execution, trainer.task
   processes = f" of {hosts.count} processes" if hosts.count > 1 else ""
-  say(f"one universal model, parameters per granularity: {sizes}\n"
-      f"{mesh.size} x {jax.devices()[0].device_kind}{processes}, mesh {dict(mesh.shape)}, "
-      f"{execution.dtype}, remat {execution.remat}, "
-      f"{task.examples_per_step:,} {task.examples_unit}/step")
+  say(
+    f"one universal model, parameters per granularity: {sizes}\n"
+    f"{mesh.size} x {jax.devices()[0].device_kind}{processes}, mesh {dict(mesh.shape)}, "
+    f"{execution.dtype}, remat {execution.remat}, "
+    f"{task.examples_per_step:,} {task.examples_unit}/step"
+  )
 
 
 def _parse_profile(text: str | None) -> range:
@@ -434,8 +493,9 @@ def _parse_profile(text: str | None) -> range:
 def main(argv) -> int:
   cli.check(argv, workdir=_WORKDIR.value)
   config = cli.read_config(_CONFIG)
-  hosts = multihost.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
-                         config.peer_timeout_s)
+  hosts = multihost.join(
+    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, config.peer_timeout_s
+  )
   with hosts.together():
     code = train(config, _WORKDIR.value, hosts, _parse_profile(_PROFILE.value))
   return hosts.finish(code)
@@ -443,11 +503,16 @@ def main(argv) -> int:
 
 if __name__ == "__main__":
   _CONFIG = cli.define_config()
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, "
-                                 "tokenizer. An existing run is resumed.")
+  _WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Directory of the run: checkpoints, metrics, tokenizer. An existing run is resumed.",
+  )
   _COORDINATOR = flags.DEFINE_string(
-      "coordinator", None, "host:port of process 0. Not needed on TPU slices, Slurm, Open MPI, "
-      "or with one process.")
+    "coordinator",
+    None,
+    "host:port of process 0. Not needed on TPU slices, Slurm, Open MPI, or with one process.",
+  )
   _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes that train together.")
   _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
   _PROFILE = flags.DEFINE_string("profile", None, "Trace these steps, e.g. 100:110.")

@@ -44,8 +44,14 @@ def command(module: str, *args) -> list[str]:
 
 def run_program(module: str, *args, timeout: int = 300, env=None) -> subprocess.CompletedProcess:
   """Runs a command-line program from the repository root, as a user would."""
-  return subprocess.run(command(module, *args), cwd=ROOT, env={**PROGRAM_ENV, **(env or {})},
-                        capture_output=True, text=True, timeout=timeout)
+  return subprocess.run(
+    command(module, *args),
+    cwd=ROOT,
+    env={**PROGRAM_ENV, **(env or {})},
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
 
 
 ONE_SIZE = "0/0/0/1"  # sampling: one program to compile, where a test is not about sizes
@@ -63,7 +69,8 @@ def digits_args(workdir, **overrides) -> list[str]:
 
 def _args(row: str, workdir, overrides) -> list[str]:
   return [f"--config=configs/{row}", f"--workdir={workdir}"] + [
-      f"--config.{k.replace('__', '.')}={v}" for k, v in overrides.items()]
+    f"--config.{k.replace('__', '.')}={v}" for k, v in overrides.items()
+  ]
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +100,7 @@ def small() -> MatLMConfig:
 @pytest.fixture(scope="session")
 def small_params(small):
   from matformer_jax.models import matlm
+
   return matlm.init_params(small, jax.random.key(0))
 
 

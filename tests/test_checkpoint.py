@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_train import MODEL, make_trainer
 
 import matformer_jax
 from matformer_jax import UserError, sharding
 from matformer_jax.checkpoints import checkpoint, checksums
-from test_train import MODEL, make_trainer
-
 
 # Where a step is damaged, Orbax leaves its other reads unfinished.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -46,8 +45,11 @@ def items(trainer):
 
 
 def same(a, b) -> bool:
-  return all(jax.tree.leaves(jax.tree.map(
-      lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)))
+  return all(
+    jax.tree.leaves(
+      jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
+    )
+  )
 
 
 def files_of(step_dir: pathlib.Path) -> list[pathlib.Path]:
@@ -92,7 +94,9 @@ def test_checksums_do_not_depend_on_the_mesh(saved):
   mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
   placed = jax.device_put(states[4].params, sharding.param_shardings(states[4].params, mesh))
   assert checkpoint.manifest(placed) == plain
-  assert checkpoint.slice_manifest(placed, MODEL) == checkpoint.slice_manifest(states[4].params, MODEL)
+  assert checkpoint.slice_manifest(placed, MODEL) == checkpoint.slice_manifest(
+    states[4].params, MODEL
+  )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
@@ -132,6 +136,7 @@ def test_missing_extra_and_reshaped_leaves_are_named(saved):
 def test_a_changed_value_is_named(saved, tmp_path):
   """A leaf rewritten by Orbax itself, so that only our manifest can tell."""
   import orbax.checkpoint as ocp
+
   workdir, trainer, states = saved
   shutil.copytree(workdir, tmp_path / "run")
   params = jax.tree.map(jnp.asarray, states[4].params)
@@ -152,7 +157,7 @@ def damage(path: pathlib.Path, kind: str, rng) -> None:
   if kind == "delete":
     path.unlink()
   elif kind == "truncate":
-    path.write_bytes(content[:rng.integers(0, max(len(content), 1))])
+    path.write_bytes(content[: rng.integers(0, max(len(content), 1))])
   else:
     for at in rng.integers(0, len(content), rng.integers(1, 4)):
       content[at] ^= 1 << rng.integers(0, 8) if kind == "flip" else rng.integers(1, 256)
@@ -222,8 +227,10 @@ def test_an_empty_step_directory_does_not_block(saved, tmp_path):
 def test_a_full_disk_is_one_clear_error(saved, tmp_path, monkeypatch):
   _, trainer, states = saved
   writer = checkpoint.Writer(tmp_path, 1, 1, CARD)
+
   def full(*args, **kwargs):
     raise OSError(28, "No space left on device")
+
   monkeypatch.setattr(writer._manager, "save", full)
   with pytest.raises(UserError, match="No space left on device.*free space.*intact"):
     writer.save(1, states[1].params, states[1].opt_state, {"step": 1})
@@ -253,8 +260,10 @@ def test_load_an_older_step(tiny_run):
     matformer_jax.load(tiny_run, step=5)
 
 
-@pytest.mark.parametrize("tokens,words", [
-    ([600], "0..511"), ([-1], "0..511"), ([0.5], "integers"), ([], "shape"), ([[[1]]], "shape")])
+@pytest.mark.parametrize(
+  "tokens,words",
+  [([600], "0..511"), ([-1], "0..511"), ([0.5], "integers"), ([], "shape"), ([[[1]]], "shape")],
+)
 def test_load_checks_tokens(tiny_run, tokens, words):
   with pytest.raises(UserError, match=words):
     matformer_jax.load(tiny_run).logits(tokens)
@@ -262,8 +271,10 @@ def test_load_checks_tokens(tiny_run, tokens, words):
 
 def test_load_skips_a_damaged_step_without_touching_it(tiny_run, tmp_path):
   shutil.copytree(tiny_run, tmp_path / "run")
-  data = max((tmp_path / "run" / checkpoint.STEPS_DIR / "40" / "params").rglob("*"),
-             key=lambda p: p.stat().st_size if p.is_file() else 0)
+  data = max(
+    (tmp_path / "run" / checkpoint.STEPS_DIR / "40" / "params").rglob("*"),
+    key=lambda p: p.stat().st_size if p.is_file() else 0,
+  )
   content = bytearray(data.read_bytes())
   content[len(content) // 2] ^= 4
   data.write_bytes(content)

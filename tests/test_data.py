@@ -16,13 +16,14 @@ import pytest
 from tfds_files import write_tfds
 
 from matformer_jax import UserError
-from matformer_jax.data import prepare
+from matformer_jax.data import prepare, text_sources
 from matformer_jax.data import store as store_format
-from matformer_jax.data import text_sources
 from matformer_jax.data.tokenizer import Tokenizer, train_tokenizer
 
-SAMPLE = [p.read_text(encoding="utf-8", errors="replace") for p in
-          sorted(pathlib.Path(json.__file__).parent.glob("*.py"))]
+SAMPLE = [
+  p.read_text(encoding="utf-8", errors="replace")
+  for p in sorted(pathlib.Path(json.__file__).parent.glob("*.py"))
+]
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
@@ -33,9 +34,21 @@ def tokenizer(request):
 # ----------------------------------------------------------------- tokenizer
 
 
-@pytest.mark.parametrize("string", [
-    "", " ", "  two  spaces ", "\ttab\n\n newline\r\n", "é à ü 漢字 😀 \u2028 \ufeff", "\x00\x01\x7f",
-    "\u2581 literal \u2581\u2581", "</s> <unk> <0x41>", "a\u0301 vs \u00e1", "x" * 10_000])
+@pytest.mark.parametrize(
+  "string",
+  [
+    "",
+    " ",
+    "  two  spaces ",
+    "\ttab\n\n newline\r\n",
+    "é à ü 漢字 😀 \u2028 \ufeff",
+    "\x00\x01\x7f",
+    "\u2581 literal \u2581\u2581",
+    "</s> <unk> <0x41>",
+    "a\u0301 vs \u00e1",
+    "x" * 10_000,
+  ],
+)
 def test_lossless(tokenizer, string):
   assert tokenizer.decode(tokenizer.encode(string)) == string
 
@@ -71,12 +84,19 @@ def test_vocabulary_larger_than_the_corpus_supports():
     train_tokenizer(["a few words"], 5000, "bpe", 10**6)
 
 
-@pytest.mark.parametrize("make,words", [
+@pytest.mark.parametrize(
+  "make,words",
+  [
     (lambda: train_tokenizer([], 400, "bpe", 10), "corpus is empty"),
     (lambda: train_tokenizer(SAMPLE, 300, "word", 10), "tokenizer_type='word'"),
-    (lambda: train_tokenizer(SAMPLE, 300, "bpe", 10**6), r"vocab_size=300 is too small .* at least \d+"),
+    (
+      lambda: train_tokenizer(SAMPLE, 300, "bpe", 10**6),
+      r"vocab_size=300 is too small .* at least \d+",
+    ),
     (lambda: Tokenizer(b"junk"), "not a SentencePiece model"),
-    (lambda: Tokenizer.from_file("/nowhere.model"), "/nowhere.model")])
+    (lambda: Tokenizer.from_file("/nowhere.model"), "/nowhere.model"),
+  ],
+)
 def test_tokenizer_errors(make, words):
   with pytest.raises(UserError, match=words):
     make()
@@ -102,9 +122,16 @@ def test_files_are_cut_into_documents_without_loss(tmp_path):
   assert max(map(len, documents)) <= text_sources.DOCUMENT_CHARS
 
 
-@pytest.mark.parametrize("source,words", [
-    ("text:/nowhere/*.txt", "no file matches"), ("nope", "is not a source"), ("text:", "not a source"),
-    ("tfds:mnist", "names no feature"), ("tfds:nope/nope:text", "no prepared dataset")])
+@pytest.mark.parametrize(
+  "source,words",
+  [
+    ("text:/nowhere/*.txt", "no file matches"),
+    ("nope", "is not a source"),
+    ("text:", "not a source"),
+    ("tfds:mnist", "names no feature"),
+    ("tfds:nope/nope:text", "no prepared dataset"),
+  ],
+)
 def test_source_errors(source, words, tmp_path):
   with pytest.raises(UserError, match=words) as e:
     text_sources.open_corpus(source, str(tmp_path))
@@ -121,8 +148,15 @@ def test_empty_files(tmp_path):
 def test_tfds(tmp_path, file_format):
   """Read without TensorFlow."""
   import tensorflow_datasets as tfds
-  write_tfds(tmp_path, "sources", tfds.features.FeaturesDict({"text": tfds.features.Text()}),
-             "train", file_format, [{"text": document.encode()} for document in SAMPLE])
+
+  write_tfds(
+    tmp_path,
+    "sources",
+    tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+    "train",
+    file_format,
+    [{"text": document.encode()} for document in SAMPLE],
+  )
   corpus = text_sources.open_corpus("tfds:sources/plain:text", str(tmp_path))
   assert "".join(corpus.documents()) == "".join(SAMPLE)
   assert "tensorflow" not in sys.modules
@@ -193,11 +227,14 @@ def test_two_processes_make_one_store(corpus, tmp_path):
 def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
   """SIGKILL in the middle of tokenising; the next call makes a whole store."""
   cache = tmp_path / "cache"
-  program = ("from matformer_jax.data import text; c = text_sources.open_corpus('stdlib');"
-             f"t = text_sources.get_tokenizer(c, 400, 'bpe', 10**5, {str(cache)!r});"
-             f"text.get_store(c, t, 0.1, {str(cache)!r})")
-  process = subprocess.Popen([sys.executable, "-c", program], cwd=conftest.ROOT,
-                             stderr=subprocess.DEVNULL)
+  program = (
+    "from matformer_jax.data import text; c = text_sources.open_corpus('stdlib');"
+    f"t = text_sources.get_tokenizer(c, 400, 'bpe', 10**5, {str(cache)!r});"
+    f"text.get_store(c, t, 0.1, {str(cache)!r})"
+  )
+  process = subprocess.Popen(
+    [sys.executable, "-c", program], cwd=conftest.ROOT, stderr=subprocess.DEVNULL
+  )
   deadline = time.time() + 120
   while not [p for p in cache.glob("tokens-*.tmp*/train-00000.bin") if p.stat().st_size > 0]:
     assert time.time() < deadline and process.poll() is None
@@ -212,10 +249,14 @@ def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
   assert not list(cache.glob("*.tmp*"))
 
 
-@pytest.mark.parametrize("fraction,words", [(0.0, "between 0 and 1"), (0.001, "validation split empty")])
+@pytest.mark.parametrize(
+  "fraction,words", [(0.0, "between 0 and 1"), (0.001, "validation split empty")]
+)
 def test_split_errors(corpus, fraction, words, tmp_path):
   with pytest.raises(UserError, match=words):
-    text_sources.get_store(corpus, train_tokenizer(SAMPLE, 400, "bpe", 10**6), fraction, str(tmp_path / "c"))
+    text_sources.get_store(
+      corpus, train_tokenizer(SAMPLE, 400, "bpe", 10**6), fraction, str(tmp_path / "c")
+    )
 
 
 def test_shards_read_like_one_array():
@@ -231,8 +272,14 @@ def test_shards_read_like_one_array():
 
 # ------------------------------------------------------------------ preparation
 
-PREPARE = ["--source=stdlib", "--vocab_size=600", "--tokenizer_type=bpe",
-           "--tokenizer_sample_bytes=300000", "--validation_fraction=0.05", "--parts=6"]
+PREPARE = [
+  "--source=stdlib",
+  "--vocab_size=600",
+  "--tokenizer_type=bpe",
+  "--tokenizer_sample_bytes=300000",
+  "--validation_fraction=0.05",
+  "--parts=6",
+]
 
 
 @pytest.fixture(scope="module")
@@ -248,12 +295,15 @@ def test_a_prepared_store_is_the_corpus(prepared):
   store, tokenizer = text_sources.open_prepared(str(prepared))
   corpus = text_sources.open_corpus("stdlib")
   assert [len(v) for v in store.manifest["shards"].values()] == [6, 6]
-  assert sum(store.total(s, "documents") for s in store_format.SPLITS) == len(list(corpus.documents()))
+  assert sum(store.total(s, "documents") for s in store_format.SPLITS) == len(
+    list(corpus.documents())
+  )
   assert sum(store.total(s, "bytes") for s in store_format.SPLITS) == sum(
-      len(d.encode("utf-8", "replace")) for d in corpus.documents())
+    len(d.encode("utf-8", "replace")) for d in corpus.documents()
+  )
   first = next(corpus.part(3, 6))
   shard = np.fromfile(prepared / "train-00003.bin", np.uint16)
-  assert tokenizer.decode(shard[:np.flatnonzero(shard == tokenizer.eos_id)[0]]) == first
+  assert tokenizer.decode(shard[: np.flatnonzero(shard == tokenizer.eos_id)[0]]) == first
 
 
 def test_the_parts_are_the_corpus():
@@ -268,15 +318,23 @@ def test_the_parts_are_the_corpus():
 def test_preparation_goes_on_after_a_kill(prepared, tmp_path):
   out = tmp_path / "store"
   command = conftest.command("data.prepare", *PREPARE, f"--out={out}", "--workers=1")
-  process = subprocess.Popen(command, cwd=conftest.ROOT, env=conftest.PROGRAM_ENV,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+  process = subprocess.Popen(
+    command,
+    cwd=conftest.ROOT,
+    env=conftest.PROGRAM_ENV,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+    start_new_session=True,
+  )
   deadline = time.time() + 120
   while len(store_format.written_parts(out, 6)) < 2:
     assert time.time() < deadline and process.poll() is None
     time.sleep(0.01)
   os.killpg(process.pid, signal.SIGKILL)
   process.wait()
-  before = {i: (out / f"train-{i:05d}.bin").stat().st_mtime_ns for i in store_format.written_parts(out, 6)}
+  before = {
+    i: (out / f"train-{i:05d}.bin").stat().st_mtime_ns for i in store_format.written_parts(out, 6)
+  }
   with pytest.raises(UserError, match="incomplete"):
     store_format.open_store(out)
   result = conftest.run_program("data.prepare", *PREPARE, f"--out={out}", "--workers=2")
@@ -312,8 +370,14 @@ def test_a_damaged_shard_is_named(prepared, tmp_path):
 
 
 def test_training_reads_a_prepared_store(prepared, tmp_path):
-  args = conftest.train_args(tmp_path / "run", data__source=f"tokens:{prepared}", steps=3,
-                             model__vocab_size=600, eval__every=0, eval__batches=1)
+  args = conftest.train_args(
+    tmp_path / "run",
+    data__source=f"tokens:{prepared}",
+    steps=3,
+    model__vocab_size=600,
+    eval__every=0,
+    eval__batches=1,
+  )
   result = conftest.run_program("train", *args)
   assert result.returncode == 0, result.stderr
   result = conftest.run_program("evaluate", f"--workdir={tmp_path / 'run'}", "--batches=1")

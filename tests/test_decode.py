@@ -17,8 +17,11 @@ from matformer_jax.models import layers, matlm
 
 PROMPTS = [[5, 6, 7, 1, 2], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [60, 2]]
 EXECUTIONS = {"unrolled": Execution(), "scan": Execution(scan_layers=True, flat_weights=False)}
-CHANGES = {"plain": {}, "gated, groups": {"gated": True, "ffn_groups": 2, "head_groups": 2},
-           "nested heads": {"nested_heads": True}}
+CHANGES = {
+  "plain": {},
+  "gated, groups": {"gated": True, "ffn_groups": 2, "head_groups": 2},
+  "nested heads": {"nested_heads": True},
+}
 
 
 def decoder(config, granularity="XL", execution=Execution(), **kwargs) -> Decoder:
@@ -41,9 +44,9 @@ def _full(params, tokens, config, granularity):
 def full_logits(config, params, granularity, sequence) -> np.ndarray:
   """The whole model's logits, run anew; padded, so that lengths share a program."""
   padded = np.zeros((1, 32), np.int32)
-  padded[0, :len(sequence)] = sequence
+  padded[0, : len(sequence)] = sequence
   logits = _full(params, padded, config, gran.parse(granularity, config))
-  return np.asarray(logits[0, :len(sequence)])
+  return np.asarray(logits[0, : len(sequence)])
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -62,12 +65,13 @@ def test_logits_equal_the_full_forward(small, change, execution, granularity):
   have = []
   for count in (1, 3):
     offset = len(have)
-    tokens = np.array([s[len(p) + offset:len(p) + offset + count]
-                       for s, p in zip(sequences, PROMPTS)])
+    tokens = np.array(
+      [s[len(p) + offset : len(p) + offset + count] for s, p in zip(sequences, PROMPTS)]
+    )
     hidden, cache = jax.jit(d.extend)(narrow, tokens, cache, start + offset)
     have += list(np.moveaxis(np.asarray(d.logits(narrow, hidden)), 1, 0))
   for row, (prompt, sequence) in enumerate(zip(PROMPTS, sequences)):
-    want = full_logits(config, params, granularity, sequence)[len(prompt):]
+    want = full_logits(config, params, granularity, sequence)[len(prompt) :]
     mine = np.stack([step[row] for step in have])
     np.testing.assert_allclose(mine, want, atol=1e-4)
     np.testing.assert_array_equal(mine.argmax(-1), want.argmax(-1))
@@ -76,11 +80,12 @@ def test_logits_equal_the_full_forward(small, change, execution, granularity):
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_greedy_equals_rerunning_the_model(small, lively_params, execution):
   for granularity in ("S", "M*2+L*2"):
-    for prompt, sequence in zip(PROMPTS, run(decoder(small, granularity, EXECUTIONS[execution]),
-                                             lively_params)):
+    for prompt, sequence in zip(
+      PROMPTS, run(decoder(small, granularity, EXECUTIONS[execution]), lively_params)
+    ):
       choice = full_logits(small, lively_params, granularity, sequence).argmax(-1)
       assert len(sequence) == len(prompt) + 12
-      assert sequence[len(prompt):] == choice[len(prompt) - 1:-1].tolist()
+      assert sequence[len(prompt) :] == choice[len(prompt) - 1 : -1].tolist()
 
 
 def mixed_logits(config, params, sequence, sizes) -> np.ndarray:
@@ -94,14 +99,21 @@ def mixed_logits(config, params, sequence, sizes) -> np.ndarray:
     y = layers.rms_norm(x, p["attention_norm"]["scale"][layer], config.norm_eps)
     qkv = jnp.einsum("td,cnhd->cnth", y, p["attention"]["qkv"][layer, :, 0])
     q, k = (layers.apply_rope(z, *table) for z in qkv[:2])
-    scores = jnp.where(np.tri(length, dtype=bool), jnp.einsum("nth,nsh->nts", q, k) * h**-0.5, -jnp.inf)
+    scores = jnp.where(
+      np.tri(length, dtype=bool), jnp.einsum("nth,nsh->nts", q, k) * h**-0.5, -jnp.inf
+    )
     out = jnp.einsum("nts,nsh->tnh", jax.nn.softmax(scores), qkv[2])
     x = x + jnp.einsum("tnh,nhd->td", out, p["attention"]["out"][layer, 0])
     y = layers.rms_norm(x, p["ffn_norm"]["scale"][layer], config.norm_eps)
     hidden = layers.ACTIVATION[config.activation](y @ p["ffn"]["in"][layer, 0].T)
-    x = x + jnp.where(np.arange(hidden.shape[1]) < width[:, None], hidden, 0) @ p["ffn"]["out"][layer, 0]
-  return np.asarray(layers.rms_norm(x, params["final_norm"]["scale"], config.norm_eps)
-                    @ params["embedding"].T)
+    x = (
+      x
+      + jnp.where(np.arange(hidden.shape[1]) < width[:, None], hidden, 0)
+      @ p["ffn"]["out"][layer, 0]
+    )
+  return np.asarray(
+    layers.rms_norm(x, params["final_norm"]["scale"], config.norm_eps) @ params["embedding"].T
+  )
 
 
 def test_the_granularity_can_change_between_any_two_tokens(small, lively_params):
@@ -116,7 +128,7 @@ def test_the_granularity_can_change_between_any_two_tokens(small, lively_params)
     sizes += [gran.names(small).index(name)] * steps
   sequence = state.sequences()[0]
   want = mixed_logits(small, lively_params, sequence[:-1], sizes).argmax(-1)
-  assert sequence[len(prompt):] == want[len(prompt) - 1:].tolist()
+  assert sequence[len(prompt) :] == want[len(prompt) - 1 :].tolist()
   assert sequence != run(large, lively_params, [prompt])[0]  # the switch matters here
 
 
@@ -140,8 +152,8 @@ def test_stops_at_end_of_text(small, lively_params):
   end = free[0][len(PROMPTS[0]) + 3]  # the first sequence makes it as its fourth token
   stopped = run(decoder(small, eos_id=end), lively_params)
   for prompt, a, b in zip(PROMPTS, free, stopped):
-    new = a[len(prompt):]
-    assert b == a[:len(prompt)] + (new[:new.index(end) + 1] if end in new else new)
+    new = a[len(prompt) :]
+    assert b == a[: len(prompt)] + (new[: new.index(end) + 1] if end in new else new)
   assert len(stopped[0]) <= len(PROMPTS[0]) + 4
 
 
@@ -151,7 +163,7 @@ def test_a_sequence_depends_on_nothing_but_its_prompt_and_seed(small, lively_par
   together = run(d, lively_params, seeds=[3, 4, 5, 6])
   assert together == run(d, lively_params, seeds=[3, 4, 5, 6], chunks=(1, 1, 5, 2, 3))
   for i, prompt in enumerate(PROMPTS):
-    assert run(d, lively_params, [prompt], seeds=[3 + i]) == together[i:i + 1]
+    assert run(d, lively_params, [prompt], seeds=[3 + i]) == together[i : i + 1]
   other = run(d, lively_params, seeds=[7, 8, 9, 10])
   assert (other == together) == (temperature == 0)
 
@@ -199,8 +211,10 @@ def test_on_a_mesh(small):
     d.prefill(d.lay_out(sharded), PROMPTS[:3], 4, range(3))
 
 
-@pytest.mark.parametrize("prompt,max_tokens,words", [
-    ([], 3, "at least one"), ([64], 3, r"0..63"), ([-1], 3, r"0..63"), ([1], 0, "max_tokens=0")])
+@pytest.mark.parametrize(
+  "prompt,max_tokens,words",
+  [([], 3, "at least one"), ([64], 3, r"0..63"), ([-1], 3, r"0..63"), ([1], 0, "max_tokens=0")],
+)
 def test_mistakes(small, lively_params, prompt, max_tokens, words):
   d = decoder(small)
   with pytest.raises(UserError, match=words):
@@ -215,8 +229,8 @@ def reference_probs(logits, sampling: Sampling) -> np.ndarray:
   order = np.argsort(-p, kind="stable")
   keep = np.zeros(len(p), bool)
   total = 0.0
-  for rank, token in enumerate(order[:sampling.top_k or len(p)]):
-    top = p[order[:sampling.top_k or len(p)]].sum()
+  for rank, token in enumerate(order[: sampling.top_k or len(p)]):
+    top = p[order[: sampling.top_k or len(p)]].sum()
     if rank and total / top >= sampling.top_p:
       break
     keep[token] = True
@@ -224,9 +238,18 @@ def reference_probs(logits, sampling: Sampling) -> np.ndarray:
   return np.where(keep, p, 0) / p[keep].sum()
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(1.0), Sampling(0.5), Sampling(1.3, top_k=5), Sampling(0.7, top_p=0.6),
-    Sampling(1.0, top_k=1), Sampling(2.0, top_k=8, top_p=0.5), Sampling(1.0, top_k=10**6)])
+@pytest.mark.parametrize(
+  "sampling",
+  [
+    Sampling(1.0),
+    Sampling(0.5),
+    Sampling(1.3, top_k=5),
+    Sampling(0.7, top_p=0.6),
+    Sampling(1.0, top_k=1),
+    Sampling(2.0, top_k=8, top_p=0.5),
+    Sampling(1.0, top_k=10**6),
+  ],
+)
 def test_log_probs(sampling):
   logits = np.random.default_rng(0).normal(size=(6, 30)).astype(np.float32) * 2
   have = np.exp(np.asarray(log_probs(jnp.asarray(logits), sampling)))
@@ -236,6 +259,7 @@ def test_log_probs(sampling):
 def test_draws_follow_the_distribution(lively_params, small):
   """Pearson's chi-square of 4,096 first tokens; a false alarm in a million runs."""
   from scipy.stats import chi2
+
   sampling = Sampling(0.5)
   d = decoder(small, sampling=sampling)
   draws = [s[-1] for s in run(d, lively_params, [[5, 6]] * 4096, max_tokens=1, seeds=range(4096))]
@@ -245,8 +269,10 @@ def test_draws_follow_the_distribution(lively_params, small):
   assert statistic < chi2.ppf(1 - 1e-6, 63)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1},
-                                 {"top_p": 0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+  "bad",
+  [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}],
+)
 def test_sampling_errors_name_the_value(bad):
   with pytest.raises(UserError, match="|".join(bad)):
     Sampling(**bad)

@@ -44,9 +44,16 @@ def calls(monkeypatch):
       names += ["S*1+M*1", "L*1+XL*1"]
     if module == "evaluate":
       rows = {n: {"accuracy": 0.5 + 0.01 * i} for i, n in enumerate(names)}
-      pathlib.Path(flag(args, "json")).write_text(json.dumps({"step": 7, "images": 400, "granularities": rows}))
+      pathlib.Path(flag(args, "json")).write_text(
+        json.dumps({"step": 7, "images": 400, "granularities": rows})
+      )
       return
-    row = lambda encoder, n, corpus, share: {"encoder": encoder, "granularity": n, "corpus": corpus, "1-nn": share}
+    row = lambda encoder, n, corpus, share: {
+      "encoder": encoder,
+      "granularity": n,
+      "corpus": corpus,
+      "1-nn": share,
+    }
     rows = [row("MatViT", n, names[-1] if "G1" in names else "XL", 0.4) for n in names]
     if flag(args, "symmetric"):
       rows += [row("MatViT", n, n, 0.3) for n in ("S", "M", "L")]
@@ -55,8 +62,11 @@ def calls(monkeypatch):
     (workdir / "retrieval" / "retrieval.json").write_text(json.dumps({"step": 7, "rows": rows}))
 
   monkeypatch.setattr(commands, "run", run)
-  monkeypatch.setattr(sys, "argv", ["vit", "--config=configs/matvit.py:digits", "--workdir=x",
-                                    "--config.batch_size=8"])
+  monkeypatch.setattr(
+    sys,
+    "argv",
+    ["vit", "--config=configs/matvit.py:digits", "--workdir=x", "--config.batch_size=8"],
+  )
   return made
 
 
@@ -68,10 +78,24 @@ def test_both_sides_see_as_many_images(calls, tmp_path):
   assert [flag(a, "config.seed") for a in trained] == ["3", "1003", "2003", "3003", "4003"]
   steps = [int(flag(a, "config.steps") or CONFIG.steps) for a in trained]
   assert steps[0] == sum(steps[1:]) == CONFIG.steps
-  assert [flag(a, "config.model.ffn_ratios") for a in trained] == [None, "(0.5,)", "(1.0,)", "(2.0,)", "(4.0,)"]
-  assert found.images == 400 and found.top1["M"] == [51.0] and found.independent == {n: [50.0] for n in gran.names(MODEL)}
+  assert [flag(a, "config.model.ffn_ratios") for a in trained] == [
+    None,
+    "(0.5,)",
+    "(1.0,)",
+    "(2.0,)",
+    "(4.0,)",
+  ]
+  assert (
+    found.images == 400
+    and found.top1["M"] == [51.0]
+    and found.independent == {n: [50.0] for n in gran.names(MODEL)}
+  )
   assert found.asymmetric["L*1+XL*1"] == [40.0] and found.symmetric == {
-      "S": [30.0], "M": [30.0], "L": [30.0], "XL": [40.0]}
+    "S": [30.0],
+    "M": [30.0],
+    "L": [30.0],
+    "XL": [40.0],
+  }
   assert set(found.independent_asymmetric) == {"S", "M", "L", "XL"}
   before = len([c for c in calls if c[0] != "train"])
   vit.run_seed(CONFIG, MODEL, 3, tmp_path, 5, found)  # again: nothing is measured twice
@@ -93,10 +117,13 @@ def test_all_cells_of_the_fine_tuning_grid(calls, tmp_path):
     whole = name in ("pretrained_matvit", "plain_nested", "nested_nested")
     assert int(flag(args, "config.steps")) == (300 if pretrained else 200) // (1 if whole else 4)
     assert ("--config.sampling=0/0/0/1" in args) == (
-        name in ("pretrained_vit_XL", "plain_plain_XL") or name.startswith("nested_plain"))
+      name in ("pretrained_vit_XL", "plain_plain_XL") or name.startswith("nested_plain")
+    )
   source = lambda name: pathlib.Path(flag(trained[name], "config.init_from")).name
   assert source("plain_nested") == source("plain_plain_XL") == "pretrained_vit_XL"
-  assert source("nested_plain_S") == "extracted_S" and source("nested_plain_XL") == "pretrained_matvit"
+  assert (
+    source("nested_plain_S") == "extracted_S" and source("nested_plain_XL") == "pretrained_matvit"
+  )
   assert "nested, plain" in vit_finetune.report(MODEL, cells).splitlines()[0]
 
 
@@ -104,9 +131,15 @@ def measured(**changes) -> vit.Measured:
   names = gran.names(MODEL)
   top1 = dict(zip(names, ([80.0, 81.0], [82.0, 83.0], [84.0, 85.0], [86.0, 87.0])))
   near = {**{n: [v - 1 for v in top1[n]] for n in names}, "L": [85.0, 85.8], "XL": [85.2, 86.0]}
-  values = dict(top1={**top1, "S*1+M*1": [81.1, 82.1]}, independent={n: [v - 0.2 for v in top1[n]] for n in names},
-                asymmetric=near, symmetric=near, independent_symmetric=near,
-                independent_asymmetric={n: [9.0, 11.0] for n in names}, images=400)
+  values = dict(
+    top1={**top1, "S*1+M*1": [81.1, 82.1]},
+    independent={n: [v - 0.2 for v in top1[n]] for n in names},
+    asymmetric=near,
+    symmetric=near,
+    independent_symmetric=near,
+    independent_asymmetric={n: [9.0, 11.0] for n in names},
+    images=400,
+  )
   return vit.Measured(**{**values, **changes})
 
 
@@ -118,8 +151,10 @@ def test_claims_follow_the_numbers(tmp_path):
   held = vit.claims(MODEL, found)
   assert [" holds" in c for c in held] == [True, True, False, True]
   assert "M (54%) loses 4.10" in held[2]
-  worse = measured(independent={n: [90.0, 90.0] for n in gran.names(MODEL)},
-                   independent_asymmetric={n: [50.0, 50.0] for n in gran.names(MODEL)})
+  worse = measured(
+    independent={n: [90.0, 90.0] for n in gran.names(MODEL)},
+    independent_asymmetric={n: [50.0, 50.0] for n in gran.names(MODEL)},
+  )
   held = vit.claims(MODEL, worse)
   assert "NOT hold" in held[0] and "NOT hold" in held[3]
   text = vit.report(MODEL, found)

@@ -20,11 +20,11 @@ def model_config(row: str) -> MatLMConfig:
 
 # Table 4, in millions: total, non-embedding (XL, L, M, S) and FFN (XL).
 TABLE_4 = {
-    "78M": ((78, 74, 72, 71), (12.6, 8.4, 6.3, 5.3), 8.4),
-    "180M": ((180, 164, 157, 152), (50, 33.7, 25.3, 21.1), 33.6),
-    "310M": ((310, 272, 253, 244), (113, 75, 56, 47), 75.6),
-    "463M": ((463, 397, 363, 346), (201, 134, 100, 84), 134),
-    "850M": ((850, 696, 620, 582), (453, 302, 227, 189), 302),
+  "78M": ((78, 74, 72, 71), (12.6, 8.4, 6.3, 5.3), 8.4),
+  "180M": ((180, 164, 157, 152), (50, 33.7, 25.3, 21.1), 33.6),
+  "310M": ((310, 272, 253, 244), (113, 75, 56, 47), 75.6),
+  "463M": ((463, 397, 363, 346), (201, 134, 100, 84), 134),
+  "850M": ((850, 696, 620, 582), (453, 302, 227, 189), 302),
 }
 
 
@@ -70,9 +70,16 @@ def test_table_4_rows_are_the_papers_setup():
     assert tokens == pytest.approx(4 * published * 1e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("text,ffn", [
-    ("S", (0,) * 4), ("XL", (3,) * 4), ("M*2+L*2", (1, 1, 2, 2)), ("S+M+L+XL", (0, 1, 2, 3)),
-    (" M * 3 + XL ", (1, 1, 1, 3))])
+@pytest.mark.parametrize(
+  "text,ffn",
+  [
+    ("S", (0,) * 4),
+    ("XL", (3,) * 4),
+    ("M*2+L*2", (1, 1, 2, 2)),
+    ("S+M+L+XL", (0, 1, 2, 3)),
+    (" M * 3 + XL ", (1, 1, 1, 3)),
+  ],
+)
 def test_parse(small, text, ffn):
   g = gran.parse(text, small)
   assert g.ffn == ffn and g.heads == (3,) * 4
@@ -88,10 +95,21 @@ def test_parse_heads(small):
   assert gran.parse("M", nested).heads == (1,) * 4
 
 
-@pytest.mark.parametrize("bad,words", [
-    ("Q", "'Q' is not a size"), ("m", "did you mean M"), ("M*3", "3 layers"), ("M*5", "5 layers"),
-    ("M*x", "'x' is not a number"), ("", "is not a size"), ("M*0+L*4", "'0'"), ((0, 1), "2 layers"),
-    (7, "index 7"), ("M/XL", "nested_heads=False")])
+@pytest.mark.parametrize(
+  "bad,words",
+  [
+    ("Q", "'Q' is not a size"),
+    ("m", "did you mean M"),
+    ("M*3", "3 layers"),
+    ("M*5", "5 layers"),
+    ("M*x", "'x' is not a number"),
+    ("", "is not a size"),
+    ("M*0+L*4", "'0'"),
+    ((0, 1), "2 layers"),
+    (7, "index 7"),
+    ("M/XL", "nested_heads=False"),
+  ],
+)
 def test_parse_errors_name_the_value(small, bad, words):
   with pytest.raises(UserError, match="granularity") as e:
     gran.parse(bad, small)
@@ -108,7 +126,9 @@ def test_sampling_is_a_pure_function_with_the_right_frequencies(small):
     for i in range(4):
       # Five standard deviations of a binomial: a false alarm in 2e6.
       assert abs(counts[i] - 4000 * p[i]) < 5 * (4000 * p[i] * (1 - p[i])) ** 0.5
-  assert [gran.sample_index(4, s, p) for s in range(50)] != [gran.sample_index(3, s, p) for s in range(50)]
+  assert [gran.sample_index(4, s, p) for s in range(50)] != [
+    gran.sample_index(3, s, p) for s in range(50)
+  ]
 
 
 def test_a_zero_probability_is_never_drawn(small):
@@ -123,17 +143,17 @@ def test_sampling_errors(small, bad):
 
 
 SHAPE_RULES = {
-    "increasing": lambda x: x == sorted(x),
-    "decreasing": lambda x: x == sorted(x, reverse=True),
-    "increasing-decreasing": lambda x: is_peak(x) and abs(first_run(x) - first_run(x[::-1])) <= 1,
-    "decreasing-increasing": lambda x: is_peak([-i for i in x]),
+  "increasing": lambda x: x == sorted(x),
+  "decreasing": lambda x: x == sorted(x, reverse=True),
+  "increasing-decreasing": lambda x: is_peak(x) and abs(first_run(x) - first_run(x[::-1])) <= 1,
+  "decreasing-increasing": lambda x: is_peak([-i for i in x]),
 }
 
 
 def is_peak(x) -> bool:
   """Rises, then falls; either part may be missing."""
   top = x.index(max(x))
-  return x[:top + 1] == sorted(x[:top + 1]) and x[top:] == sorted(x[top:], reverse=True)
+  return x[: top + 1] == sorted(x[: top + 1]) and x[top:] == sorted(x[top:], reverse=True)
 
 
 def first_run(x) -> int:
@@ -163,8 +183,10 @@ def test_ladder_of_an_extracted_model(small):
   assert text[0] == "S" and text[-1] == "S*1+L*3" and len(set(text)) == len(text) == 7
 
 
-@pytest.mark.parametrize("budget,expected", [
-    ("226.6M", "M"), ("245.5M", "M*12+L*4"), ("278.5M", "M*5+L*11"), ("377.6M", "L*8+XL*8")])
+@pytest.mark.parametrize(
+  "budget,expected",
+  [("226.6M", "M"), ("245.5M", "M*12+L*4"), ("278.5M", "M*5+L*11"), ("377.6M", "L*8+XL*8")],
+)
 def test_mix_n_match_reproduces_table_5(budget, expected):
   config = model_config("850M")
   g = gran.mix_n_match(config, f"nonembedding:{budget}")
@@ -174,11 +196,21 @@ def test_mix_n_match_reproduces_table_5(budget, expected):
   assert int(gran.count(config, g).non_embedding_params / 1e6) == int(float(budget[:-1]))
 
 
-@pytest.mark.parametrize("budget,kind,number,relative", [
-    ("0.6x", "params", 0.6, True), ("620M", "params", 620e6, False), ("ffn:94M", "ffn", 94e6, False),
-    ("ffn:0.5x", "ffn", 0.5, True), ("1.2GFLOP", "flops", 1.2e9, False), ("2e9", "params", 2e9, False),
-    ("flops:1.2G", "flops", 1.2e9, False), ("15ms", "latency", 0.015, False),
-    ("decode:400us", "decode", 4e-4, False), ("params:12345", "params", 12345, False)])
+@pytest.mark.parametrize(
+  "budget,kind,number,relative",
+  [
+    ("0.6x", "params", 0.6, True),
+    ("620M", "params", 620e6, False),
+    ("ffn:94M", "ffn", 94e6, False),
+    ("ffn:0.5x", "ffn", 0.5, True),
+    ("1.2GFLOP", "flops", 1.2e9, False),
+    ("2e9", "params", 2e9, False),
+    ("flops:1.2G", "flops", 1.2e9, False),
+    ("15ms", "latency", 0.015, False),
+    ("decode:400us", "decode", 4e-4, False),
+    ("params:12345", "params", 12345, False),
+  ],
+)
 def test_budgets_parse(budget, kind, number, relative):
   have = gran._parse_budget(budget)
   assert have[0] == kind and have[1] == pytest.approx(number) and have[2] == relative
@@ -193,11 +225,22 @@ def test_every_kind_of_budget_is_kept_and_used_up(small):
     assert gran.mix_n_match(small, f"{kind}:1x") == ladder[-1]
 
 
-@pytest.mark.parametrize("budget,words", [
-    ("10", "below the smallest.*S.*XL"), ("1G", "above the largest"), ("0.01x", "below"),
-    ("1.5x", "above"), ("fast", "does not parse"), ("wdith:3M", "'wdith' is not one of"),
-    ("ffn:3ms", "unit"), ("params:3GFLOP", "unit"), ("latency:3M", "unit"), ("15ms", "profile"),
-    ("1..2M", "does not parse")])
+@pytest.mark.parametrize(
+  "budget,words",
+  [
+    ("10", "below the smallest.*S.*XL"),
+    ("1G", "above the largest"),
+    ("0.01x", "below"),
+    ("1.5x", "above"),
+    ("fast", "does not parse"),
+    ("wdith:3M", "'wdith' is not one of"),
+    ("ffn:3ms", "unit"),
+    ("params:3GFLOP", "unit"),
+    ("latency:3M", "unit"),
+    ("15ms", "profile"),
+    ("1..2M", "does not parse"),
+  ],
+)
 def test_budget_errors_name_the_budget(small, budget, words):
   with pytest.raises(UserError, match=words) as e:
     gran.mix_n_match(small, budget)
@@ -212,11 +255,19 @@ def test_one_budget_at_a_time(small):
     gran.mix_n_match(small, "0.6x", shape="zigzag")
 
 
-@pytest.mark.parametrize("change,words", [
-    ({"num_heads": 5}, "num_heads=5"), ({"ffn_ratios": (2, 1)}, "ffn_ratios"),
-    ({"ffn_ratios": (0.3, 1)}, "0.3"), ({"ffn_groups": 3}, "ffn_groups=3"),
-    ({"activation": "tanh"}, "tanh"), ({"vocab_size": 0}, "vocab_size=0"),
-    ({"nested_heads": True, "num_heads": 2}, "head ratio 0.25"), ({"num_heads": 32}, "even")])
+@pytest.mark.parametrize(
+  "change,words",
+  [
+    ({"num_heads": 5}, "num_heads=5"),
+    ({"ffn_ratios": (2, 1)}, "ffn_ratios"),
+    ({"ffn_ratios": (0.3, 1)}, "0.3"),
+    ({"ffn_groups": 3}, "ffn_groups=3"),
+    ({"activation": "tanh"}, "tanh"),
+    ({"vocab_size": 0}, "vocab_size=0"),
+    ({"nested_heads": True, "num_heads": 2}, "head ratio 0.25"),
+    ({"num_heads": 32}, "even"),
+  ],
+)
 def test_model_config_errors_name_the_value(small, change, words):
   with pytest.raises(UserError) as e:
     dataclasses.replace(small, runs=None, **change)

@@ -8,8 +8,8 @@ import struct
 import sys
 
 import numpy as np
-import pytest
 from PIL import Image, ImageChops, ImageFilter
+import pytest
 from tfds_files import write_tfds
 
 from matformer_jax import UserError
@@ -45,16 +45,26 @@ def folder(tmp_path):
   return tmp_path
 
 
-def batches(source: image_sources.Images, size=8, batch_size=4, transform="", **kwargs) -> image_sources.Batches:
-  return image_sources.Batches(source, batch_size, Transform(transform or f"resize({size})", size),
-                        kwargs.pop("corrupt", image_sources.Corrupt("error")), kwargs.pop("seed", 3), **kwargs)
+def batches(
+  source: image_sources.Images, size=8, batch_size=4, transform="", **kwargs
+) -> image_sources.Batches:
+  return image_sources.Batches(
+    source,
+    batch_size,
+    Transform(transform or f"resize({size})", size),
+    kwargs.pop("corrupt", image_sources.Corrupt("error")),
+    kwargs.pop("seed", 3),
+    **kwargs,
+  )
 
 
 # ------------------------------------------------------------------- sources
 
 
 def test_digits():
-  train, validation = (image_sources.open_images("sklearn:digits", s, channels=1) for s in ("train", "validation"))
+  train, validation = (
+    image_sources.open_images("sklearn:digits", s, channels=1) for s in ("train", "validation")
+  )
   assert (train.size, validation.size, train.num_classes) == (1438, 359, 10)
   assert train.fingerprint != validation.fingerprint
   image, (label,) = train.decode(0)
@@ -108,7 +118,9 @@ def test_several_right_answers(folder):
   (folder / "validation_labels.json").write_text(json.dumps(answers))
   validation = image_sources.open_images(f"folder:{folder}", "validation")
   assert validation.max_labels == 2
-  reader = image_sources.LabelledBatches(validation, 4, Transform("resize(8)", 8), image_sources.Corrupt("error"))
+  reader = image_sources.LabelledBatches(
+    validation, 4, Transform("resize(8)", 8), image_sources.Corrupt("error")
+  )
   assert reader.num_batches == 2
   np.testing.assert_array_equal(reader.batch(0)["labels"], [[0, 1], [-1, -1], [0, -1], [1, -1]])
   last = reader.batch(1)  # filled with images that count for nothing
@@ -122,15 +134,27 @@ def test_several_right_answers(folder):
 @pytest.mark.parametrize("several", [False, True])
 def test_tfds(tmp_path, file_format, several):
   import tensorflow_datasets as tfds
+
   label = tfds.features.ClassLabel(names=["cat", "dog", "eel"])
-  features = tfds.features.FeaturesDict({
+  features = tfds.features.FeaturesDict(
+    {
       "image": tfds.features.Image(shape=(None, None, 3)),
-      "answer": tfds.features.Sequence(label) if several else label})
+      "answer": tfds.features.Sequence(label) if several else label,
+    }
+  )
   pictures = [picture(i) for i in range(5)]
   answers = [[1], [0, 2], [2], [], [0]] if several else [[1], [0], [2], [1], [0]]
-  write_tfds(tmp_path, "photos", features, "validation", file_format,
-             [{"image": encoded(p), "answer": a} for p, a in zip(pictures, answers)])
-  found = image_sources.open_images("tfds:photos/plain", "validation", data_dir=str(tmp_path), label="answer")
+  write_tfds(
+    tmp_path,
+    "photos",
+    features,
+    "validation",
+    file_format,
+    [{"image": encoded(p), "answer": a} for p, a in zip(pictures, answers)],
+  )
+  found = image_sources.open_images(
+    "tfds:photos/plain", "validation", data_dir=str(tmp_path), label="answer"
+  )
   assert found.class_names == ("cat", "dog", "eel") and found.max_labels == 1 + several
   found = pickle.loads(pickle.dumps(found))  # as a worker process gets it
   for i in (3, 0, 4, 1):  # in any order
@@ -144,10 +168,16 @@ def test_tfds(tmp_path, file_format, several):
     image_sources.open_images("tfds:photos/plain", "validation", data_dir=str(tmp_path))
 
 
-@pytest.mark.parametrize("source,words", [
-    ("digits", "not a source of images"), ("sklearn:iris", "only sklearn:digits"),
-    ("idx:/nowhere", "there is no train-images"), ("folder:/nowhere", "no split 'train'"),
-    ("tfds:nope", "no prepared dataset 'nope'")])
+@pytest.mark.parametrize(
+  "source,words",
+  [
+    ("digits", "not a source of images"),
+    ("sklearn:iris", "only sklearn:digits"),
+    ("idx:/nowhere", "there is no train-images"),
+    ("folder:/nowhere", "no split 'train'"),
+    ("tfds:nope", "no prepared dataset 'nope'"),
+  ],
+)
 def test_source_mistakes(source, words):
   with pytest.raises(UserError, match=words):
     image_sources.open_images(source, "train")
@@ -188,27 +218,33 @@ def equalized(image):
 
 # Level 0.5; what each operation must give, from first principles or another route in Pillow.
 EXPECTED = {
-    "autocontrast": lambda x: np.stack([np.clip((c - c.min()) * (255 / (c.max() - c.min())), 0, 255)
-                                        for c in np.moveaxis(pixels(x), 2, 0)], 2),
-    "equalize": equalized,
-    "invert": lambda x: 255 - pixels(x),
-    "posterize": lambda x: np.asarray(x) & 0b11000000,
-    "solarize": lambda x: np.where(pixels(x) < 128, pixels(x), 255 - pixels(x)),
-    "color": lambda x: pixels(x),  # factor 1.0
-    "contrast": lambda x: blended(x, x, 1.0),
-    "brightness": lambda x: pixels(x),
-    "sharpness": lambda x: pixels(x),
-    "solarize_add": lambda x: np.where(pixels(x) < 128, np.minimum(pixels(x) + 55, 255), pixels(x)),
+  "autocontrast": lambda x: np.stack(
+    [
+      np.clip((c - c.min()) * (255 / (c.max() - c.min())), 0, 255)
+      for c in np.moveaxis(pixels(x), 2, 0)
+    ],
+    2,
+  ),
+  "equalize": equalized,
+  "invert": lambda x: 255 - pixels(x),
+  "posterize": lambda x: np.asarray(x) & 0b11000000,
+  "solarize": lambda x: np.where(pixels(x) < 128, pixels(x), 255 - pixels(x)),
+  "color": lambda x: pixels(x),  # factor 1.0
+  "contrast": lambda x: blended(x, x, 1.0),
+  "brightness": lambda x: pixels(x),
+  "sharpness": lambda x: pixels(x),
+  "solarize_add": lambda x: np.where(pixels(x) < 128, np.minimum(pixels(x) + 55, 255), pixels(x)),
 }
 LEVEL_15 = {  # at 1.5 an enhancement's factor is 2.8
-    "color": lambda x: blended(x, x.convert("L").convert("RGB"), 2.8),
-    "contrast": lambda x: blended(x, Image.new("L", x.size, int(
-        np.asarray(x.convert("L")).mean() + 0.5)).convert("RGB"), 2.8),
-    "brightness": lambda x: blended(x, Image.new("RGB", x.size), 2.8),
-    "sharpness": lambda x: blended(x, x.filter(ImageFilter.SMOOTH), 2.8),
-    "solarize": lambda x: pixels(x),  # a threshold above every byte
-    "solarize_add": lambda x: np.where(pixels(x) < 128, np.minimum(pixels(x) + 165, 255), pixels(x)),
-    "posterize": lambda x: np.asarray(x) & 0b11111100,
+  "color": lambda x: blended(x, x.convert("L").convert("RGB"), 2.8),
+  "contrast": lambda x: blended(
+    x, Image.new("L", x.size, int(np.asarray(x.convert("L")).mean() + 0.5)).convert("RGB"), 2.8
+  ),
+  "brightness": lambda x: blended(x, Image.new("RGB", x.size), 2.8),
+  "sharpness": lambda x: blended(x, x.filter(ImageFilter.SMOOTH), 2.8),
+  "solarize": lambda x: pixels(x),  # a threshold above every byte
+  "solarize_add": lambda x: np.where(pixels(x) < 128, np.minimum(pixels(x) + 165, 255), pixels(x)),
+  "posterize": lambda x: np.asarray(x) & 0b11111100,
 }
 
 
@@ -220,10 +256,14 @@ def test_operations_on_values(level, name):
   assert have.mode == "RGB" and np.abs(pixels(have) - want).max() <= 1
 
 
-@pytest.mark.parametrize("name,either", [
+@pytest.mark.parametrize(
+  "name,either",
+  [
     ("translate_x", lambda x: [shifted(x, s * 50 // 5, 0) for s in (1, -1)]),
     ("translate_y", lambda x: [shifted(x, 0, s * 50 // 5) for s in (1, -1)]),
-    ("rotate", lambda x: [x.rotate(s * 15 / 5, fillcolor=GREY) for s in (1, -1)])])
+    ("rotate", lambda x: [x.rotate(s * 15 / 5, fillcolor=GREY) for s in (1, -1)]),
+  ],
+)
 def test_operations_on_places(name, either):
   """At level 0.1; both directions come up."""
   image, seen = picture(), set()
@@ -242,9 +282,15 @@ def test_shear_moves_each_line_by_its_place(name, axis):
   have, x = (np.moveaxis(a, 1 - axis, 0) for a in (have, x))
   moved = set()
   for line in (4, 12, 20):
-    for shift in (round(0.3 * (line + 0.5) - 0.5), round(0.3 * (line + 0.5)), round(0.3 * (line + 0.5) + 0.5)):
-      for sign, (a, b) in ((1, (have[line][:-shift or None], x[line][shift:])),
-                           (-1, (have[line][shift:], x[line][:len(x[line]) - shift]))):
+    for shift in (
+      round(0.3 * (line + 0.5) - 0.5),
+      round(0.3 * (line + 0.5)),
+      round(0.3 * (line + 0.5) + 0.5),
+    ):
+      for sign, (a, b) in (
+        (1, (have[line][: -shift or None], x[line][shift:])),
+        (-1, (have[line][shift:], x[line][: len(x[line]) - shift])),
+      ):
         if np.array_equal(a, b):
           moved.add((line, sign))
   assert {line for line, _ in moved} == {4, 12, 20} and len({sign for _, sign in moved}) == 1
@@ -255,7 +301,9 @@ def test_cutout_is_a_grey_square():
   have = RANDAUGMENT["cutout"](image, 0.5, np.random.default_rng(0))
   box = ImageChops.difference(have, image).getbbox()
   assert 15 <= box[2] - box[0] <= 40 and 15 <= box[3] - box[1] <= 40
-  assert set(map(tuple, np.asarray(have)[box[1]:box[3], box[0]:box[2]].reshape(-1, 3))) == {GREY}
+  assert set(map(tuple, np.asarray(have)[box[1] : box[3], box[0] : box[2]].reshape(-1, 3))) == {
+    GREY
+  }
 
 
 @pytest.mark.parametrize("name", RANDAUGMENT)
@@ -268,7 +316,9 @@ def test_operations_take_grey_images(name):
 def test_crops():
   image, rng = picture(size=(64, 48)), np.random.default_rng(0)
   assert augment.resize_small(image, rng, 24).size == (32, 24)
-  np.testing.assert_array_equal(pixels(augment.center_crop(image, rng, 20)), pixels(image)[14:34, 22:42])
+  np.testing.assert_array_equal(
+    pixels(augment.center_crop(image, rng, 20)), pixels(image)[14:34, 22:42]
+  )
   shifts = {augment.pad_crop(image, np.random.default_rng(i), 1).tobytes() for i in range(60)}
   assert len(shifts) == 9 and image.tobytes() in shifts
   flips = {augment.flip(image, np.random.default_rng(i)).tobytes() for i in range(20)}
@@ -286,9 +336,15 @@ def test_crops():
   assert min(aspects) > 0.68 and max(aspects) < 1.45
 
 
-@pytest.mark.parametrize("text,words", [
-    ("flop", r"'flop' is not an operation; did you mean 'flip'"), ("resize", "wrong arguments in 'resize'"),
-    ("resize(8,8)", "wrong arguments"), ("flip(", "'flip\\(' is not an operation")])
+@pytest.mark.parametrize(
+  "text,words",
+  [
+    ("flop", r"'flop' is not an operation; did you mean 'flip'"),
+    ("resize", "wrong arguments in 'resize'"),
+    ("resize(8,8)", "wrong arguments"),
+    ("flip(", "'flip\\(' is not an operation"),
+  ],
+)
 def test_transform_mistakes(text, words):
   with pytest.raises(UserError, match=words):
     Transform(text, 8, "data.train_transform")
@@ -338,9 +394,12 @@ def test_workers_read_the_same(folder):
 def test_corrupt_images(folder, tmp_path, capsys):
   (folder / "train" / "cat" / "0.JPG").write_bytes(b"\xff\xd8 no jpeg")
   (folder / "train" / "dog" / "1.png").write_bytes(
-      (folder / "train" / "dog" / "1.png").read_bytes()[:300])
+    (folder / "train" / "dog" / "1.png").read_bytes()[:300]
+  )
   source = image_sources.open_images(f"folder:{folder}", "train")
-  with pytest.raises(UserError, match=r"train/(cat/0.JPG|dog/1.png) of .* is no image that can be read"):
+  with pytest.raises(
+    UserError, match=r"train/(cat/0.JPG|dog/1.png) of .* is no image that can be read"
+  ):
     for step in range(2):
       batches(source).batch(step)
   corrupt = image_sources.Corrupt("skip", tmp_path)

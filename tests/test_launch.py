@@ -8,15 +8,22 @@ import sys
 import time
 
 import conftest
+from conftest import ROOT
 import pytest
 import yaml
-from conftest import ROOT
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh")) + [LAUNCH / "slurm.sbatch"]
 TRAIN = ["--", "--config=configs/matlm.py:850M", "--workdir=/mnt/runs/it's here"]
-SETTINGS = {"TPU_NAME": "pod", "ZONE": "us-east1-c", "PROJECT": "mine", "CLUSTER": "big",
-            "IMAGE": "registry/matformer:1", "POLL_SECONDS": "0.05", "RUN_ID": "first"}
+SETTINGS = {
+  "TPU_NAME": "pod",
+  "ZONE": "us-east1-c",
+  "PROJECT": "mine",
+  "CLUSTER": "big",
+  "IMAGE": "registry/matformer:1",
+  "POLL_SECONDS": "0.05",
+  "RUN_ID": "first",
+}
 
 # Logs its arguments; answers `describe` with the next of its states, `ssh` with the next code.
 STUB = """#!/usr/bin/env bash
@@ -44,16 +51,27 @@ class Cloud:
     for name in ("gcloud", "kubectl", "xpk", "srun", "sbatch", "scontrol"):
       (self.bin / name).write_text(STUB)
       (self.bin / name).chmod(0o755)
-    self.env = {**conftest.PROGRAM_ENV, **SETTINGS, "STUB_DIR": str(root),
-                "PATH": f"{self.bin}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    self.env = {
+      **conftest.PROGRAM_ENV,
+      **SETTINGS,
+      "STUB_DIR": str(root),
+      "PATH": f"{self.bin}:{os.environ['PATH']}",
+      "PYTHON": sys.executable,
+    }
 
   def answers(self, states=(), codes=()) -> None:
     (self.root / "states").write_text("".join(f"{s}\n" for s in states))
     (self.root / "codes").write_text("".join(f"{c}\n" for c in codes))
 
   def run(self, script: str, *args, timeout=60, **env) -> subprocess.CompletedProcess:
-    return subprocess.run([LAUNCH / script, *args], env={**self.env, **env}, timeout=timeout,
-                          capture_output=True, text=True, cwd=self.root)
+    return subprocess.run(
+      [LAUNCH / script, *args],
+      env={**self.env, **env},
+      timeout=timeout,
+      capture_output=True,
+      text=True,
+      cwd=self.root,
+    )
 
   def calls(self) -> list[str]:
     path = self.root / "calls"
@@ -83,12 +101,23 @@ def test_help(script, cloud):
 
 
 DRY_RUNS = {
-    "tpu_vm.sh": (["all"], ["tpu-vm' 'create' 'pod'", "--worker=all", "git' 'archive'", "exec ../.venv",
-                            "tpu-vm' 'delete' 'pod'"]),
-    "queued_resource.sh": (["run"], ["queued-resources' 'create' 'pod'", "--node-id=pod", "--spot", "exec"]),
-    "jobset.sh": (["apply"], ["kubectl' 'apply'", "kind: JobSet", "registry/matformer:1"]),
-    "xpk.sh": (["create"], ["xpk' 'workload' 'create'", "--tpu-type=", "exec python"]),
-    "babysit.sh": (["--tpu=pod"], ["tpu-vm' 'create' 'pod'", "matformer_jax.train"]),
+  "tpu_vm.sh": (
+    ["all"],
+    [
+      "tpu-vm' 'create' 'pod'",
+      "--worker=all",
+      "git' 'archive'",
+      "exec ../.venv",
+      "tpu-vm' 'delete' 'pod'",
+    ],
+  ),
+  "queued_resource.sh": (
+    ["run"],
+    ["queued-resources' 'create' 'pod'", "--node-id=pod", "--spot", "exec"],
+  ),
+  "jobset.sh": (["apply"], ["kubectl' 'apply'", "kind: JobSet", "registry/matformer:1"]),
+  "xpk.sh": (["create"], ["xpk' 'workload' 'create'", "--tpu-type=", "exec python"]),
+  "babysit.sh": (["--tpu=pod"], ["tpu-vm' 'create' 'pod'", "matformer_jax.train"]),
 }
 
 
@@ -126,12 +155,36 @@ def test_babysit_through_preemption(cloud):
 
 
 def test_a_queued_resource_through_suspension(cloud):
-  cloud.answers(states=["ABSENT", "WAITING_FOR_RESOURCES", "PROVISIONING", "SUSPENDED", "ABSENT",
-                        "ACTIVE", "ACTIVE"], codes=[42, 0])
+  cloud.answers(
+    states=[
+      "ABSENT",
+      "WAITING_FOR_RESOURCES",
+      "PROVISIONING",
+      "SUSPENDED",
+      "ABSENT",
+      "ACTIVE",
+      "ACTIVE",
+    ],
+    codes=[42, 0],
+  )
   result = cloud.run("babysit.sh", "--tpu=pod", "--queued", "--backoff=0", *TRAIN)
   assert result.returncode == 0, result.stderr
-  assert cloud.verbs() == ["describe", "create", "describe", "describe", "describe", "delete",
-                           "describe", "create", "describe", "scp", "ssh", "ssh", "describe", "ssh"]
+  assert cloud.verbs() == [
+    "describe",
+    "create",
+    "describe",
+    "describe",
+    "describe",
+    "delete",
+    "describe",
+    "create",
+    "describe",
+    "scp",
+    "ssh",
+    "ssh",
+    "describe",
+    "ssh",
+  ]
 
 
 @pytest.mark.parametrize("code,restarts", [(0, 0), (1, 0), (137, 0), (42, 2), (143, 2)])
@@ -139,8 +192,15 @@ def test_babysit_restarts_on_retryable_codes_only(code, restarts, cloud):
   script = cloud.root / "train.sh"
   script.write_text(f'#!/bin/sh\necho "$@" >> {cloud.root}/runs\nexit {code}\n')
   script.chmod(0o755)
-  result = cloud.run("babysit.sh", "--max-restarts=2", "--backoff=0", "--", str(script),
-                     "--workdir={run_id}/x", RUN_ID="")
+  result = cloud.run(
+    "babysit.sh",
+    "--max-restarts=2",
+    "--backoff=0",
+    "--",
+    str(script),
+    "--workdir={run_id}/x",
+    RUN_ID="",
+  )
   assert result.returncode == code
   runs = (cloud.root / "runs").read_text().splitlines()
   assert len(runs) == restarts + 1 and len(set(runs)) == 1  # one run id
@@ -149,11 +209,18 @@ def test_babysit_restarts_on_retryable_codes_only(code, restarts, cloud):
 
 def test_babysit_passes_sigterm_on_and_stops(cloud):
   script = cloud.root / "train.py"
-  script.write_text("import signal, sys, time\n"
-                    "signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))\n"
-                    "print('ready', flush=True)\ntime.sleep(60)\n")
-  process = subprocess.Popen([LAUNCH / "babysit.sh", "--", sys.executable, script],
-                             env=cloud.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  script.write_text(
+    "import signal, sys, time\n"
+    "signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))\n"
+    "print('ready', flush=True)\ntime.sleep(60)\n"
+  )
+  process = subprocess.Popen(
+    [LAUNCH / "babysit.sh", "--", sys.executable, script],
+    env=cloud.env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   assert process.stdout.readline() == "ready\n"
   process.send_signal(signal.SIGTERM)
   _, errors = process.communicate(timeout=20)
@@ -162,8 +229,14 @@ def test_babysit_passes_sigterm_on_and_stops(cloud):
 
 def test_babysit_backs_off(cloud):
   started = time.time()
-  result = cloud.run("babysit.sh", "--max-restarts=2", "--backoff=1", "--", "false_42.sh",
-                     PATH=f"{_exits(cloud, 42)}:{cloud.env['PATH']}")
+  result = cloud.run(
+    "babysit.sh",
+    "--max-restarts=2",
+    "--backoff=1",
+    "--",
+    "false_42.sh",
+    PATH=f"{_exits(cloud, 42)}:{cloud.env['PATH']}",
+  )
   assert result.returncode == 42 and time.time() - started >= 3
   assert "in 1 s" in result.stderr and "in 2 s" in result.stderr
 
@@ -191,29 +264,68 @@ def test_slurm_queues_again_when_preempted_only(cloud):
 # Field names of the JobSet v1alpha2 custom resource definition, and of the batch/v1 Job and
 # core/v1 Pod fields used here, as published.
 FIELDS = {
-    "": {"apiVersion", "kind", "metadata", "spec", "status"},
-    "spec": {"coordinator", "dependsOn", "failurePolicy", "managedBy", "network", "replicatedJobs",
-             "startupPolicy", "successPolicy", "suspend", "ttlSecondsAfterFinished",
-             "volumeClaimPolicies"},
-    "spec.failurePolicy": {"maxRestarts", "restartStrategy", "rules"},
-    "spec.failurePolicy.rules": {"action", "name", "onJobFailureMessagePatterns",
-                                 "onJobFailureReasons", "targetReplicatedJobs"},
-    "spec.replicatedJobs": {"dependsOn", "groupName", "name", "replicas", "template"},
-    "spec.replicatedJobs.template": {"metadata", "spec"},
-    "spec.replicatedJobs.template.spec": {
-        "activeDeadlineSeconds", "backoffLimit", "backoffLimitPerIndex", "completionMode",
-        "completions", "managedBy", "manualSelector", "maxFailedIndexes", "parallelism",
-        "podFailurePolicy", "podReplacementPolicy", "selector", "successPolicy", "suspend",
-        "template", "ttlSecondsAfterFinished"},
-    "spec.replicatedJobs.template.spec.podFailurePolicy": {"rules"},
-    "spec.replicatedJobs.template.spec.podFailurePolicy.rules": {"action", "onExitCodes",
-                                                                "onPodConditions"},
-    "spec.replicatedJobs.template.spec.podFailurePolicy.rules.onExitCodes": {
-        "containerName", "operator", "values"},
-    "spec.replicatedJobs.template.spec.template": {"metadata", "spec"},
+  "": {"apiVersion", "kind", "metadata", "spec", "status"},
+  "spec": {
+    "coordinator",
+    "dependsOn",
+    "failurePolicy",
+    "managedBy",
+    "network",
+    "replicatedJobs",
+    "startupPolicy",
+    "successPolicy",
+    "suspend",
+    "ttlSecondsAfterFinished",
+    "volumeClaimPolicies",
+  },
+  "spec.failurePolicy": {"maxRestarts", "restartStrategy", "rules"},
+  "spec.failurePolicy.rules": {
+    "action",
+    "name",
+    "onJobFailureMessagePatterns",
+    "onJobFailureReasons",
+    "targetReplicatedJobs",
+  },
+  "spec.replicatedJobs": {"dependsOn", "groupName", "name", "replicas", "template"},
+  "spec.replicatedJobs.template": {"metadata", "spec"},
+  "spec.replicatedJobs.template.spec": {
+    "activeDeadlineSeconds",
+    "backoffLimit",
+    "backoffLimitPerIndex",
+    "completionMode",
+    "completions",
+    "managedBy",
+    "manualSelector",
+    "maxFailedIndexes",
+    "parallelism",
+    "podFailurePolicy",
+    "podReplacementPolicy",
+    "selector",
+    "successPolicy",
+    "suspend",
+    "template",
+    "ttlSecondsAfterFinished",
+  },
+  "spec.replicatedJobs.template.spec.podFailurePolicy": {"rules"},
+  "spec.replicatedJobs.template.spec.podFailurePolicy.rules": {
+    "action",
+    "onExitCodes",
+    "onPodConditions",
+  },
+  "spec.replicatedJobs.template.spec.podFailurePolicy.rules.onExitCodes": {
+    "containerName",
+    "operator",
+    "values",
+  },
+  "spec.replicatedJobs.template.spec.template": {"metadata", "spec"},
 }
-ACTIONS = {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob",
-           "RestartJobAndIgnoreMaxRestarts"}
+ACTIONS = {
+  "FailJobSet",
+  "RestartJobSet",
+  "RestartJobSetAndIgnoreMaxRestarts",
+  "RestartJob",
+  "RestartJobAndIgnoreMaxRestarts",
+}
 
 
 def check_fields(node, path="") -> None:
@@ -256,9 +368,15 @@ def test_sky_and_docker():
   assert all("==" in pin for pin in pins) and any(p.startswith("libtpu==") for p in pins)
 
 
-@pytest.mark.parametrize("script,args,words", [
-    ("tpu_vm.sh", ["fly"], "unknown action 'fly'"), ("babysit.sh", [], "no command"),
-    ("local_multiprocess.sh", ["two"], "number of processes"), ("xpk.sh", ["create"], "no arguments")])
+@pytest.mark.parametrize(
+  "script,args,words",
+  [
+    ("tpu_vm.sh", ["fly"], "unknown action 'fly'"),
+    ("babysit.sh", [], "no command"),
+    ("local_multiprocess.sh", ["two"], "number of processes"),
+    ("xpk.sh", ["create"], "no arguments"),
+  ],
+)
 def test_mistakes(script, args, words, cloud):
   result = cloud.run(script, *args)
   assert result.returncode == 1 and words in result.stderr and not cloud.calls()
@@ -267,7 +385,12 @@ def test_mistakes(script, args, words, cloud):
 @pytest.mark.slow
 def test_two_local_processes(tmp_path, cloud):
   args = conftest.train_args(tmp_path / "run", steps=4, eval__every=0, eval__batches=1)
-  result = subprocess.run([LAUNCH / "local_multiprocess.sh", "2", *args], env=cloud.env, timeout=300,
-                          capture_output=True, text=True)
+  result = subprocess.run(
+    [LAUNCH / "local_multiprocess.sh", "2", *args],
+    env=cloud.env,
+    timeout=300,
+    capture_output=True,
+    text=True,
+  )
   assert result.returncode == 0, result.stdout + result.stderr
   assert "[0] done: 4 steps" in result.stdout and "2 x cpu of 2 processes" in result.stdout

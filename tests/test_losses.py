@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matformer_jax.models import losses
 from matformer_jax import sharding
 from matformer_jax.config import Execution
+from matformer_jax.models import losses
 
 
 def plain(hidden, embedding, targets, z_loss):
@@ -21,8 +21,11 @@ def plain(hidden, embedding, targets, z_loss):
 
 def inputs(batch=4, length=12, width=8, vocab=52):
   a, b, c = jax.random.split(jax.random.key(0), 3)
-  return (jax.random.normal(a, (batch, length, width)), jax.random.normal(b, (vocab, width)),
-          jax.random.randint(c, (batch, length), 0, vocab))
+  return (
+    jax.random.normal(a, (batch, length, width)),
+    jax.random.normal(b, (vocab, width)),
+    jax.random.randint(c, (batch, length), 0, vocab),
+  )
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 12])

@@ -75,8 +75,10 @@ def reference_logits(config: MatLMConfig, params, ffn_indices, head_indices, tok
   return norm(x, p["final_norm"]["scale"]) @ p["embedding"].T
 
 
-@pytest.mark.parametrize("change", [
-    {}, {"activation": "relu2"}, {"activation": "silu", "gated": True}, {"nested_heads": True}])
+@pytest.mark.parametrize(
+  "change",
+  [{}, {"activation": "relu2"}, {"activation": "silu", "gated": True}, {"nested_heads": True}],
+)
 @pytest.mark.parametrize("granularity", ["S", "XL", "S*1+M*1+L*1+XL*1"])
 def test_equals_the_reference(small, change, granularity):
   config = dataclasses.replace(small, **change)
@@ -91,8 +93,9 @@ def test_equals_the_reference(small, change, granularity):
 # ---------------------------------------------------------------- nesting
 
 
-@pytest.mark.parametrize("change", [{}, {"ffn_groups": 4, "head_groups": 1},
-                                    {"nested_heads": True, "gated": True}])
+@pytest.mark.parametrize(
+  "change", [{}, {"ffn_groups": 4, "head_groups": 1}, {"nested_heads": True, "gated": True}]
+)
 @pytest.mark.parametrize("granularity", ["S", "L", "M*2+L*2", "XL"])
 def test_a_submodel_is_a_model(small, change, granularity):
   """Slicing the tree and running it on its own gives bitwise the same logits."""
@@ -125,7 +128,7 @@ def test_gradient_outside_the_slice_is_exactly_zero(small, small_params):
 def test_every_granularity_differs(small, small_params):
   outs = [np.asarray(logits(small, small_params, g)) for g in ("S", "M", "L", "XL", "M*2+L*2")]
   for i, a in enumerate(outs):
-    for b in outs[i + 1:]:
+    for b in outs[i + 1 :]:
       assert np.abs(a - b).max() > 1e-3
 
 
@@ -143,10 +146,12 @@ def test_causal(small, small_params):
 # -------------------------------------------------- ways to run the same model
 
 EXECUTIONS = {
-    "scan": Execution(scan_layers=True), "grouped": Execution(flat_weights=False),
-    "small blocks": Execution(attention_block=5),
-    **{f"remat {r}": Execution(remat=r) for r in layers.REMAT},
-    "scan remat": Execution(remat="attn_out", scan_layers=True)}
+  "scan": Execution(scan_layers=True),
+  "grouped": Execution(flat_weights=False),
+  "small blocks": Execution(attention_block=5),
+  **{f"remat {r}": Execution(remat=r) for r in layers.REMAT},
+  "scan remat": Execution(remat="attn_out", scan_layers=True),
+}
 
 
 @pytest.mark.parametrize("name", EXECUTIONS)
@@ -200,10 +205,15 @@ def test_attention_gradient(block):
 
 
 def test_rms_norm_gradient():
-  x, g = jax.random.normal(jax.random.key(0), (2, 5, 16)), jax.random.normal(jax.random.key(1), (2, 5, 16))
+  x, g = (
+    jax.random.normal(jax.random.key(0), (2, 5, 16)),
+    jax.random.normal(jax.random.key(1), (2, 5, 16)),
+  )
   scale = jnp.linspace(0.5, 2, 16)
   plain = lambda x, s: x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * s
-  want, have = (jax.vjp(f, x, scale)[1](g) for f in (plain, lambda x, s: layers.rms_norm(x, s, 1e-6)))
+  want, have = (
+    jax.vjp(f, x, scale)[1](g) for f in (plain, lambda x, s: layers.rms_norm(x, s, 1e-6))
+  )
   for a, b in zip(have, want):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -212,7 +222,9 @@ def test_rms_norm_gradient():
 def test_the_tpu_kernel_computes_the_same_attention(mesh):
   """Interpreted on CPU, alone and split over a mesh."""
   execution = Execution(mesh=mesh and sharding.make_mesh(mesh))
-  q, k, v = (jax.random.normal(key, (4, 2, 2, 256, 16)) for key in jax.random.split(jax.random.key(0), 3))
+  q, k, v = (
+    jax.random.normal(key, (4, 2, 2, 256, 16)) for key in jax.random.split(jax.random.key(0), 3)
+  )
   weights = jnp.arange(16.0)
 
   def run(f):

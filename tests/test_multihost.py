@@ -10,9 +10,9 @@ import sys
 import time
 
 import conftest
+from conftest import ONE_SIZE, ROOT, digits_args, run_program, train_args
 import numpy as np
 import pytest
-from conftest import ONE_SIZE, ROOT, digits_args, run_program, train_args
 
 from matformer_jax.checkpoints import checkpoint
 
@@ -35,11 +35,16 @@ def environment(count: int) -> dict[str, str]:
 class Job:
   """`count` processes that train the tiny row (or another: `make_args`) together."""
 
-  def __init__(self, workdir, count: int, program=None, per_process=None, make_args=train_args,
-               **overrides):
+  def __init__(
+    self, workdir, count: int, program=None, per_process=None, make_args=train_args, **overrides
+  ):
     # One granularity is one program to compile, unless a test wants more.
-    overrides = {"peer_timeout_s": float(PEER_TIMEOUT), "log_every": 1, "sampling": ONE_SIZE,
-                 **overrides}
+    overrides = {
+      "peer_timeout_s": float(PEER_TIMEOUT),
+      "log_every": 1,
+      "sampling": ONE_SIZE,
+      **overrides,
+    }
     self._logs = workdir.parent / f"logs-{time.time_ns()}"
     self._logs.mkdir()
     port = free_port()
@@ -51,8 +56,11 @@ class Job:
       if program:
         command = [sys.executable, "-u", *map(str, program), *args]
       with open(self._logs / str(i), "w") as log:
-        self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment(count), stdout=log,
-                                               stderr=subprocess.STDOUT))
+        self.processes.append(
+          subprocess.Popen(
+            command, cwd=ROOT, env=environment(count), stdout=log, stderr=subprocess.STDOUT
+          )
+        )
 
   def log(self, index: int) -> str:
     return (self._logs / str(index)).read_text()
@@ -95,16 +103,19 @@ def samples(workdir) -> dict[int, list[int]]:
     for line in path.read_text().splitlines():
       row = json.loads(line)
       found.setdefault(row["step"], {}).update(row["first_row_to_ids"])
-  return {step: [i for first in sorted(parts, key=int) for i in parts[first]]
-          for step, parts in found.items()}
+  return {
+    step: [i for first in sorted(parts, key=int) for i in parts[first]]
+    for step, parts in found.items()
+  }
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> pathlib.Path:
   """The tiny row on as many devices as the jobs have, in one process."""
   workdir = tmp_path_factory.mktemp("one_process") / "run"
-  result = run_program("train", *train_args(workdir, data__log_samples=True, sampling=TWO_SIZES),
-                       env=environment(1))
+  result = run_program(
+    "train", *train_args(workdir, data__log_samples=True, sampling=TWO_SIZES), env=environment(1)
+  )
   assert result.returncode == 0, result.stderr
   return workdir
 
@@ -133,8 +144,9 @@ def test_kills_and_other_numbers_of_processes_change_nothing(one_process, tmp_pa
   saved = checkpoint.steps(workdir)[-1]
   assert saved >= stopped
 
-  result = run_program("train", *train_args(workdir, data__log_samples=True, sampling=TWO_SIZES),
-                       env=environment(1))
+  result = run_program(
+    "train", *train_args(workdir, data__log_samples=True, sampling=TWO_SIZES), env=environment(1)
+  )
   assert result.returncode == 0 and f"at step {saved}" in result.stdout, result.stderr
   np.testing.assert_allclose(losses(workdir), losses(one_process), rtol=1e-5)
   assert [r["draw_hash"] for r in rows(workdir)] == [r["draw_hash"] for r in rows(one_process)]
@@ -149,22 +161,37 @@ def test_every_sample_once_per_epoch(tmp_path):
   for i in range(10):
     (tmp_path / f"{i}.txt").write_text("".join(f"value_{j} = {i * j}\n" for j in range(25)))
   workdir = tmp_path / "run"
-  job = Job(workdir, 2, data__log_samples=True, data__source=f"text:{tmp_path}/*.txt", steps=30,
-            data__tokenizer=str(one_tokenizer(tmp_path)), eval__every=0, checkpoint__every=0,
-            data__validation_fraction=0.2)
+  job = Job(
+    workdir,
+    2,
+    data__log_samples=True,
+    data__source=f"text:{tmp_path}/*.txt",
+    steps=30,
+    data__tokenizer=str(one_tokenizer(tmp_path)),
+    eval__every=0,
+    checkpoint__every=0,
+    data__validation_fraction=0.2,
+  )
   assert job.wait() == [0, 0], job.logs()
   order = [i for _, ids in sorted(samples(workdir).items()) for i in ids]
   windows = max(order) + 1
   assert 8 < windows < len(order) // 2
   for epoch in range(len(order) // windows):
-    assert sorted(order[epoch * windows:(epoch + 1) * windows]) == list(range(windows))
+    assert sorted(order[epoch * windows : (epoch + 1) * windows]) == list(range(windows))
 
 
 @pytest.mark.slow
 def test_images_are_the_same_on_two_processes(tmp_path):
   """Order, augmentation, mixup and dropout."""
-  changes = dict(data__log_samples=True, steps=25, mixup=0.5, model__dropout=0.1, eval__every=0,
-                 data__train_transform="pad_crop(1)", sampling=ONE_SIZE)
+  changes = dict(
+    data__log_samples=True,
+    steps=25,
+    mixup=0.5,
+    model__dropout=0.1,
+    eval__every=0,
+    data__train_transform="pad_crop(1)",
+    sampling=ONE_SIZE,
+  )
   job = Job(tmp_path / "two", 2, make_args=digits_args, **changes)
   assert job.wait() == [0, 0], job.logs()
   result = run_program("train", *digits_args(tmp_path / "one", **changes), env=environment(1))
@@ -176,15 +203,22 @@ def test_images_are_the_same_on_two_processes(tmp_path):
 
 def one_tokenizer(tmp_path) -> pathlib.Path:
   from matformer_jax.data.tokenizer import train_tokenizer
+
   path = tmp_path / "tokenizer.model"
-  path.write_bytes(train_tokenizer(["".join(map(chr, range(32, 127)))] * 50, 360, "bpe", 10**6).model)
+  path.write_bytes(
+    train_tokenizer(["".join(map(chr, range(32, 127)))] * 50, 360, "bpe", 10**6).model
+  )
   return path
 
 
-@pytest.mark.parametrize("count,victim,signum,words", [
+@pytest.mark.parametrize(
+  "count,victim,signum,words",
+  [
     (2, 1, signal.SIGKILL, "lost process 1"),
     (2, 0, signal.SIGKILL, "lost process 0, the coordinator"),
-    (4, 2, signal.SIGSTOP, "lost process 2")])
+    (4, 2, signal.SIGSTOP, "lost process 2"),
+  ],
+)
 @pytest.mark.slow
 def test_a_lost_peer_is_named_and_nobody_hangs(count, victim, signum, words, tmp_path):
   job = Job(tmp_path / "run", count, steps=10**6, eval__every=0)
@@ -230,8 +264,11 @@ def test_a_host_started_differently_stops_the_job(tmp_path):
   job = Job(tmp_path / "run", 2, per_process={1: {"optim__peak_lr": 0.5}})
   assert job.wait() == [1, 1], job.logs()
   for i in range(2):
-    assert re.search(r"error: .*config\.optim\.peak_lr is 0\.5 on process 1 \(\S+\) and 0\.01 on "
-                     "process 0", job.log(i)), job.log(i)
+    assert re.search(
+      r"error: .*config\.optim\.peak_lr is 0\.5 on process 1 \(\S+\) and 0\.01 on "
+      "process 0",
+      job.log(i),
+    ), job.log(i)
     assert "Traceback" not in job.log(i)
   assert not checkpoint.steps(tmp_path / "run")
 
@@ -246,8 +283,16 @@ def test_a_mistake_on_one_host_stops_all(tmp_path):
 @pytest.mark.slow
 def test_a_flipped_bit_in_one_replica_is_caught(tmp_path):
   """By the next check, on all processes, and before a checkpoint holds it."""
-  job = Job(tmp_path / "run", 2, program=[WORKER, "flip"], mesh__data=2, mesh__fsdp=2,
-            replica_check_every=6, checkpoint__every=5, eval__every=0)
+  job = Job(
+    tmp_path / "run",
+    2,
+    program=[WORKER, "flip"],
+    mesh__data=2,
+    mesh__fsdp=2,
+    replica_check_every=6,
+    checkpoint__every=5,
+    eval__every=0,
+  )
   assert job.wait() == [42, 42], job.logs()
   for i in range(2):
     assert "copies of params/blocks/0/ffn/in differ" in job.log(i), job.log(i)

@@ -3,14 +3,14 @@
 import json
 
 import conftest
+from conftest import run_program
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import run_program
 
 from matformer_jax import UserError, pod_plan
-from matformer_jax.tpu import hlo
 from matformer_jax.config import MatLMConfig
+from matformer_jax.tpu import hlo
 
 TPU_TEXT = """HloModule jit_step
 
@@ -48,8 +48,11 @@ ENTRY %main (a: f32[]) -> f32[] {
 
 def test_reading_a_tpu_program():
   """Loops count, pieces of one asynchronous collective do not, fused reduce-scatters are seen."""
-  assert hlo.totals(TPU_TEXT) == {"all-gather": (12, 12 * 1024), "reduce-scatter": (12, 12 * 256),
-                                  "all-reduce": (2, 20)}
+  assert hlo.totals(TPU_TEXT) == {
+    "all-gather": (12, 12 * 1024),
+    "reduce-scatter": (12, 12 * 256),
+    "all-reduce": (2, 20),
+  }
   found = {c.kind: c for c in hlo.collectives(TPU_TEXT)}
   assert found["all-gather"].hidden and not found["all-reduce"].hidden
   assert [found[k].group for k in ("all-gather", "reduce-scatter", "all-reduce")] == [4, 4, 8]
@@ -71,9 +74,14 @@ def test_flops_through_loops():
   assert count(jax.grad(f, (0, 1))) == 5 * 4 * product  # forward, again, and two gradients
 
 
-@pytest.mark.parametrize("text,sizes", [
+@pytest.mark.parametrize(
+  "text,sizes",
+  [
     ("fsdp:16", {"data": -1, "fsdp": 16, "tensor": 1}),
-    ("fsdp:8,tensor:2,data:1", {"data": 1, "fsdp": 8, "tensor": 2}), ("", {"fsdp": 3})])
+    ("fsdp:8,tensor:2,data:1", {"data": 1, "fsdp": 8, "tensor": 2}),
+    ("", {"fsdp": 3}),
+  ],
+)
 def test_mesh_flag(text, sizes):
   assert pod_plan.parse_mesh(text, {"fsdp": 3}) == sizes
 
@@ -84,11 +92,19 @@ def test_mesh_mistakes(text):
     pod_plan.parse_mesh(text, {})
 
 
-@pytest.mark.parametrize("args,words", [
-    ([], "--topology is missing"), (["--topology=v9:2x2"], "is not CHIP:SHAPE"),
+@pytest.mark.parametrize(
+  "args,words",
+  [
+    ([], "--topology is missing"),
+    (["--topology=v9:2x2"], "is not CHIP:SHAPE"),
     (["--topology=v5e:3x7"], "no such slice"),
     (["--topology=v5e:4x4", "--mesh=fsdp:5"], "does not use the 16 devices"),
-    (["--topology=v5e:4x4", "--mesh=fsdp:16", "--config.batch_size=8"], "batch_size=8 is not divisible")])
+    (
+      ["--topology=v5e:4x4", "--mesh=fsdp:16", "--config.batch_size=8"],
+      "batch_size=8 is not divisible",
+    ),
+  ],
+)
 def test_mistakes(args, words):
   result = run_program("pod_plan", "--config=configs/matlm.py:78M", *args)
   assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr
@@ -113,8 +129,9 @@ QUICKLY = {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}
 
 
 def plan(*args, env=None) -> dict:
-  result = run_program("pod_plan", "--config=configs/matlm.py:78M", "--topology=v5e:4x4", "--json",
-                       *args, env=env)
+  result = run_program(
+    "pod_plan", "--config=configs/matlm.py:78M", "--topology=v5e:4x4", "--json", *args, env=env
+  )
   assert result.returncode == 0, result.stderr
   return json.loads(result.stdout)
 
@@ -127,20 +144,21 @@ def test_a_plan_of_78m_on_a_small_slice():
   for tensor, vocab_size in ((1, config.vocab_size), (2, 8192), (4, 8192)):  # small: half the time
     # AdamW, which works element by element: Adafactor's moments of the full tree are factored
     # along other axes than a narrow model's.
-    args = (f"--mesh=fsdp:4,tensor:{tensor}", "--config.optim.name=adamw",
-            f"--config.model.vocab_size={vocab_size}")
+    args = (
+      f"--mesh=fsdp:4,tensor:{tensor}",
+      "--config.optim.name=adamw",
+      f"--config.model.vocab_size={vocab_size}",
+    )
     nested = plan(*args, "--granularities=S", env=QUICKLY)["granularities"]
     dense = plan(*args, "--config.model.ffn_ratios=(0.5,)", env=QUICKLY)["granularities"]["G1"]
     for kind in ("all-gather", "reduce-scatter"):
       assert nested["S"]["collective_count"][kind] == dense["collective_count"][kind]
       assert nested["S"]["collective_bytes"][kind] == dense["collective_bytes"][kind]
     for kind in ("all-to-all", "collective-permute"):
-      assert (nested["S"]["collective_count"].get(kind, 0)
-              <= dense["collective_count"].get(kind, 0))
+      assert nested["S"]["collective_count"].get(kind, 0) <= dense["collective_count"].get(kind, 0)
     if tensor == 1:
       row = plan(*args, "--granularities=XL", env=QUICKLY)["granularities"]["XL"]
-      saved = (row["collective_bytes"]["all-gather"]
-               - nested["S"]["collective_bytes"]["all-gather"])
+      saved = row["collective_bytes"]["all-gather"] - nested["S"]["collective_bytes"]["all-gather"]
       # Gathered twice a step, forward and backward: S takes less than half of XL's FFN bytes.
       assert saved == 2 * (ffn[3] - ffn[0]) > 0.5 * 2 * ffn[3]
       assert row["fits"] and 0 < row["hbm_bytes_per_core"] < row["hbm_capacity"] == 16 * 2**30
@@ -150,8 +168,13 @@ def test_a_plan_of_78m_on_a_small_slice():
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_told_with_a_way_out():
-  args = ("--granularities=XL", "--config.remat=none", "--config.model.num_layers=64",
-          "--config.model.ffn_groups=1", "--config.model.d_model=1024")
+  args = (
+    "--granularities=XL",
+    "--config.remat=none",
+    "--config.model.num_layers=64",
+    "--config.model.ffn_groups=1",
+    "--config.model.d_model=1024",
+  )
   told = plan(*args)
   assert not told["fits"] and not told["granularities"]["XL"]["fits"]
   assert told["granularities"]["XL"]["hbm_bytes_per_core"] > 16 * 2**30
@@ -159,8 +182,13 @@ def test_what_does_not_fit_is_told_with_a_way_out():
 
 
 def test_a_plan_of_images():
-  args = ("--config=configs/matvit.py:digits", "--topology=v3:2x2", "--granularities=S",
-          "--config.model.dropout=0.1", "--config.mixup=0.5")
+  args = (
+    "--config=configs/matvit.py:digits",
+    "--topology=v3:2x2",
+    "--granularities=S",
+    "--config.model.dropout=0.1",
+    "--config.mixup=0.5",
+  )
   # Not QUICKLY: at low effort libtpu 0.0.42 crashes on a mesh of data alone.
   result = run_program("pod_plan", *args, "--json")
   assert result.returncode == 0, result.stderr

@@ -9,10 +9,10 @@ import subprocess
 import time
 
 import conftest
+from conftest import ONE_SIZE, run_program, train_args
 import jax
 import numpy as np
 import pytest
-from conftest import ONE_SIZE, run_program, train_args
 
 import matformer_jax
 from matformer_jax.checkpoints import checkpoint
@@ -27,9 +27,14 @@ def trajectory(workdir) -> list[tuple]:
 
 
 def start(*args) -> subprocess.Popen:
-  return subprocess.Popen(conftest.command("train", *args), cwd=conftest.ROOT,
-                          env=conftest.PROGRAM_ENV, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
+  return subprocess.Popen(
+    conftest.command("train", *args),
+    cwd=conftest.ROOT,
+    env=conftest.PROGRAM_ENV,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
 
 
 def wait_for_line(process, words: str, timeout: float = 120) -> str:
@@ -81,8 +86,7 @@ def test_sigterm_during_evaluation(tiny_run, tmp_path):
 
 
 def test_ctrl_c_saves_too(tmp_path):
-  process = start(*train_args(tmp_path, log_every=1, steps=10**5, eval__every=0,
-                              sampling=ONE_SIZE))
+  process = start(*train_args(tmp_path, log_every=1, steps=10**5, eval__every=0, sampling=ONE_SIZE))
   wait_for_line(process, "step 4/")
   process.send_signal(signal.SIGINT)
   rest = process.communicate(timeout=60)[0]
@@ -172,9 +176,18 @@ def test_running_a_finished_run_again_changes_nothing(tiny_run, tmp_path):
 def test_divergence_stops_with_a_clear_error_and_saves_nothing_bad(tiny_run, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(tiny_run, workdir)
-  result = run_program("train", *train_args(
-      workdir, steps=80, max_nonfinite=3, optim__peak_lr=1e38, optim__clip_norm=0.0,
-      checkpoint__every=1, eval__every=0))
+  result = run_program(
+    "train",
+    *train_args(
+      workdir,
+      steps=80,
+      max_nonfinite=3,
+      optim__peak_lr=1e38,
+      optim__clip_norm=0.0,
+      checkpoint__every=1,
+      eval__every=0,
+    ),
+  )
   assert result.returncode == 1
   assert "not finite for 3 steps in a row" in result.stderr and "optim.peak_lr" in result.stderr
   assert "Traceback" not in result.stderr
@@ -210,20 +223,20 @@ def assert_one_line_error(result, *words):
 
 
 MISTAKES = {
-    "unknown key": ({"optim__peak_lrr": 1}, ("peak_lrr", "did you mean 'peak_lr'")),
-    "unknown group": ({"optm__peak_lr": 1}, ("optm", "did you mean 'optim'")),
-    "not a number": ({"batch_size": "many"}, ("batch_size", "many")),
-    "batch": ({"grad_accum": 3}, ("batch_size=8", "grad_accum=3")),
-    "mesh": ({"mesh__fsdp": 3}, ("mesh", "1 devices")),
-    "heads": ({"model__num_heads": 5}, ("num_heads=5", "d_model=32")),
-    "widths": ({"model__ffn_ratios": "(0.3,1)"}, ("0.3", "d_model=32")),
-    "corpus": ({"data__source": "text:/nowhere/*.txt"}, ("/nowhere/*.txt", "no file")),
-    "source": ({"data__source": "wiki"}, ("'wiki'", "stdlib")),
-    "vocabulary": ({"model__vocab_size": 10**6}, ("vocab_size=1000000", "at most")),
-    "sampling": ({"sampling": "0.5/0.6/0/0"}, ("sampling", "1.1")),
-    "optimizer": ({"optim__name": "adam"}, ("'adam'", "adamw")),
-    "remat": ({"remat": "some"}, ("'some'", "attn_out")),
-    "tokenizer": ({"data__tokenizer": "/nowhere.model"}, ("/nowhere.model",)),
+  "unknown key": ({"optim__peak_lrr": 1}, ("peak_lrr", "did you mean 'peak_lr'")),
+  "unknown group": ({"optm__peak_lr": 1}, ("optm", "did you mean 'optim'")),
+  "not a number": ({"batch_size": "many"}, ("batch_size", "many")),
+  "batch": ({"grad_accum": 3}, ("batch_size=8", "grad_accum=3")),
+  "mesh": ({"mesh__fsdp": 3}, ("mesh", "1 devices")),
+  "heads": ({"model__num_heads": 5}, ("num_heads=5", "d_model=32")),
+  "widths": ({"model__ffn_ratios": "(0.3,1)"}, ("0.3", "d_model=32")),
+  "corpus": ({"data__source": "text:/nowhere/*.txt"}, ("/nowhere/*.txt", "no file")),
+  "source": ({"data__source": "wiki"}, ("'wiki'", "stdlib")),
+  "vocabulary": ({"model__vocab_size": 10**6}, ("vocab_size=1000000", "at most")),
+  "sampling": ({"sampling": "0.5/0.6/0/0"}, ("sampling", "1.1")),
+  "optimizer": ({"optim__name": "adam"}, ("'adam'", "adamw")),
+  "remat": ({"remat": "some"}, ("'some'", "attn_out")),
+  "tokenizer": ({"data__tokenizer": "/nowhere.model"}, ("/nowhere.model",)),
 }
 
 
@@ -233,14 +246,18 @@ def test_config_mistakes(name, tmp_path):
   assert_one_line_error(run_program("train", *train_args(tmp_path, **changes)), *words)
 
 
-@pytest.mark.parametrize("args,words", [
+@pytest.mark.parametrize(
+  "args,words",
+  [
     (["--workdir=x"], ["--config is missing"]),
     (["--config=configs/matlm.py:tiny"], ["--workdir is missing"]),
     (["--config=nope.py", "--workdir=x"], ["nope.py"]),
     (["--config=configs/matlm.py:9B", "--workdir=x"], ["'9B'", "850M"]),
     (["--config=configs/matlm.py:tiny", "--workdir=/proc/nowhere"], ["/proc/nowhere"]),
     (["--config=configs/matlm.py:tiny", "--workdr=x"], ["workdr"]),
-    (["--config=configs/matlm.py:tiny", "--workdir=x", "stray"], ["'stray'"])])
+    (["--config=configs/matlm.py:tiny", "--workdir=x", "stray"], ["'stray'"]),
+  ],
+)
 def test_command_mistakes(args, words):
   assert_one_line_error(run_program("train", *args), *words)
 
@@ -259,14 +276,24 @@ def test_a_full_disk(tmp_path):
   """A real one: a file system of 3 MiB; what was saved before stays loadable."""
   disk = tmp_path / "disk"
   disk.mkdir()
-  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)],
-                           capture_output=True)
+  mounted = subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True
+  )
   if mounted.returncode:
     pytest.skip("mounting a small file system needs root")
   try:
-    result = run_program("train", *train_args(
-        disk / "run", model__d_model=64, checkpoint__every=5, checkpoint__keep_last=50, steps=400,
-        eval__every=0, sampling=ONE_SIZE))
+    result = run_program(
+      "train",
+      *train_args(
+        disk / "run",
+        model__d_model=64,
+        checkpoint__every=5,
+        checkpoint__keep_last=50,
+        steps=400,
+        eval__every=0,
+        sampling=ONE_SIZE,
+      ),
+    )
     assert_one_line_error(result, "No space left", "intact")
     assert matformer_jax.load(disk / "run").step >= 5
   finally:
@@ -278,8 +305,15 @@ def test_a_full_disk(tmp_path):
 
 def test_evaluate(tiny_run, tmp_path):
   out, picture = tmp_path / "out.json", tmp_path / "curve.png"
-  result = run_program("evaluate", f"--workdir={tiny_run}", "--granularities=S,M,M*1+L*1,XL",
-                       f"--json={out}", f"--plot={picture}", "--bigram", "--batches=20")
+  result = run_program(
+    "evaluate",
+    f"--workdir={tiny_run}",
+    "--granularities=S,M,M*1+L*1,XL",
+    f"--json={out}",
+    f"--plot={picture}",
+    "--bigram",
+    "--batches=20",
+  )
   assert result.returncode == 0, result.stderr
   report = json.loads(out.read_text())
   rows = report["granularities"]
@@ -295,16 +329,23 @@ def test_evaluate(tiny_run, tmp_path):
 
 
 def test_evaluate_only_loss_with_a_ladder(tiny_run):
-  result = run_program("evaluate", f"--workdir={tiny_run}", "--metrics=loss", "--ladder=3",
-                       "--batches=2")
+  result = run_program(
+    "evaluate", f"--workdir={tiny_run}", "--metrics=loss", "--ladder=3", "--batches=2"
+  )
   assert result.returncode == 0, result.stderr
   assert "agrees" not in result.stdout and "L" in result.stdout
 
 
-@pytest.mark.parametrize("args,words", [
-    (["--granularities=S,Q"], ["'Q'", "S, M, L, XL"]), (["--granularities=M*3"], ["3 layers"]),
-    (["--metrics=loss,bleu"], ["bleu"]), (["--step=3"], ["no checkpoint of step 3"]),
-    (["--workdir=/nowhere"], ["/nowhere", "is not a run"])])
+@pytest.mark.parametrize(
+  "args,words",
+  [
+    (["--granularities=S,Q"], ["'Q'", "S, M, L, XL"]),
+    (["--granularities=M*3"], ["3 layers"]),
+    (["--metrics=loss,bleu"], ["bleu"]),
+    (["--step=3"], ["no checkpoint of step 3"]),
+    (["--workdir=/nowhere"], ["/nowhere", "is not a run"]),
+  ],
+)
 def test_evaluate_mistakes(tiny_run, args, words):
   assert_one_line_error(run_program("evaluate", f"--workdir={tiny_run}", *args), *words)
 
@@ -312,7 +353,12 @@ def test_evaluate_mistakes(tiny_run, args, words):
 def test_describe_matches_table_4_and_the_run(tiny_run):
   result = run_program("describe", "--config=configs/matlm.py:850M", "--json")
   rows = json.loads(result.stdout)["granularities"]
-  assert [round(rows[n]["non_embedding_params"] / 1e6) for n in ("S", "M", "L", "XL")] == [189, 227, 302, 453]
+  assert [round(rows[n]["non_embedding_params"] / 1e6) for n in ("S", "M", "L", "XL")] == [
+    189,
+    227,
+    302,
+    453,
+  ]
   assert {"params", "ffn_params", "flops_per_token"} <= rows["S"].keys()
   text = run_program("describe", f"--workdir={tiny_run}").stdout
   assert "41,120" in text and "FLOPs/token" in text
@@ -329,9 +375,17 @@ def test_own_text(tmp_path):
   """The README's way to train on one's own files."""
   for path in sorted(pathlib.Path(conftest.ROOT / "matformer_jax").rglob("*.py")):
     (tmp_path / path.name).write_text(path.read_text())
-  result = run_program("train", *train_args(
-      tmp_path / "run", data__source=f"text:{tmp_path}/*.py", steps=4, eval__every=0,
-      checkpoint__every=0, sampling=ONE_SIZE))
+  result = run_program(
+    "train",
+    *train_args(
+      tmp_path / "run",
+      data__source=f"text:{tmp_path}/*.py",
+      steps=4,
+      eval__every=0,
+      checkpoint__every=0,
+      sampling=ONE_SIZE,
+    ),
+  )
   assert result.returncode == 0, result.stderr
   assert checkpoint.steps(tmp_path / "run") == [4]
   assert "optim.warmup_steps=5 is not below steps=4; warming up over 2" in result.stdout

@@ -2,9 +2,9 @@
 
 import json
 
+from conftest import run_program
 import numpy as np
 import pytest
-from conftest import run_program
 
 import matformer_jax
 from matformer_jax import UserError, retrieve
@@ -52,7 +52,9 @@ def test_equally_near_ones_come_in_order():
 
 
 def test_votes():
-  np.testing.assert_array_equal(retrieval.vote(np.array([[1, 2, 2], [3, 1, 2], [1, 2, 1]])), [2, 3, 1])
+  np.testing.assert_array_equal(
+    retrieval.vote(np.array([[1, 2, 2], [3, 1, 2], [1, 2, 1]])), [2, 3, 1]
+  )
   neighbours = np.array([[0, 1, 2], [2, 1, 0], [1, 0, 2]])
   corpus_labels = np.array([5, 6, 6])
   queries = np.array([[5, -1], [-1, -1], [7, 6]])  # the second counts for nothing
@@ -60,9 +62,15 @@ def test_votes():
   assert retrieval.accuracy(neighbours, corpus_labels, queries, 3) == 0.5
 
 
-@pytest.mark.parametrize("change,words", [
-    (dict(metric="dot"), "metric='dot'"), (dict(backend="annoy"), "backend='annoy'"),
-    (dict(k=502), "only 501 images"), (dict(blocks=[np.zeros((9, 3))]), "12 features and the corpus 3")])
+@pytest.mark.parametrize(
+  "change,words",
+  [
+    (dict(metric="dot"), "metric='dot'"),
+    (dict(backend="annoy"), "backend='annoy'"),
+    (dict(k=502), "only 501 images"),
+    (dict(blocks=[np.zeros((9, 3))]), "12 features and the corpus 3"),
+  ],
+)
 def test_mistakes(vectors, change, words):
   queries, corpus = vectors
   with pytest.raises(UserError, match=words):
@@ -80,7 +88,9 @@ def model(digits_run):
 def test_a_corpus_is_embedded_once_and_goes_on_after_a_kill(model, tmp_path, monkeypatch):
   source = open_task(model).validation_images
   embedder = retrieve.Embedder(model, 60)
-  whole = retrieve.embed_corpus(embedder, source, gran.parse("M", model.config), tmp_path / "a", 1000)
+  whole = retrieve.embed_corpus(
+    embedder, source, gran.parse("M", model.config), tmp_path / "a", 1000
+  )
   assert whole.chunks == 1
   done = []
 
@@ -95,11 +105,14 @@ def test_a_corpus_is_embedded_once_and_goes_on_after_a_kill(model, tmp_path, mon
     retrieve.embed_corpus(embedder, source, gran.parse("M", model.config), tmp_path / "b", 100)
   cut = retrieve.embed_corpus(embedder, source, gran.parse("M", model.config), tmp_path / "b", 100)
   assert done == [100, 100, 100, 100, 59]  # the third again, and what was left
-  again = retrieve.embed_corpus(embedder, source, gran.parse("M", model.config), tmp_path / "b", 100)
+  again = retrieve.embed_corpus(
+    embedder, source, gran.parse("M", model.config), tmp_path / "b", 100
+  )
   assert len(done) == 5
   for corpus in (cut, again):
-    np.testing.assert_allclose(np.concatenate(list(corpus.blocks())),
-                               np.concatenate(list(whole.blocks())), atol=1e-5)
+    np.testing.assert_allclose(
+      np.concatenate(list(corpus.blocks())), np.concatenate(list(whole.blocks())), atol=1e-5
+    )
     np.testing.assert_array_equal(corpus.labels, whole.labels)
   # Every row is the model's own representation of that image.
   image, (label,) = source.decode(237)
@@ -111,14 +124,26 @@ def test_a_corpus_is_embedded_once_and_goes_on_after_a_kill(model, tmp_path, mon
 
 
 def test_retrieve(digits_run, tmp_path):
-  result = run_program("retrieve", f"--workdir={digits_run}", f"--out={tmp_path}", "--symmetric=all",
-                       "--granularities=S,M+L", f"--baselines={digits_run}", "--k=1,5")
+  result = run_program(
+    "retrieve",
+    f"--workdir={digits_run}",
+    f"--out={tmp_path}",
+    "--symmetric=all",
+    "--granularities=S,M+L",
+    f"--baselines={digits_run}",
+    "--k=1,5",
+  )
   assert result.returncode == 0, result.stderr
   report = json.loads((tmp_path / "retrieval.json").read_text())
   rows = report["rows"]
   assert [(r["encoder"], r["granularity"], r["corpus"]) for r in rows] == [
-      ("MatViT", "S", "XL"), ("MatViT", "M*1+L*1", "XL"), ("MatViT", "XL", "XL"),
-      ("MatViT", "S", "S"), ("MatViT", "M*1+L*1", "M*1+L*1"), (str(digits_run), "XL", "XL")]
+    ("MatViT", "S", "XL"),
+    ("MatViT", "M*1+L*1", "XL"),
+    ("MatViT", "XL", "XL"),
+    ("MatViT", "S", "S"),
+    ("MatViT", "M*1+L*1", "M*1+L*1"),
+    (str(digits_run), "XL", "XL"),
+  ]
   # The model as its own baseline.
   assert [rows[5][k] for k in ("1-nn", "5-nn")] == [rows[2][k] for k in ("1-nn", "5-nn")]
   assert rows[2]["1-nn"] > 0.5 and rows[0]["flops"] < rows[1]["flops"] < rows[2]["flops"]
@@ -127,9 +152,14 @@ def test_retrieve(digits_run, tmp_path):
   assert len((tmp_path / "retrieval.csv").read_text().splitlines()) == 7
 
 
-@pytest.mark.parametrize("args,words", [
-    (["--k=0"], "--k='0'"), (["--corpus=nope"], "no split 'nope'"),
-    (["--granularities=Q"], "'Q' is not a size")])
+@pytest.mark.parametrize(
+  "args,words",
+  [
+    (["--k=0"], "--k='0'"),
+    (["--corpus=nope"], "no split 'nope'"),
+    (["--granularities=Q"], "'Q' is not a size"),
+  ],
+)
 def test_command_mistakes(digits_run, args, words):
   result = run_program("retrieve", f"--workdir={digits_run}", *args)
   assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr

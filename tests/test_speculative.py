@@ -11,15 +11,23 @@ from test_decode import EXECUTIONS, PROMPTS, decoder, full_logits, reference_pro
 
 import matformer_jax
 from matformer_jax import UserError
-from matformer_jax.decoding import speculative
 from matformer_jax.config import MatLMConfig
+from matformer_jax.decoding import speculative
 from matformer_jax.decoding.decode import Sampling
-from matformer_jax.models import matlm
 from matformer_jax.decoding.speculative import SpeculativeDecoder
+from matformer_jax.models import matlm
 
 
-def speculate(s: SpeculativeDecoder, params, prompts=PROMPTS, max_tokens=12, seeds=None,
-              chunks=(100,), draft_params=None, costs=None):
+def speculate(
+  s: SpeculativeDecoder,
+  params,
+  prompts=PROMPTS,
+  max_tokens=12,
+  seeds=None,
+  chunks=(100,),
+  draft_params=None,
+  costs=None,
+):
   weights = s.verifier.lay_out(params)
   draft_weights = weights if draft_params is None else s.draft.lay_out(draft_params)
   state = s.prefill(weights, draft_weights, prompts, max_tokens, seeds or range(len(prompts)))
@@ -33,8 +41,9 @@ def speculate(s: SpeculativeDecoder, params, prompts=PROMPTS, max_tokens=12, see
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "two caches"])
-@pytest.mark.parametrize("sizes,k", [
-    (("S", "XL"), 8), (("L", "XL"), 1), (("S", "M"), 3), (("S*2+M*2", "L"), 3)])
+@pytest.mark.parametrize(
+  "sizes,k", [(("S", "XL"), 8), (("L", "XL"), 1), (("S", "M"), 3), (("S*2+M*2", "L"), 3)]
+)
 def test_greedy_text_is_the_verifiers(small, lively_params, sizes, k, share):
   """Prompts of one token and more, eight sequences, each with its own acceptances."""
   draft, verifier = (decoder(small, name) for name in sizes)
@@ -63,9 +72,16 @@ def trained(tiny_run):
   return model, [model.tokenizer.encode(t) for t in texts]
 
 
-@pytest.mark.parametrize("kwargs", [
-    {"draft_lengths": (4,)}, {"draft_lengths": (0, 1, 2, 4, 8)}, {"share_cache": False},
-    {"draft_vocab": tuple(range(300, 512))}], ids=lambda kwargs: next(iter(kwargs)))
+@pytest.mark.parametrize(
+  "kwargs",
+  [
+    {"draft_lengths": (4,)},
+    {"draft_lengths": (0, 1, 2, 4, 8)},
+    {"share_cache": False},
+    {"draft_vocab": tuple(range(300, 512))},
+  ],
+  ids=lambda kwargs: next(iter(kwargs)),
+)
 def test_greedy_text_of_a_trained_model(trained, kwargs):
   """Eight sequences of 150 tokens that end at end-of-text, in several calls."""
   model, prompts = trained
@@ -89,8 +105,9 @@ def test_a_draft_of_its_own(small, lively_params):
   own = decoder(config)
   params = matlm.init_params(config, jax.random.key(9))
   verifier = decoder(small, "L")
-  have, _ = speculate(SpeculativeDecoder(verifier, own, (3,), False), lively_params,
-                      draft_params=params)
+  have, _ = speculate(
+    SpeculativeDecoder(verifier, own, (3,), False), lively_params, draft_params=params
+  )
   assert have == run(verifier, lively_params)
 
 
@@ -146,8 +163,10 @@ def chi_square(counts, expected) -> tuple[float, float]:
   counts = np.append(counts[cells], counts[rest].sum())
   expected = np.append(expected[cells], expected[rest].sum())
   counts, expected = counts[expected > 0], expected[expected > 0]
-  return (float(np.sum((counts - expected) ** 2 / expected)),
-          float(chi2.ppf(1 - FALSE_ALARM, len(counts) - 1)))
+  return (
+    float(np.sum((counts - expected) ** 2 / expected)),
+    float(chi2.ppf(1 - FALSE_ALARM, len(counts) - 1)),
+  )
 
 
 class AcceptsTooMuch(SpeculativeDecoder):
@@ -180,10 +199,13 @@ class ForgetsTheResidual(SpeculativeDecoder):
 
 
 RULES = {
-    "right": (SpeculativeDecoder, {}), "two caches": (SpeculativeDecoder, {"share_cache": False}),
-    "lengths chosen": (SpeculativeDecoder, {"draft_lengths": (0, 1, 3)}),
-    "draft vocabulary": (SpeculativeDecoder, {"draft_vocab": (1, 3, 4, 6)}),
-    "accepts too much": (AcceptsTooMuch, {}), "no residual": (ForgetsTheResidual, {})}
+  "right": (SpeculativeDecoder, {}),
+  "two caches": (SpeculativeDecoder, {"share_cache": False}),
+  "lengths chosen": (SpeculativeDecoder, {"draft_lengths": (0, 1, 3)}),
+  "draft vocabulary": (SpeculativeDecoder, {"draft_vocab": (1, 3, 4, 6)}),
+  "accepts too much": (AcceptsTooMuch, {}),
+  "no residual": (ForgetsTheResidual, {}),
+}
 FILTERED = Sampling(0.9, top_k=6, top_p=0.9)
 
 
@@ -194,8 +216,9 @@ def tiny_vocab():
   return config, {**params, "blocks": jax.tree.map(lambda x: 4 * x, params["blocks"])}
 
 
-@pytest.mark.parametrize("rule,sampling", [
-    ("right", Sampling(1.0)), *((rule, FILTERED) for rule in RULES)])
+@pytest.mark.parametrize(
+  "rule,sampling", [("right", Sampling(1.0)), *((rule, FILTERED) for rule in RULES)]
+)
 def test_the_distribution_is_the_verifiers(tiny_vocab, rule, sampling):
   """The joint distribution of three tokens after one prompt, over 20,000 sequences.
 
@@ -206,12 +229,14 @@ def test_the_distribution_is_the_verifiers(tiny_vocab, rule, sampling):
   kwargs = {"draft_lengths": (2,), **kwargs}
   draft, verifier = (decoder(config, n, sampling=sampling) for n in ("S", "XL"))
   number, prompt = 20_000, [3, 1]
-  have, stats = speculate(cls(verifier, draft, **kwargs), params, [prompt] * number, 3,
-                          seeds=range(number))
+  have, stats = speculate(
+    cls(verifier, draft, **kwargs), params, [prompt] * number, 3, seeds=range(number)
+  )
   assert 0.3 < stats.acceptance() < 0.98
   joint = np.zeros((V, V, V))
-  probs = lambda tokens: reference_probs(full_logits(config, params, "XL", prompt + tokens)[-1],
-                                         sampling)
+  probs = lambda tokens: reference_probs(
+    full_logits(config, params, "XL", prompt + tokens)[-1], sampling
+  )
   for a, p_a in enumerate(probs([])):
     for b, p_b in enumerate(probs([a])):
       joint[a, b] = p_a * p_b * probs([a, b])
@@ -243,9 +268,15 @@ def test_mistakes(small):
   xl, s = decoder(small), decoder(small, "S")
   other = decoder(dataclasses.replace(small, vocab_size=32))
   deep = decoder(dataclasses.replace(small, num_layers=2, runs=None))
-  for args, words in [((s, xl), "wider than verifier S"), ((xl, other, (2,), False), "vocabulary of 32"),
-                      ((xl, deep), "share a cache"), ((xl, s, (0,)), "draft_length"),
-                      ((xl, s, ()), "draft_length"), ((xl, s, (0, 2), False), "share_cache"), ((xl, s, (1,), True, (64,)), "draft_vocab"),
-                      ((xl, decoder(small, "S", eos_id=3)), "same sampling")]:
+  for args, words in [
+    ((s, xl), "wider than verifier S"),
+    ((xl, other, (2,), False), "vocabulary of 32"),
+    ((xl, deep), "share a cache"),
+    ((xl, s, (0,)), "draft_length"),
+    ((xl, s, ()), "draft_length"),
+    ((xl, s, (0, 2), False), "share_cache"),
+    ((xl, s, (1,), True, (64,)), "draft_vocab"),
+    ((xl, decoder(small, "S", eos_id=3)), "same sampling"),
+  ]:
     with pytest.raises(UserError, match=words):
       SpeculativeDecoder(*args)

@@ -15,12 +15,11 @@ import pytest
 
 import matformer_jax
 from matformer_jax import UserError
-from matformer_jax.checkpoints import checkpoint
-from matformer_jax.models import dynamic
 from matformer_jax import granularity as gran
+from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.extract import extract
-from matformer_jax.models import layers, matlm
+from matformer_jax.models import dynamic, layers, matlm
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 12))
 
@@ -67,10 +66,13 @@ def test_dynamic_gradient_keeps_no_branch(small):
   execution = Execution(scan_layers=True, remat="full")
   xl = gran.full(config)
   losses = [
-      lambda p: jnp.sum(dynamic.apply_dynamic(p, tokens, jnp.full(6, 3), config=config)),
-      lambda p: jnp.sum(matlm.MatLM(config, execution).apply({"params": p}, tokens, granularity=xl))]
-  dynamic, static_ = (jax.jit(jax.grad(f)).lower(params).compile().memory_analysis()
-                      .temp_size_in_bytes for f in losses)
+    lambda p: jnp.sum(dynamic.apply_dynamic(p, tokens, jnp.full(6, 3), config=config)),
+    lambda p: jnp.sum(matlm.MatLM(config, execution).apply({"params": p}, tokens, granularity=xl)),
+  ]
+  dynamic, static_ = (
+    jax.jit(jax.grad(f)).lower(params).compile().memory_analysis().temp_size_in_bytes
+    for f in losses
+  )
   assert dynamic < 1.3 * static_
 
 
@@ -109,8 +111,12 @@ def test_extraction_of_other_trees(small, tmp_path):
     out = tmp_path / text.replace("/", "-")
     sub = extract(tmp_path / "u", text, out)
     want = layers.slice_params(params, config, g)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])), want)
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      ),
+      want,
+    )
     have, _, _ = checkpoint.restore(out, 1, {"params": shapes})
     jax.tree.map(np.testing.assert_array_equal, have["params"], want)
     assert sub == gran.submodel_config(config, g)
@@ -119,7 +125,12 @@ def test_extraction_of_other_trees(small, tmp_path):
 def save(path: pathlib.Path, config: MatLMConfig, params=None, step: int = 1) -> None:
   """A model directory without training; its tokenizer is a placeholder."""
   path.mkdir(parents=True, exist_ok=True)
-  card = {"task": "matlm", "model": config.to_dict(), "identity": {"tokenizer": "", "tokens": ""}, "config": {}}
+  card = {
+    "task": "matlm",
+    "model": config.to_dict(),
+    "identity": {"tokenizer": "", "tokens": ""},
+    "config": {},
+  }
   (path / "config.json").write_text(json.dumps(card))
   (path / "tokenizer.model").write_bytes(b"")
   writer = checkpoint.Writer(path, 3, 0, card)
@@ -166,8 +177,9 @@ def test_a_damaged_slice_is_never_extracted(tiny_run, tmp_path):
 
 def test_a_checkpoint_without_slice_checksums_says_so(tiny_run, tmp_path, monkeypatch):
   real = checkpoint.read_meta
-  monkeypatch.setattr(checkpoint, "read_meta",
-                      lambda *a: {k: v for k, v in real(*a).items() if k != "slices"})
+  monkeypatch.setattr(
+    checkpoint, "read_meta", lambda *a: {k: v for k, v in real(*a).items() if k != "slices"}
+  )
   with pytest.raises(checkpoint.DamagedCheckpoint, match="earlier version.*resume its training"):
     extract(tiny_run, "S", tmp_path / "out", step=40)
 
@@ -177,15 +189,18 @@ def test_slice_checksums_add_up(small, small_params):
   whole = checkpoint.manifest(small_params)
   for name, table in checkpoint.slice_manifest(small_params, small).items():
     for half in (0, 8):
-      total = sum(int(text[half:half + 8], 16) for row in table for text in row) % 2**32
-      assert total == int(whole[name]["checksum"][half:half + 8], 16)
+      total = sum(int(text[half : half + 8], 16) for row in table for text in row) % 2**32
+      assert total == int(whole[name]["checksum"][half : half + 8], 16)
 
 
 def test_mistakes(tiny_run, tmp_path):
   (tmp_path / "taken").mkdir()
   (tmp_path / "taken" / "file").write_text("mine")
-  for args, words in [(("M*3", tmp_path / "x"), "3 layers"), (("S", tmp_path / "taken"), "not empty"),
-                      (("S", tmp_path / "x", 7), "no checkpoint of step 7")]:
+  for args, words in [
+    (("M*3", tmp_path / "x"), "3 layers"),
+    (("S", tmp_path / "taken"), "not empty"),
+    (("S", tmp_path / "x", 7), "no checkpoint of step 7"),
+  ]:
     with pytest.raises(UserError, match=words):
       extract(tiny_run, *args)
   assert (tmp_path / "taken" / "file").read_text() == "mine"
@@ -200,8 +215,14 @@ def test_memory_follows_the_submodel(tmp_path):
   row.vocab_size = 1024
   config = MatLMConfig.from_dict(row)
   shapes = jax.eval_shape(lambda: matlm.init_params(config, jax.random.key(0)))
-  save(tmp_path / "u", config, jax.tree.map(
-      lambda s: jax.random.bits(jax.random.key(s.size), s.shape, jnp.uint32).view(jnp.float32), shapes))
+  save(
+    tmp_path / "u",
+    config,
+    jax.tree.map(
+      lambda s: jax.random.bits(jax.random.key(s.size), s.shape, jnp.uint32).view(jnp.float32),
+      shapes,
+    ),
+  )
   program = """
 import re, sys
 import jax, orbax.checkpoint
@@ -214,8 +235,12 @@ print(peak() - before)
 """
   used = {}
   for name in ("S", "XL"):
-    result = subprocess.run([sys.executable, "-c", program, tmp_path / "u", name, tmp_path / name],
-                            env=conftest.PROGRAM_ENV, capture_output=True, text=True)
+    result = subprocess.run(
+      [sys.executable, "-c", program, tmp_path / "u", name, tmp_path / name],
+      env=conftest.PROGRAM_ENV,
+      capture_output=True,
+      text=True,
+    )
     assert result.returncode == 0, result.stderr
     used[name] = 1024 * int(result.stdout) / (4 * gran.count(config, name).params)
     shutil.rmtree(tmp_path / name)

@@ -4,9 +4,9 @@ import csv
 import json
 import shutil
 
+from conftest import OPTIMISED, run_program, train_args
 import numpy as np
 import pytest
-from conftest import OPTIMISED, run_program, train_args
 from test_programs import assert_one_line_error
 
 import matformer_jax
@@ -15,13 +15,18 @@ from matformer_jax import latency
 from matformer_jax.decoding.decode import Decoder
 from matformer_jax.search import Candidate, candidates, score, summarize
 
-
 # ------------------------------------------------------------------- describe
 
 
-@pytest.mark.parametrize("budget,expected", [
-    ("nonembedding:226.6M", "M"), ("nonembedding:245.5M", "M*12+L*4"),
-    ("nonembedding:278.5M", "M*5+L*11"), ("nonembedding:377.6M", "L*8+XL*8")])
+@pytest.mark.parametrize(
+  "budget,expected",
+  [
+    ("nonembedding:226.6M", "M"),
+    ("nonembedding:245.5M", "M*12+L*4"),
+    ("nonembedding:278.5M", "M*5+L*11"),
+    ("nonembedding:377.6M", "L*8+XL*8"),
+  ],
+)
 def test_describe_reproduces_table_5(budget, expected):
   result = run_program("describe", "--config=configs/matlm.py:850M", f"--budget={budget}", "--json")
   chosen = json.loads(result.stdout)["mix_n_match"]
@@ -33,8 +38,9 @@ def test_describe_shows_the_choice_and_the_ends():
   args = ("describe", "--config=configs/matlm.py:850M")
   text = run_program(*args, "--budget=0.8x").stdout
   assert "Within --budget=0.8x: M*4+L*12" in text and "676,382,208" in text
-  assert_one_line_error(run_program(*args, "--budget=0.6x"), "0.6x", "582,010,368 (S)",
-                        "846,251,520 (XL)")
+  assert_one_line_error(
+    run_program(*args, "--budget=0.6x"), "0.6x", "582,010,368 (S)", "846,251,520 (XL)"
+  )
   assert_one_line_error(run_program(*args, "--budget=15ms"), "matformer_jax.latency")
 
 
@@ -49,8 +55,9 @@ def test_profile_then_plan_a_latency(tiny_run, tmp_path):
   assert "decode" in result.stdout and "attention/layer" in result.stdout
   model = matformer_jax.load(workdir)
   found = latency.read(workdir, model.config)
-  low, high = (found.predict(g, "decode") for g in (gran.parse("S", model.config),
-                                                    gran.full(model.config)))
+  low, high = (
+    found.predict(g, "decode") for g in (gran.parse("S", model.config), gran.full(model.config))
+  )
   assert 0 < low and 0 < high
   budget = f"decode:{1e3 * max(low, high) * 0.999999:.9f}ms"
   if low < high:  # timings of so small a model can come out in any order
@@ -58,8 +65,10 @@ def test_profile_then_plan_a_latency(tiny_run, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "mix_n_match" in json.loads(result.stdout)
   (workdir / latency.PROFILE_FILE).write_text("{}")
-  assert_one_line_error(run_program("describe", f"--workdir={workdir}", "--budget=15ms"),
-                        "is not a profile of this model")
+  assert_one_line_error(
+    run_program("describe", f"--workdir={workdir}", "--budget=15ms"),
+    "is not a profile of this model",
+  )
 
 
 def test_a_prediction_is_the_sum_of_the_parts(small):
@@ -75,11 +84,16 @@ def test_a_prediction_is_the_sum_of_the_parts(small):
 def test_measured_parts_reproduce_the_measured_sizes(small, small_params):
   """By construction the prediction for a profiled size is its own measurement."""
   from matformer_jax.config import Execution
+
   costs = latency.measure(small, Execution(), small_params, "latency", 1, 16, rounds=3)
   assert len(costs.ffn) == len(costs.attention) == 4 and costs.fixed > 0
-  timed = latency.make_program(Decoder(small, Execution(), gran.full(small)),
-                               Decoder(small, Execution(), gran.full(small)).lay_out(small_params),
-                               "decode", 2, 16)
+  timed = latency.make_program(
+    Decoder(small, Execution(), gran.full(small)),
+    Decoder(small, Execution(), gran.full(small)).lay_out(small_params),
+    "decode",
+    2,
+    16,
+  )
   assert timed() > 0 and timed() > 0  # the state is not used up
 
 
@@ -88,8 +102,15 @@ def test_measured_parts_reproduce_the_measured_sizes(small, small_params):
 
 def test_search(tiny_run, tmp_path):
   out = tmp_path / "found"
-  result = run_program("search", f"--workdir={tiny_run}", "--budgets=0.75x,0.85x", "--random=4",
-                       "--batches=2", "--batch_size=4", f"--out={out}")
+  result = run_program(
+    "search",
+    f"--workdir={tiny_run}",
+    "--budgets=0.75x,0.85x",
+    "--random=4",
+    "--batches=2",
+    "--batch_size=4",
+    f"--out={out}",
+  )
   assert result.returncode == 0, result.stderr
   assert "minus Mix'n'Match" in result.stdout and "±" in result.stdout
   rows = json.loads((out / "search.json").read_text())["rows"]
@@ -105,6 +126,7 @@ def test_search(tiny_run, tmp_path):
 
 def test_scores_are_the_losses_of_the_static_programs(tiny_run):
   from matformer_jax.evals import lm
+
   model = matformer_jax.load(tiny_run)
   batches = [np.random.default_rng(i).integers(0, 512, (4, 33)).astype(np.int32) for i in (0, 1)]
   chosen = [gran.parse(t, model.config) for t in ("S", "M+L", "XL+S", "XL")]
@@ -116,8 +138,12 @@ def test_scores_are_the_losses_of_the_static_programs(tiny_run):
 
 def test_front_and_paired_differences(small):
   parse = lambda text: gran.parse(text, small)
-  found = [Candidate(parse("S"), "trained", ""), Candidate(parse("M"), "increasing", "b"),
-           Candidate(parse("S*2+L*2"), "random", "b"), Candidate(parse("XL"), "trained", "")]
+  found = [
+    Candidate(parse("S"), "trained", ""),
+    Candidate(parse("M"), "increasing", "b"),
+    Candidate(parse("S*2+L*2"), "random", "b"),
+    Candidate(parse("XL"), "trained", ""),
+  ]
   windows = np.array([[5.0, 3.0], [4.0, 2.0], [4.5, 2.5], [3.0, 1.0]])
   scored = summarize(small, found, windows)
   assert [s.pareto for s in scored] == [True, True, False, True]
@@ -149,10 +175,17 @@ def test_extract_evaluate_fine_tune(tiny_run, tmp_path):
   assert "wrote M*1+L*1" in result.stdout
   result = run_program("evaluate", f"--workdir={out}", "--batches=2", env=OPTIMISED)
   assert result.returncode == 0 and "agrees with M*1+L*1" in result.stdout, result.stderr
-  mine = run_program("evaluate", f"--workdir={tiny_run}", "--batches=2", "--granularities=M*1+L*1",
-                     "--metrics=loss", env=OPTIMISED).stdout.split()[-2:]
-  assert mine == [w for l in result.stdout.splitlines() if l.startswith("M*1+L*1")
-                  for w in l.split()[3:5]]  # the same loss and perplexity
+  mine = run_program(
+    "evaluate",
+    f"--workdir={tiny_run}",
+    "--batches=2",
+    "--granularities=M*1+L*1",
+    "--metrics=loss",
+    env=OPTIMISED,
+  ).stdout.split()[-2:]
+  assert mine == [
+    w for l in result.stdout.splitlines() if l.startswith("M*1+L*1") for w in l.split()[3:5]
+  ]  # the same loss and perplexity
   result = run_program("describe", f"--workdir={out}")
   assert "M*1+L*1" in result.stdout
   tuned = tmp_path / "tuned"
@@ -177,18 +210,26 @@ def test_extract_mistakes(tiny_run, tmp_path):
   assert_one_line_error(run_program("extract", *at), "exactly one of --granularity")
   assert_one_line_error(run_program("extract", *at, "--granularity=M*3"), "3 layers")
   assert_one_line_error(run_program("extract", *at, "--budget=0.1x"), "below the smallest")
-  assert_one_line_error(run_program("extract", "--workdir=/nowhere", f"--out={tmp_path / 'x'}",
-                                    "--granularity=S"), "/nowhere")
+  assert_one_line_error(
+    run_program("extract", "--workdir=/nowhere", f"--out={tmp_path / 'x'}", "--granularity=S"),
+    "/nowhere",
+  )
   assert not (tmp_path / "x").exists()
 
 
 def test_starting_from_nowhere(tmp_path):
-  assert_one_line_error(run_program("train", *train_args(tmp_path, init_from="/nowhere")), "/nowhere")
+  assert_one_line_error(
+    run_program("train", *train_args(tmp_path, init_from="/nowhere")), "/nowhere"
+  )
 
 
 def test_an_extracted_directory_is_not_trained_in_place(tiny_run, tmp_path):
-  assert run_program("extract", f"--workdir={tiny_run}", "--granularity=M",
-                     f"--out={tmp_path / 'm'}").returncode == 0
+  assert (
+    run_program(
+      "extract", f"--workdir={tiny_run}", "--granularity=M", f"--out={tmp_path / 'm'}"
+    ).returncode
+    == 0
+  )
   assert_one_line_error(run_program("train", *train_args(tmp_path / "m")), "--config.init_from=")
 
 
@@ -218,10 +259,17 @@ def test_generate_from_python(tiny_run):
   assert isinstance(model.generate("", temperature=1.0, max_tokens=3), str)
 
 
-@pytest.mark.parametrize("args,words", [
-    (["--granularity=Q"], ["'Q'"]), (["--draft=XL", "--granularity=S"], ["XL", "stored only up to S"]),
-    (["--max_tokens=0"], ["max_tokens=0"]), (["--temperature=-1"], ["temperature=-1"]),
-    (["--draft=S", "--draft_length=0"], ["draft_length='0'"]), (["--workdir=/nowhere"], ["/nowhere"])])
+@pytest.mark.parametrize(
+  "args,words",
+  [
+    (["--granularity=Q"], ["'Q'"]),
+    (["--draft=XL", "--granularity=S"], ["XL", "stored only up to S"]),
+    (["--max_tokens=0"], ["max_tokens=0"]),
+    (["--temperature=-1"], ["temperature=-1"]),
+    (["--draft=S", "--draft_length=0"], ["draft_length='0'"]),
+    (["--workdir=/nowhere"], ["/nowhere"]),
+  ],
+)
 def test_generate_mistakes(tiny_run, args, words):
   assert_one_line_error(run_program("generate", f"--workdir={tiny_run}", *args), *words)
 

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 
 from matformer_jax import UserError, sharding
-from matformer_jax.tpu import hlo
-from matformer_jax.training import optim
 from matformer_jax import granularity as gran
 from matformer_jax.config import MatLMConfig
 from matformer_jax.models import matlm
 from matformer_jax.tasks.language import NextToken
+from matformer_jax.tpu import hlo
+from matformer_jax.training import optim
 from matformer_jax.training.trainer import Trainer, TrainState
 
-MODEL = MatLMConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16,
-                    ffn_groups=4, head_groups=2)
+MODEL = MatLMConfig(
+  vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16, ffn_groups=4, head_groups=2
+)
 
 
 class StubTask(NextToken):
@@ -65,8 +66,11 @@ def single_device():
 def assert_same_parameters(a, b):
   """Equal but for rounding, which Adam turns into up to some 1e-4 where a gradient is near
   zero; one step moves a parameter by up to 1e-2, so a wrong gradient shows."""
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(
-      np.asarray(x), np.asarray(y), rtol=2e-3, atol=5e-4), a.params, b.params)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=2e-3, atol=5e-4),
+    a.params,
+    b.params,
+  )
 
 
 # ------------------------------------------------------------------ sharding
@@ -103,11 +107,21 @@ def test_parameters_and_moments_are_sharded():
 
 def dense(index: int) -> MatLMConfig:
   """A plain Transformer as wide as one granularity."""
-  return MatLMConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, seq_len=16,
-                     ffn_groups=4, head_groups=2, ffn_ratios=(MODEL.ffn_ratios[index],))
+  return MatLMConfig(
+    vocab_size=96,
+    num_layers=2,
+    d_model=32,
+    num_heads=4,
+    seq_len=16,
+    ffn_groups=4,
+    head_groups=2,
+    ffn_ratios=(MODEL.ffn_ratios[index],),
+  )
 
 
-@pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, tensor=2)])
+@pytest.mark.parametrize(
+  "mesh", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, tensor=2)]
+)
 @pytest.mark.parametrize("index", [0, 1, 3])
 def test_nesting_causes_no_collective(mesh, index):
   """A granularity's step communicates exactly what a dense model of its width does."""
@@ -123,15 +137,17 @@ def test_nesting_causes_no_collective(mesh, index):
 
 def test_a_small_granularity_gathers_less():
   trainer = make_trainer(dict(fsdp=8))
-  size = [hlo.totals(trainer.lower(g).compile().as_text())["all-gather"][1]
-          for g in trainer.granularities]
+  size = [
+    hlo.totals(trainer.lower(g).compile().as_text())["all-gather"][1] for g in trainer.granularities
+  ]
   ffn = [MODEL.num_layers * 2 * 4 * width * MODEL.d_model for width in MODEL.ffn_widths]  # float32
   assert size == sorted(size)
   assert size[3] - size[0] == ffn[3] - ffn[0]
 
 
-@pytest.mark.parametrize("mesh,words", [
-    (dict(fsdp=3), "8 devices"), (dict(fsdp=-1, data=3), "8 devices")])
+@pytest.mark.parametrize(
+  "mesh,words", [(dict(fsdp=3), "8 devices"), (dict(fsdp=-1, data=3), "8 devices")]
+)
 def test_mesh_errors(mesh, words):
   with pytest.raises(UserError, match=words):
     sharding.make_mesh(mesh)
@@ -178,8 +194,9 @@ def test_one_program_per_granularity():
 
 def test_untouched_neurons_move_only_by_optimizer_momentum():
   """The first S step leaves neurons beyond m_S where weight decay alone puts them."""
-  trainer = make_trainer(**{"optim.weight_decay": 0.0, "optim.warmup_steps": 1,
-                            "optim.schedule": "constant"})
+  trainer = make_trainer(
+    **{"optim.weight_decay": 0.0, "optim.warmup_steps": 1, "optim.schedule": "constant"}
+  )
   state = trainer.init(0)
   before = np.array(state.params["blocks"]["0"]["ffn"]["in"])
   step = trainer.lower(trainer.granularities[0]).compile()
@@ -204,7 +221,9 @@ def test_weight_decay_spares_norm_scales():
   for _ in range(2):
     updates, state = optimizer.update(zeros, state, params)
   moved = optim.is_matrix(params)
-  jax.tree.map(lambda u, is_matrix: np.testing.assert_equal(bool(np.any(u)), is_matrix), updates, moved)
+  jax.tree.map(
+    lambda u, is_matrix: np.testing.assert_equal(bool(np.any(u)), is_matrix), updates, moved
+  )
   flags = collections.Counter(jax.tree.leaves(moved))
   assert flags[True] == 5 and flags[False] == 3
 
@@ -221,8 +240,9 @@ def test_schedules(schedule):
 
 def test_adafactor_trains_with_factored_moments_on_a_mesh():
   big = MatLMConfig(vocab_size=256, num_layers=2, d_model=128, num_heads=4, seq_len=16)
-  trainer = make_trainer(dict(fsdp=8), big, **{"optim.name": "adafactor",
-                                               "optim.schedule": "rsqrt"})
+  trainer = make_trainer(
+    dict(fsdp=8), big, **{"optim.name": "adafactor", "optim.schedule": "rsqrt"}
+  )
   losses, state = run(trainer, 9)
   assert losses[8] < losses[0] and np.all(np.isfinite(losses))
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
@@ -245,9 +265,13 @@ def test_a_run_records_every_step(tiny_run):
   assert [r["step"] for r in rows] == list(range(1, 41))
   p = (0.25,) * 4
   names = ("S", "M", "L", "XL")
-  assert [r["granularity"] for r in rows] == [names[gran.sample_index(0, s, p)] for s in range(1, 41)]
-  assert all(r["loss"] > 0 and r["grad_norm"] > 0 and r["step_time_s"] > 0 and r["tokens_per_s"] > 0
-             for r in rows)
+  assert [r["granularity"] for r in rows] == [
+    names[gran.sample_index(0, s, p)] for s in range(1, 41)
+  ]
+  assert all(
+    r["loss"] > 0 and r["grad_norm"] > 0 and r["step_time_s"] > 0 and r["tokens_per_s"] > 0
+    for r in rows
+  )
   assert np.mean([r["loss"] for r in rows[-8:]]) < np.mean([r["loss"] for r in rows[:8]]) - 0.5
   evals = [json.loads(line) for line in (tiny_run / "eval.jsonl").read_text().splitlines()]
   assert [e["step"] for e in evals] == [20, 40] and set(evals[0]["loss"]) == set(names)

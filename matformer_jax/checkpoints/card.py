@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+from importlib import metadata
 import json
 import pathlib
 import sys
-from importlib import metadata
 from typing import Any
 
 import jax
 
-from matformer_jax.checkpoints import checkpoint
-from matformer_jax import runtime
 from matformer_jax import granularity as gran
+from matformer_jax import runtime
+from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import model_config
 from matformer_jax.errors import UserError
 from matformer_jax.hosts.multihost import differences
 from matformer_jax.runtime import say
 from matformer_jax.tasks import Task
 
-VERSIONED = ("matformer_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
-             "numpy", "sentencepiece")
+VERSIONED = (
+  "matformer_jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "numpy",
+  "sentencepiece",
+)
 # Changing these in the course of a run would not be the same run any more.
 FIXED = ("task", "model", "seed", "batch_size", "sampling", "identity", "optimizer")
 
@@ -29,17 +38,17 @@ FIXED = ("task", "model", "seed", "batch_size", "sampling", "identity", "optimiz
 def make_card(config, task: Task) -> dict[str, Any]:
   """What config.json stores: everything needed to rebuild the model, and how it was made."""
   return {
-      "format": checkpoint.FORMAT,
-      "task": config.task,
-      "model": task.model_config.to_dict(),
-      "seed": config.seed,
-      "batch_size": config.batch_size,
-      "sampling": list(gran.sampling_probabilities(config.sampling, task.model_config)),
-      "optimizer": config.optim.name,
-      "identity": dict(task.identity()),
-      "config": json.loads(config.to_json_best_effort()),
-      "versions": {name: metadata.version(name) for name in VERSIONED},
-      "python": sys.version.split()[0],
+    "format": checkpoint.FORMAT,
+    "task": config.task,
+    "model": task.model_config.to_dict(),
+    "seed": config.seed,
+    "batch_size": config.batch_size,
+    "sampling": list(gran.sampling_probabilities(config.sampling, task.model_config)),
+    "optimizer": config.optim.name,
+    "identity": dict(task.identity()),
+    "config": json.loads(config.to_json_best_effort()),
+    "versions": {name: metadata.version(name) for name in VERSIONED},
+    "python": sys.version.split()[0],
   }
 
 
@@ -80,8 +89,8 @@ def host_facts(card: dict[str, Any]) -> dict[str, Any]:
   for path in sorted(root.rglob("*.py")):
     sources.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
   return json.loads(json.dumps(card)) | {
-      "code": sources.hexdigest()[:16],
-      "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+    "code": sources.hexdigest()[:16],
+    "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
   }
 
 
@@ -92,5 +101,7 @@ def _differences(old: Any, new: Any) -> list[str]:
 def _raise_if_different(workdir, old, new) -> None:
   changed = _differences(old, new)
   if changed:
-    raise UserError(f"--workdir={workdir} holds another run: {'; '.join(changed)}. Use another "
-                    "--workdir, or that run's config")
+    raise UserError(
+      f"--workdir={workdir} holds another run: {'; '.join(changed)}. Use another "
+      "--workdir, or that run's config"
+    )

@@ -14,6 +14,7 @@ elements, so it does not depend on how, or on how many hosts, the leaf is sharde
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -21,15 +22,15 @@ import json
 import os
 import pathlib
 import re
+from typing import Any
 import warnings
-from typing import Any, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 from orbax.checkpoint import checkpoint_managers
+import tensorstore
 
 from matformer_jax.checkpoints import checksums
 from matformer_jax.config import ModelConfig, Run, model_config
@@ -64,16 +65,20 @@ def _slice_checksums(params, segments: tuple):
     axes = logical_axes(path_names(path))
     if axes[0] != "layers":
       continue
-    nested, lengths = next(((i, dict(segments)[a]) for i, a in enumerate(axes)
-                            if a in dict(segments)), (None, ()))
+    nested, lengths = next(
+      ((i, dict(segments)[a]) for i, a in enumerate(axes) if a in dict(segments)), (None, ())
+    )
     others = tuple(i for i in range(1, leaf.ndim) if i != nested)
     sums = []
     for terms in checksums.terms(leaf, leaf.shape, (0,) * leaf.ndim):
       terms = jnp.sum(terms, others, dtype=jnp.uint32)
       edges = [0, *(n for n in lengths if n <= leaf.shape[nested])] if nested else [0, 1]
       terms = terms if nested else terms[:, None]
-      sums.append(jnp.stack([jnp.sum(terms[:, i:j], 1, dtype=jnp.uint32)
-                             for i, j in zip(edges, edges[1:])], axis=1))
+      sums.append(
+        jnp.stack(
+          [jnp.sum(terms[:, i:j], 1, dtype=jnp.uint32) for i, j in zip(edges, edges[1:])], axis=1
+        )
+      )
     result["/".join(path_names(path))] = jnp.stack(sums)
   return result
 
@@ -88,18 +93,27 @@ def manifest(tree) -> dict[str, dict[str, Any]]:
   """{leaf path: {shape, dtype, checksum}} of a tree of arrays."""
   sums = jax.device_get(_checksums(tree))
   result = {}
-  for (path, leaf), (_, checksum) in zip(jax.tree_util.tree_leaves_with_path(tree),
-                                         jax.tree_util.tree_leaves_with_path(sums)):
+  for (path, leaf), (_, checksum) in zip(
+    jax.tree_util.tree_leaves_with_path(tree), jax.tree_util.tree_leaves_with_path(sums)
+  ):
     result["/".join(path_names(path))] = {
-        "shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": checksums.to_hex(checksum)}
+      "shape": list(leaf.shape),
+      "dtype": str(leaf.dtype),
+      "checksum": checksums.to_hex(checksum),
+    }
   return result
 
 
 def slice_manifest(params, config: ModelConfig) -> dict[str, list[list[str]]]:
   """{leaf path: checksums by [layer][segment]}: segment i is what size i adds to size i-1."""
   sums = jax.device_get(_slice_checksums(params, _segments(config)))
-  return {name: [[checksums.to_hex(table[:, layer, i]) for i in range(table.shape[2])]
-                 for layer in range(table.shape[1])] for name, table in sums.items()}
+  return {
+    name: [
+      [checksums.to_hex(table[:, layer, i]) for i in range(table.shape[2])]
+      for layer in range(table.shape[1])
+    ]
+    for name, table in sums.items()
+  }
 
 
 def _compare(found: Mapping, expected: Mapping, keys: Sequence[str], where: str) -> None:
@@ -112,13 +126,16 @@ def _compare(found: Mapping, expected: Mapping, keys: Sequence[str], where: str)
   for path, want in expected.items():
     for key in keys:
       if found[path][key] != want[key]:
-        raise DamagedCheckpoint(f"{where}: leaf {path} has {key} {found[path][key]}, "
-                                f"expected {want[key]}")
+        raise DamagedCheckpoint(
+          f"{where}: leaf {path} has {key} {found[path][key]}, expected {want[key]}"
+        )
 
 
 def _abstract_manifest(tree) -> dict[str, dict[str, Any]]:
-  return {"/".join(path_names(path)): {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    "/".join(path_names(path)): {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def _seal(meta: Mapping[str, Any]) -> str:
@@ -174,8 +191,10 @@ def read_card(workdir: str | os.PathLike) -> dict[str, Any]:
       continue
     warn(f"{path} is unreadable ({problem}); using the copy in checkpoint {step}")
     return card
-  raise UserError(f"{workdir} is not a run: {path} cannot be read ({problem}); give the --workdir "
-                  "of a training run")
+  raise UserError(
+    f"{workdir} is not a run: {path} cannot be read ({problem}); give the --workdir "
+    "of a training run"
+  )
 
 
 def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
@@ -197,31 +216,41 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
   for name, abstract in items.items():
     if name not in meta["manifest"]:
       raise DamagedCheckpoint(f"{where} holds no {name}")
-    _compare(meta["manifest"][name], _abstract_manifest(abstract), ("shape", "dtype"),
-             f"{where}, {name}")
+    _compare(
+      meta["manifest"][name], _abstract_manifest(abstract), ("shape", "dtype"), f"{where}, {name}"
+    )
   args = {name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()}
   # Waiting for no other process: one that cannot read its share must not hang the others.
   me = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(
-      primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}")
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+  )
   path = (pathlib.Path(workdir) / STEPS_DIR / str(step)).absolute()
   try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)),
-        multiprocessing_options=alone) as reader:
+    with ocp.Checkpointer(
+      ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+      ),
+      multiprocessing_options=alone,
+    ) as reader:
       restored = reader.restore(path, args=ocp.args.Composite(data=ocp.args.JsonRestore(), **args))
   except Exception as e:  # Orbax and tensorstore raise many types for damaged files
     raise DamagedCheckpoint(f"{where}: {_first_line(e)}") from e
   for name in items:
-    _compare(manifest(restored[name]), meta["manifest"][name], ("shape", "dtype", "checksum"),
-             f"{where}, {name}")
+    _compare(
+      manifest(restored[name]),
+      meta["manifest"][name],
+      ("shape", "dtype", "checksum"),
+      f"{where}, {name}",
+    )
   if restored["data"] != meta["data"]:
     raise DamagedCheckpoint(f"{where}: data state does not match the manifest")
   return {name: restored[name] for name in items}, meta, restored["data"]
 
 
-def restore_newest(workdir: str | os.PathLike, items: Mapping[str, Any], repair: bool,
-                   hosts: Hosts = Hosts()):
+def restore_newest(
+  workdir: str | os.PathLike, items: Mapping[str, Any], repair: bool, hosts: Hosts = Hosts()
+):
   """Restores the newest step that verifies on all hosts; as `restore`, or None if none does.
 
   Steps that do not verify are skipped with a warning and, with `repair`, moved to
@@ -242,7 +271,9 @@ def restore_newest(workdir: str | os.PathLike, items: Mapping[str, Any], repair:
     if problem is None:
       return restored
     if hosts.first:
-      warn(f"{problem}; " + (f"set aside as {set_aside(root / str(step))}" if repair else "skipped"))
+      warn(
+        f"{problem}; " + (f"set aside as {set_aside(root / str(step))}" if repair else "skipped")
+      )
     hosts.barrier()
   return None
 
@@ -273,12 +304,15 @@ class SliceReader:
       table = self._meta["slices"].get(name)
     except KeyError as e:
       raise DamagedCheckpoint(
-          f"{self._where} has no {e} of {name}: an earlier version wrote it, or it is another "
-          "model; resume its training for a few steps to write it anew") from e
+        f"{self._where} has no {e} of {name}: an earlier version wrote it, or it is another "
+        "model; resume its training for a few steps to write it anew"
+      ) from e
     axes, shape = logical_axes(names), known["shape"]
     index = [layers if a == "layers" else slice(0, lengths.get(a, n)) for a, n in zip(axes, shape)]
-    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": self._path.as_uri(),
-                                          "path": ".".join(names)}}
+    spec = {
+      "driver": "zarr",
+      "kvstore": {"driver": "ocdbt", "base": self._path.as_uri(), "path": ".".join(names)},
+    }
     try:
       part = jnp.asarray(tensorstore.open(spec, open=True).result()[tuple(index)].read().result())
     except Exception as e:  # tensorstore raises many types for damaged files
@@ -317,8 +351,11 @@ def warn(message: str) -> None:
 def _first_line(e: Exception) -> str:
   """The reason in a tensorstore or Orbax error, which can be pages long."""
   text = str(e).strip()
-  known = re.search("No space left on device|Disk quota exceeded|Read-only file system|"
-                    "Permission denied|File too large", text)
+  known = re.search(
+    "No space left on device|Disk quota exceeded|Read-only file system|"
+    "Permission denied|File too large",
+    text,
+  )
   if known:
     return known.group()
   return f"{type(e).__name__}: {text.splitlines()[0][:300] if text else ''}"
@@ -335,8 +372,9 @@ def _chunks(params, config: ModelConfig):
     axes = logical_axes(path_names(path))
     if axes[0] != "layers":
       return ocp.SaveArgs()
-    size = leaf.dtype.itemsize * int(np.prod([min(narrowest.get(a, n), n) for a, n in zip(
-        axes[1:], leaf.shape[1:])]))
+    size = leaf.dtype.itemsize * int(
+      np.prod([min(narrowest.get(a, n), n) for a, n in zip(axes[1:], leaf.shape[1:])])
+    )
     return ocp.SaveArgs(chunk_byte_size=max(size, MIN_CHUNK_BYTES), shard_axes=(0,))
 
   return jax.tree_util.tree_map_with_path(chunk, params)
@@ -353,15 +391,16 @@ class _KeepLastAndBest(checkpoint_managers.PreservationPolicy):
   def should_preserve(self, checkpoints, *, context):
     numbers = [c.step for c in checkpoints]
     scored = sorted((s for s in numbers if s in self.metric), key=self.metric.get)
-    keep = set(numbers[-self.last:]) | set(scored[:self.best])
+    keep = set(numbers[-self.last :]) | set(scored[: self.best])
     return [s in keep for s in numbers]
 
 
 class Writer:
   """Saves steps of a run asynchronously; keeps the last few and the best."""
 
-  def __init__(self, workdir: str | os.PathLike, keep_last: int, keep_best: int,
-               card: Mapping[str, Any]):
+  def __init__(
+    self, workdir: str | os.PathLike, keep_last: int, keep_best: int, card: Mapping[str, Any]
+  ):
     self._root = pathlib.Path(workdir).absolute() / STEPS_DIR
     self._card = dict(card)
     self._config = model_config(card)
@@ -375,13 +414,23 @@ class Writer:
         self._metric[step] = metric
     try:
       self._manager = ocp.CheckpointManager(
-          self._root, options=ocp.CheckpointManagerOptions(
-              preservation_policy=_KeepLastAndBest(keep_last, keep_best, self._metric)))
+        self._root,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=_KeepLastAndBest(keep_last, keep_best, self._metric)
+        ),
+      )
     except OSError as e:
       raise self._failed(e) from e
 
-  def save(self, step: int, params, opt_state, data: Mapping[str, Any],
-           extra: Mapping[str, Any] | None = None, metric: float | None = None) -> None:
+  def save(
+    self,
+    step: int,
+    params,
+    opt_state,
+    data: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+    metric: float | None = None,
+  ) -> None:
     """Starts saving; returns once the arrays may be overwritten.
 
     Args:
@@ -400,20 +449,34 @@ class Writer:
     trees = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items["params"] = ocp.args.StandardSave(params, _chunks(params, self._config))
-    meta = {"format": FORMAT, "step": step, "metric": metric, "data": dict(data),
-            "card": self._card, "manifest": {name: manifest(tree) for name, tree in trees.items()},
-            "slices": slice_manifest(params, self._config), **(extra or {})}
+    meta = {
+      "format": FORMAT,
+      "step": step,
+      "metric": metric,
+      "data": dict(data),
+      "card": self._card,
+      "manifest": {name: manifest(tree) for name, tree in trees.items()},
+      "slices": slice_manifest(params, self._config),
+      **(extra or {}),
+    }
     meta["seal"] = _seal(meta)
     if metric is not None:
       self._metric[step] = metric
     try:
-      saved = self._manager.save(step, force=True, args=ocp.args.Composite(
-          meta=ocp.args.JsonSave(meta), data=ocp.args.JsonSave(dict(data)), **items))
+      saved = self._manager.save(
+        step,
+        force=True,
+        args=ocp.args.Composite(
+          meta=ocp.args.JsonSave(meta), data=ocp.args.JsonSave(dict(data)), **items
+        ),
+      )
     except Exception as e:
       raise self._failed(e) from e
     if not saved:
-      raise UserError(f"checkpoint of step {step} was refused: {self._root} already holds "
-                      f"step {self._manager.latest_step()}; use another --workdir")
+      raise UserError(
+        f"checkpoint of step {step} was refused: {self._root} already holds "
+        f"step {self._manager.latest_step()}; use another --workdir"
+      )
 
   def wait(self) -> None:
     """Blocks until the last save is on disk. Raises UserError if it could not be written."""
@@ -429,5 +492,7 @@ class Writer:
     self._manager.close()
 
   def _failed(self, e: Exception) -> UserError:
-    return UserError(f"cannot write checkpoints under {self._root} ({_first_line(e)}); free "
-                     "space or choose another --workdir. Checkpoints saved before are intact")
+    return UserError(
+      f"cannot write checkpoints under {self._root} ({_first_line(e)}); free "
+      "space or choose another --workdir. Checkpoints saved before are intact"
+    )

@@ -6,8 +6,8 @@ or on how many hosts, the leaf is sharded.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 import functools
-from typing import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -63,4 +63,4 @@ def to_hex(checksum) -> str:
 def add(parts: Iterable[str]) -> str:
   """The checksum of a whole from those of its parts, as `to_hex` writes them."""
   parts = list(parts)
-  return to_hex([sum(int(text[i:i + 8], 16) for text in parts) % 2**32 for i in (0, 8)])
+  return to_hex([sum(int(text[i : i + 8], 16) for text in parts) % 2**32 for i in (0, 8)])

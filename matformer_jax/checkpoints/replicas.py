@@ -11,8 +11,8 @@ import functools
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+import numpy as np
 
 from matformer_jax.checkpoints import checksums
 from matformer_jax.sharding import MESH_AXES, path_names
@@ -40,16 +40,19 @@ def check(tree: Any, mesh: Mesh) -> None:
     odd = _odd_devices(table[:, i], spec, mesh)
     if odd:
       names = ", ".join(f"device {d.id} of process {d.process_index}" for d in odd)
-      raise ReplicasDiffer(f"copies of {'/'.join(path_names(path))} differ between devices: {names} "
-                           "does not hold what the others do (a hardware fault?)")
+      raise ReplicasDiffer(
+        f"copies of {'/'.join(path_names(path))} differ between devices: {names} "
+        "does not hold what the others do (a hardware fault?)"
+      )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _local_checksums(leaves, specs, mesh):
   """uint32 [devices, leaves, 2] of what each device holds, in mesh order, on every device."""
   local = lambda leaves: jax.numpy.stack([checksums.whole(leaf) for leaf in leaves])[None]
-  table = jax.shard_map(local, mesh=mesh, in_specs=(list(specs),), out_specs=PartitionSpec(MESH_AXES),
-                        check_vma=False)(leaves)
+  table = jax.shard_map(
+    local, mesh=mesh, in_specs=(list(specs),), out_specs=PartitionSpec(MESH_AXES), check_vma=False
+  )(leaves)
   return jax.lax.with_sharding_constraint(table, jax.sharding.NamedSharding(mesh, PartitionSpec()))
 
 

@@ -7,9 +7,9 @@ generator that the caller seeds. A transform is written as in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import math
 import re
-from typing import Callable
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -41,16 +41,19 @@ class Transform:
   def _parse(self, part: str) -> tuple[str, tuple[float, ...]]:
     match = re.fullmatch(r"(\w+)(?:\(([0-9., ]*)\))?", part)
     if not match or match[1] not in OPERATIONS:
-      raise UserError(f"{self._name}={self.text!r}: {part!r} is not an operation"
-                      f"{did_you_mean(match[1] if match else part, OPERATIONS)}")
+      raise UserError(
+        f"{self._name}={self.text!r}: {part!r} is not an operation"
+        f"{did_you_mean(match[1] if match else part, OPERATIONS)}"
+      )
     try:
       args = tuple(float(a) for a in (match[2] or "").split(",") if a.strip())
       low, high = ARGUMENTS[match[1]]
       if not low <= len(args) <= high:
         raise ValueError
     except ValueError:
-      raise UserError(f"{self._name}={self.text!r}: wrong arguments in {part!r}; "
-                      f"{OPERATIONS[match[1]].__doc__}") from None
+      raise UserError(
+        f"{self._name}={self.text!r}: wrong arguments in {part!r}; {OPERATIONS[match[1]].__doc__}"
+      ) from None
     return match[1], tuple(int(a) if a == int(a) else a for a in args)
 
   def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
@@ -58,9 +61,11 @@ class Transform:
     for name, args in self._steps:
       image = OPERATIONS[name](image, rng, *args)
     if image.size != (self.size, self.size):
-      raise UserError(f"{self._name}={self.text!r} gives images of {image.size[0]} x "
-                      f"{image.size[1]} pixels, and the model takes {self.size} x {self.size}; "
-                      f"add |resize({self.size})")
+      raise UserError(
+        f"{self._name}={self.text!r} gives images of {image.size[0]} x "
+        f"{image.size[1]} pixels, and the model takes {self.size} x {self.size}; "
+        f"add |resize({self.size})"
+      )
     array = np.asarray(image)
     return array if array.ndim == 3 else array[..., None]
 
@@ -125,8 +130,13 @@ def randaugment(image, rng, count, magnitude):
 
 def _affine(image, *coefficients):
   """Output (x, y) shows input (ax + by + c, dx + ey + f)."""
-  return image.transform(image.size, Image.Transform.AFFINE, coefficients,
-                         Image.Resampling.NEAREST, fillcolor=_grey(image))
+  return image.transform(
+    image.size,
+    Image.Transform.AFFINE,
+    coefficients,
+    Image.Resampling.NEAREST,
+    fillcolor=_grey(image),
+  )
 
 
 def _grey(image):
@@ -144,8 +154,9 @@ def _enhance(enhancer):
 def _solarize_add(image, level, rng):
   """Adds to the darker half of all values."""
   amount = int(level * 110)
-  return image.point([min(v + amount, 255) if v < 128 else v for v in range(256)]
-                     * len(image.getbands()))
+  return image.point(
+    [min(v + amount, 255) if v < 128 else v for v in range(256)] * len(image.getbands())
+  )
 
 
 def _cutout(image, level, rng):
@@ -153,36 +164,55 @@ def _cutout(image, level, rng):
   reach = int(level * 40)
   x, y = (int(rng.integers(n)) for n in image.size)
   image = image.copy()
-  image.paste(_grey(image), (max(x - reach, 0), max(y - reach, 0),
-                             min(x + reach, image.size[0]), min(y + reach, image.size[1])))
+  image.paste(
+    _grey(image),
+    (
+      max(x - reach, 0),
+      max(y - reach, 0),
+      min(x + reach, image.size[0]),
+      min(y + reach, image.size[1]),
+    ),
+  )
   return image
 
 
 # Each takes (image, level, rng); level 1 is the whole range of AutoAugment's (Cubuk et al.
 # 2019, Table 6), with RandAugment's own way of choosing the sign.
 RANDAUGMENT: dict[str, Callable] = {
-    "autocontrast": lambda image, level, rng: ImageOps.autocontrast(image),
-    "equalize": lambda image, level, rng: ImageOps.equalize(image),
-    "invert": lambda image, level, rng: ImageOps.invert(image),
-    "rotate": lambda image, level, rng: image.rotate(
-        _either_way(rng, level * 30), Image.Resampling.NEAREST, fillcolor=_grey(image)),
-    "posterize": lambda image, level, rng: ImageOps.posterize(
-        image, min(max(int(level * 4), 1), 8)),
-    "solarize": lambda image, level, rng: ImageOps.solarize(image, min(int(level * 256), 256)),
-    "color": _enhance(ImageEnhance.Color),
-    "contrast": _enhance(ImageEnhance.Contrast),
-    "brightness": _enhance(ImageEnhance.Brightness),
-    "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": lambda image, level, rng: _affine(image, 1, _either_way(rng, level * 0.3), 0, 0, 1, 0),
-    "shear_y": lambda image, level, rng: _affine(image, 1, 0, 0, _either_way(rng, level * 0.3), 1, 0),
-    "translate_x": lambda image, level, rng: _affine(image, 1, 0, _either_way(rng, level * 100), 0, 1, 0),
-    "translate_y": lambda image, level, rng: _affine(image, 1, 0, 0, 0, 1, _either_way(rng, level * 100)),
-    "cutout": _cutout,
-    "solarize_add": _solarize_add,
+  "autocontrast": lambda image, level, rng: ImageOps.autocontrast(image),
+  "equalize": lambda image, level, rng: ImageOps.equalize(image),
+  "invert": lambda image, level, rng: ImageOps.invert(image),
+  "rotate": lambda image, level, rng: image.rotate(
+    _either_way(rng, level * 30), Image.Resampling.NEAREST, fillcolor=_grey(image)
+  ),
+  "posterize": lambda image, level, rng: ImageOps.posterize(image, min(max(int(level * 4), 1), 8)),
+  "solarize": lambda image, level, rng: ImageOps.solarize(image, min(int(level * 256), 256)),
+  "color": _enhance(ImageEnhance.Color),
+  "contrast": _enhance(ImageEnhance.Contrast),
+  "brightness": _enhance(ImageEnhance.Brightness),
+  "sharpness": _enhance(ImageEnhance.Sharpness),
+  "shear_x": lambda image, level, rng: _affine(image, 1, _either_way(rng, level * 0.3), 0, 0, 1, 0),
+  "shear_y": lambda image, level, rng: _affine(image, 1, 0, 0, _either_way(rng, level * 0.3), 1, 0),
+  "translate_x": lambda image, level, rng: _affine(
+    image, 1, 0, _either_way(rng, level * 100), 0, 1, 0
+  ),
+  "translate_y": lambda image, level, rng: _affine(
+    image, 1, 0, 0, 0, 1, _either_way(rng, level * 100)
+  ),
+  "cutout": _cutout,
+  "solarize_add": _solarize_add,
 }
 
 OPERATIONS: dict[str, Callable] = {
-    f.__name__: f for f in (resize, resize_small, center_crop, inception_crop, pad_crop, flip,
-                            randaugment)}
-ARGUMENTS = {"resize": (1, 1), "resize_small": (1, 1), "center_crop": (1, 1),
-             "inception_crop": (1, 2), "pad_crop": (1, 1), "flip": (0, 0), "randaugment": (2, 2)}
+  f.__name__: f
+  for f in (resize, resize_small, center_crop, inception_crop, pad_crop, flip, randaugment)
+}
+ARGUMENTS = {
+  "resize": (1, 1),
+  "resize_small": (1, 1),
+  "center_crop": (1, 1),
+  "inception_crop": (1, 2),
+  "pad_crop": (1, 1),
+  "flip": (0, 0),
+  "randaugment": (2, 2),
+}

@@ -8,6 +8,7 @@ seeded with (seed, e, i), on whatever host reads it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import gzip
@@ -18,7 +19,7 @@ import os
 import pathlib
 import struct
 import sys
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from absl import flags
 import grain
@@ -85,8 +86,10 @@ class Images:
         image = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
       return image.convert("L" if self.channels == 1 else "RGB"), example.labels
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as e:
-      raise CorruptImage(f"{self.where(index)} of {self.name} is no image that can be read "
-                         f"({' '.join(str(e).split())[:100]})") from e
+      raise CorruptImage(
+        f"{self.where(index)} of {self.name} is no image that can be read "
+        f"({' '.join(str(e).split())[:100]})"
+      ) from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +108,15 @@ class CorruptImage(UserError):
 # ------------------------------------------------------------------- sources
 
 
-def open_images(source: str, split: str, *, channels: int = 3, classes: Sequence[int] = (),
-                data_dir: str | None = None, label: str = "label") -> Images:
+def open_images(
+  source: str,
+  split: str,
+  *,
+  channels: int = 3,
+  classes: Sequence[int] = (),
+  data_dir: str | None = None,
+  label: str = "label",
+) -> Images:
   """Opens a split of a source.
 
   Args:
@@ -123,11 +133,17 @@ def open_images(source: str, split: str, *, channels: int = 3, classes: Sequence
     UserError: for an unknown kind, or where nothing is found.
   """
   kind, _, rest = source.partition(":")
-  openers = {"sklearn": _sklearn, "idx": _idx, "folder": _folder,
-             "tfds": functools.partial(_tfds, data_dir=data_dir, label=label)}
+  openers = {
+    "sklearn": _sklearn,
+    "idx": _idx,
+    "folder": _folder,
+    "tfds": functools.partial(_tfds, data_dir=data_dir, label=label),
+  }
   if kind not in openers or not rest:
-    raise UserError(f"data.source={source!r} is not a source of images; use sklearn:digits, "
-                    "idx:DIR, folder:DIR or tfds:NAME")
+    raise UserError(
+      f"data.source={source!r} is not a source of images; use sklearn:digits, "
+      "idx:DIR, folder:DIR or tfds:NAME"
+    )
   if channels not in (1, 3):
     raise UserError(f"model.channels={channels} must be 1 (grey) or 3 (RGB)")
   images = dataclasses.replace(openers[kind](source, rest, split), channels=channels)
@@ -151,8 +167,9 @@ class _Arrays:
   def open(self, class_names: Sequence[str]) -> Images:
     digest = hashlib.sha256(np.ascontiguousarray(self.images))
     digest.update(np.asarray(self.labels, np.int64))
-    return Images(self.name, tuple(class_names), digest.hexdigest()[:20], len(self.labels),
-                  self, self.where)
+    return Images(
+      self.name, tuple(class_names), digest.hexdigest()[:20], len(self.labels), self, self.where
+    )
 
 
 def _sklearn(source: str, rest: str, split: str) -> Images:
@@ -161,7 +178,9 @@ def _sklearn(source: str, rest: str, split: str) -> Images:
   try:
     from sklearn import datasets
   except ImportError:
-    raise UserError(f"data.source={source!r} needs scikit-learn: pip install 'matformer_jax[digits]'") from None
+    raise UserError(
+      f"data.source={source!r} needs scikit-learn: pip install 'matformer_jax[digits]'"
+    ) from None
   _one_of(source, split, ("train", "validation", "test"))
   digits = datasets.load_digits()
   order = np.random.default_rng(0).permutation(len(digits.target))
@@ -176,11 +195,15 @@ IDX_FILES = {"train": "train", "validation": "t10k", "test": "t10k"}
 
 def _idx(source: str, rest: str, split: str) -> Images:
   _one_of(source, split, tuple(IDX_FILES))
-  images, labels = (_read_idx(pathlib.Path(rest), f"{IDX_FILES[split]}-{part}-ubyte")
-                    for part in ("images-idx3", "labels-idx1"))
+  images, labels = (
+    _read_idx(pathlib.Path(rest), f"{IDX_FILES[split]}-{part}-ubyte")
+    for part in ("images-idx3", "labels-idx1")
+  )
   if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-    raise UserError(f"data.source={source!r}: {split} has images {images.shape} and labels "
-                    f"{labels.shape}, which do not belong together")
+    raise UserError(
+      f"data.source={source!r}: {split} has images {images.shape} and labels "
+      f"{labels.shape}, which do not belong together"
+    )
   classes = _read_idx(pathlib.Path(rest), "train-labels-idx1-ubyte").max() + 1
   return _Arrays(images, labels, f"{source} {split}").open([str(i) for i in range(classes)])
 
@@ -223,10 +246,14 @@ def _folder(source: str, rest: str, split: str) -> Images:
   splits = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
   _one_of(source, split, tuple(splits))
   root, train = root / split, root / "train"
-  class_names = tuple(sorted(p.name for p in (train if train.is_dir() else root).iterdir()
-                             if p.is_dir()))
-  files = sorted(str(p.relative_to(root)) for p in root.rglob("*")
-                 if p.suffix.lower() in SUFFIXES and p.is_file())
+  class_names = tuple(
+    sorted(p.name for p in (train if train.is_dir() else root).iterdir() if p.is_dir())
+  )
+  files = sorted(
+    str(p.relative_to(root))
+    for p in root.rglob("*")
+    if p.suffix.lower() in SUFFIXES and p.is_file()
+  )
   labels: list[tuple[int, ...]] = []
   answers = root.parent / f"{split}_labels.json"  # {file: [class names]}, as ImageNet ReaL has
   known = json.loads(answers.read_text()) if answers.exists() else {}
@@ -237,13 +264,21 @@ def _folder(source: str, rest: str, split: str) -> Images:
     except ValueError:
       raise UserError(f"{root / file} is of a class {names} that {train} does not have") from None
   if not files:
-    raise UserError(f"data.source={source!r}: {root} holds no {', '.join(SUFFIXES)} file in a "
-                    "directory per class")
+    raise UserError(
+      f"data.source={source!r}: {root} holds no {', '.join(SUFFIXES)} file in a directory per class"
+    )
   sizes = [(f, (root / f).stat().st_size) for f in files]
   fingerprint = hashlib.sha256(json.dumps([sizes, labels, class_names]).encode()).hexdigest()[:20]
   reader = _Files(root, tuple(files), tuple(labels))
-  return Images(f"{source} {split}", class_names, fingerprint, len(files), reader, reader.where,
-                max_labels=max(1, *map(len, labels)))
+  return Images(
+    f"{source} {split}",
+    class_names,
+    fingerprint,
+    len(files),
+    reader,
+    reader.where,
+    max_labels=max(1, *map(len, labels)),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,17 +315,29 @@ def _tfds(source: str, rest: str, split: str, data_dir: str | None, label: str) 
   classes = getattr(feature, "feature", feature)  # the elements', of a sequence
   if not hasattr(classes, "names"):
     raise UserError(f"data.source={source!r}: feature {label!r} is no class label; set data.label")
-  reader, size = _Tfds(source, rest, data_dir, split, label), builder.info.splits[split].num_examples
+  reader, size = (
+    _Tfds(source, rest, data_dir, split, label),
+    builder.info.splits[split].num_examples,
+  )
   several = classes is not feature
   fingerprint = hashlib.sha256(tfds_source.identity(builder, split).encode()).hexdigest()[:20]
-  return Images(f"{source} {split}", tuple(classes.names), fingerprint, size, reader, reader.where,
-                max_labels=max(len(reader(i).labels) for i in range(size)) if several else 1)
+  return Images(
+    f"{source} {split}",
+    tuple(classes.names),
+    fingerprint,
+    size,
+    reader,
+    reader.where,
+    max_labels=max(len(reader(i).labels) for i in range(size)) if several else 1,
+  )
 
 
 def _one_of(source: str, split: str, splits: Sequence[str]) -> None:
   if split not in splits:
-    raise UserError(f"data.source={source!r} has no split {split!r}; it has "
-                    f"{', '.join(splits) or 'none'} (data.train_split, data.validation_split)")
+    raise UserError(
+      f"data.source={source!r} has no split {split!r}; it has "
+      f"{', '.join(splits) or 'none'} (data.train_split, data.validation_split)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,14 +357,20 @@ class _Subset:
 def _keep_classes(images: Images, classes: Sequence[int]) -> Images:
   classes = tuple(int(c) for c in classes)
   if len(set(classes)) != len(classes) or not all(0 <= c < images.num_classes for c in classes):
-    raise UserError(f"data.classes={classes} must be different numbers in 0.."
-                    f"{images.num_classes - 1}, the classes of {images.name}")
+    raise UserError(
+      f"data.classes={classes} must be different numbers in 0.."
+      f"{images.num_classes - 1}, the classes of {images.name}"
+    )
   kept = np.array([i for i in range(images.size) if set(images.read(i).labels) & set(classes)])
   subset = _Subset(images, kept, classes)
   return dataclasses.replace(
-      images, class_names=tuple(images.class_names[c] for c in classes), size=len(kept),
-      fingerprint=f"{images.fingerprint}:{','.join(map(str, classes))}", read=subset,
-      where=subset.where)
+    images,
+    class_names=tuple(images.class_names[c] for c in classes),
+    size=len(kept),
+    fingerprint=f"{images.fingerprint}:{','.join(map(str, classes))}",
+    read=subset,
+    where=subset.where,
+  )
 
 
 # ------------------------------------------------------------------- batches
@@ -359,8 +412,15 @@ class Batches:
     mixup: alpha of the Beta distribution of mixup's share; 0 mixes nothing.
   """
 
-  def __init__(self, images: Images, batch_size: int, transform: Transform, corrupt: Corrupt,
-               seed: int, mixup: float = 0.0):
+  def __init__(
+    self,
+    images: Images,
+    batch_size: int,
+    transform: Transform,
+    corrupt: Corrupt,
+    seed: int,
+    mixup: float = 0.0,
+  ):
     if images.max_labels > 1:
       raise UserError(f"{images.name} has images of several classes; training needs one each")
     self._images, self._batch_size, self._transform = images, batch_size, transform
@@ -381,11 +441,16 @@ class Batches:
   def batch(self, step: int, rows: range | None = None) -> dict[str, np.ndarray]:
     """{"image": uint8 [rows, S, S, channels], "label": int32, "seed": uint32, "mix": float32}."""
     rows = rows or range(self._batch_size)
-    examples = [self._example((step * self._batch_size + row) // self._images.size, index)
-                for row, index in zip(rows, self.image_ids(step, rows))]
+    examples = [
+      self._example((step * self._batch_size + row) // self._images.size, index)
+      for row, index in zip(rows, self.image_ids(step, rows))
+    ]
     images, labels, seeds = zip(*examples)
-    batch = {"image": np.stack(images), "label": np.array(labels, np.int32),
-             "seed": np.array(seeds, np.uint32)}
+    batch = {
+      "image": np.stack(images),
+      "label": np.array(labels, np.int32),
+      "seed": np.array(seeds, np.uint32),
+    }
     if self._mixup:
       share = np.random.default_rng((self._seed, step)).beta(self._mixup, self._mixup)
       batch["mix"] = np.full(len(rows), max(share, 1 - share), np.float32)
@@ -425,7 +490,7 @@ class LabelledBatches:
       try:
         image, found = self._images.decode(index)
         pictures[i] = self._transform(image, rng)
-        labels[i, :len(found)] = found
+        labels[i, : len(found)] = found
       except CorruptImage as e:
         self._corrupt.handle(e)
     shape = (self._transform.size, self._transform.size, self._images.channels)
@@ -433,8 +498,9 @@ class LabelledBatches:
     return {"image": np.stack([blank if p is None else p for p in pictures]), "labels": labels}
 
 
-def read_ahead(batches: Batches | LabelledBatches, first: int, last: int, rows: Sequence[range],
-               workers: int) -> Iterator[list[Any]]:
+def read_ahead(
+  batches: Batches | LabelledBatches, first: int, last: int, rows: Sequence[range], workers: int
+) -> Iterator[list[Any]]:
   """`[batches.batch(step, r) for r in rows]` for steps first to last, in order.
 
   Args:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import queue
 import threading
-from typing import Any, Iterator
+from typing import Any
 
 
 class Prefetcher:

@@ -11,6 +11,7 @@ spread over the corpus unless --tokenizer names one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import concurrent.futures
 import dataclasses
 import json
@@ -18,7 +19,6 @@ import multiprocessing
 import pathlib
 import sys
 import time
-from typing import Iterator
 
 from absl import flags
 import tqdm
@@ -52,8 +52,16 @@ class Job:
   tokenizer: str
 
 
-def prepare(corpus: text_sources.Corpus, job: Job, out: pathlib.Path, workers: int, given_tokenizer: str, vocab_size: int,
-            tokenizer_type: str, sample_bytes: int) -> store.TokenStore:
+def prepare(
+  corpus: text_sources.Corpus,
+  job: Job,
+  out: pathlib.Path,
+  workers: int,
+  given_tokenizer: str,
+  vocab_size: int,
+  tokenizer_type: str,
+  sample_bytes: int,
+) -> store.TokenStore:
   """Makes, or goes on making, the store at `out`; says how fast.
 
   Raises:
@@ -75,9 +83,11 @@ def prepare(corpus: text_sources.Corpus, job: Job, out: pathlib.Path, workers: i
   store.finish(out, job.parts, job.source, tokenizer, job.validation_fraction)
   if todo:
     rate = size / seconds / workers
-    print(f"tokenised {size / 1e6:,.1f} MB in {seconds:,.1f} s: {rate / 1e6:.2f} MB/s a process; at "
-          f"that rate c4/en ({C4_BYTES / 1e9:.0f} GB) takes {C4_BYTES / rate / workers / 3600:,.1f} "
-          f"hours with {workers}")
+    print(
+      f"tokenised {size / 1e6:,.1f} MB in {seconds:,.1f} s: {rate / 1e6:.2f} MB/s a process; at "
+      f"that rate c4/en ({C4_BYTES / 1e9:.0f} GB) takes {C4_BYTES / rate / workers / 3600:,.1f} "
+      f"hours with {workers}"
+    )
   return store.open_store(out)
 
 
@@ -91,8 +101,10 @@ def _check_same_job(out: pathlib.Path, job: Job) -> None:
   before = json.loads(path.read_text())
   for name, value in dataclasses.asdict(job).items():
     if before.get(name) != value:
-      raise UserError(f"--out={out} is being made with {name}={before.get(name)!r}, not {value!r}; "
-                      "use the same flags to go on, or another --out")
+      raise UserError(
+        f"--out={out} is being made with {name}={before.get(name)!r}, not {value!r}; "
+        "use the same flags to go on, or another --out"
+      )
 
 
 def _parts_before(out: pathlib.Path) -> int:
@@ -101,19 +113,29 @@ def _parts_before(out: pathlib.Path) -> int:
   return json.loads(path.read_text())["parts"] if path.exists() else 0
 
 
-def _tokenizer(corpus: text_sources.Corpus, out: pathlib.Path, given: str, vocab_size: int,
-               tokenizer_type: str, sample_bytes: int) -> Tokenizer:
+def _tokenizer(
+  corpus: text_sources.Corpus,
+  out: pathlib.Path,
+  given: str,
+  vocab_size: int,
+  tokenizer_type: str,
+  sample_bytes: int,
+) -> Tokenizer:
   path = out / TOKENIZER_FILE
   if path.exists():
     return Tokenizer.from_file(path)
   if given:
     tokenizer = Tokenizer.from_file(given)
   else:
-    print(f"training a {tokenizer_type} tokenizer of {vocab_size:,} pieces on up to "
-          f"{sample_bytes / 1e6:,.0f} MB", flush=True)
+    print(
+      f"training a {tokenizer_type} tokenizer of {vocab_size:,} pieces on up to "
+      f"{sample_bytes / 1e6:,.0f} MB",
+      flush=True,
+    )
     started = time.perf_counter()
-    tokenizer = train_tokenizer(spread(corpus, sample_bytes), vocab_size, tokenizer_type,
-                                2 * sample_bytes)
+    tokenizer = train_tokenizer(
+      spread(corpus, sample_bytes), vocab_size, tokenizer_type, 2 * sample_bytes
+    )
     print(f"tokenizer trained in {time.perf_counter() - started:,.1f} s", flush=True)
   runtime.replace_file(path, tokenizer.model)
   return tokenizer
@@ -137,10 +159,17 @@ def _run(job: Job, out: pathlib.Path, todo: list[int], workers: int, expected: i
   """Does the parts of `todo`; returns bytes of text."""
   context = multiprocessing.get_context("spawn")
   counter = context.Value("q", 0)
-  with tqdm.tqdm(total=expected or None, unit="B", unit_scale=True, file=sys.stderr,
-                 desc=f"tokenising {job.source}", mininterval=1.0) as bar:
+  with tqdm.tqdm(
+    total=expected or None,
+    unit="B",
+    unit_scale=True,
+    file=sys.stderr,
+    desc=f"tokenising {job.source}",
+    mininterval=1.0,
+  ) as bar:
     with concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(todo)) or 1, context, _start_worker, (counter,)) as pool:
+      min(workers, len(todo)) or 1, context, _start_worker, (counter,)
+    ) as pool:
       waiting = {pool.submit(_do_part, job, out, i) for i in todo}
       try:
         while waiting:
@@ -149,8 +178,10 @@ def _run(job: Job, out: pathlib.Path, todo: list[int], workers: int, expected: i
           for future in done:
             future.result()
       except concurrent.futures.process.BrokenProcessPool as e:
-        raise UserError("a worker process was killed (out of memory?); run the same command again to "
-                        "go on, with fewer --workers") from e
+        raise UserError(
+          "a worker process was killed (out of memory?); run the same command again to "
+          "go on, with fewer --workers"
+        ) from e
       finally:
         for future in waiting:
           future.cancel()
@@ -180,8 +211,9 @@ def _do_part(job: Job, out: pathlib.Path, index: int) -> None:
       _COUNTER.value += pending
     pending = 0
 
-  store.write_part(out, index, corpus.part(index, job.parts), tokenizer, job.validation_fraction,
-                   report)
+  store.write_part(
+    out, index, corpus.part(index, job.parts), tokenizer, job.validation_fraction, report
+  )
   flush()
 
 
@@ -198,34 +230,63 @@ def main(argv) -> None:
     raise UserError(f"--validation_fraction={_FRACTION.value} must be between 0 and 1")
   workers = _WORKERS.value or runtime.cpu_count()
   corpus = text_sources.open_corpus(_SOURCE.value, _DATA_DIR.value or None)
-  tokenizer = (Tokenizer.from_file(_TOKENIZER.value).sha256 if _TOKENIZER.value else
-               f"{_TYPE.value}, {_VOCAB.value} pieces, {_SAMPLE.value} bytes")
-  job = Job(_SOURCE.value, _DATA_DIR.value or "", text_sources.corpus_key(corpus),
-            _PARTS.value or _parts_before(out) or 4 * workers, _FRACTION.value, tokenizer)
-  made = prepare(corpus, job, out, workers, _TOKENIZER.value or "", _VOCAB.value,
-                 _TYPE.value, _SAMPLE.value)
-  rows = [[split, f"{len(made.manifest['shards'][split])}", f"{made.total(split, 'documents'):,}",
-           tables.si(made.total(split, "bytes"), "B"), f"{len(made.tokens[split]):,}"]
-          for split in store.SPLITS]
+  tokenizer = (
+    Tokenizer.from_file(_TOKENIZER.value).sha256
+    if _TOKENIZER.value
+    else f"{_TYPE.value}, {_VOCAB.value} pieces, {_SAMPLE.value} bytes"
+  )
+  job = Job(
+    _SOURCE.value,
+    _DATA_DIR.value or "",
+    text_sources.corpus_key(corpus),
+    _PARTS.value or _parts_before(out) or 4 * workers,
+    _FRACTION.value,
+    tokenizer,
+  )
+  made = prepare(
+    corpus, job, out, workers, _TOKENIZER.value or "", _VOCAB.value, _TYPE.value, _SAMPLE.value
+  )
+  rows = [
+    [
+      split,
+      f"{len(made.manifest['shards'][split])}",
+      f"{made.total(split, 'documents'):,}",
+      tables.si(made.total(split, "bytes"), "B"),
+      f"{len(made.tokens[split]):,}",
+    ]
+    for split in store.SPLITS
+  ]
   print(tables.table(["split", "shards", "documents", "text", "tokens"], rows))
   print(f"\ntrain on it with --config.data.source=tokens:{_OUT.value}")
 
 
 if __name__ == "__main__":
   _SOURCE = flags.DEFINE_string("source", None, "stdlib, text:GLOB or tfds:NAME[/CONFIG]:FEATURE.")
-  _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS datasets were prepared; gs:// with "
-                                  "the extra gcs.")
+  _DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where TFDS datasets were prepared; gs:// with the extra gcs."
+  )
   _OUT = flags.DEFINE_string("out", None, "Directory of the token store.")
-  _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A SentencePiece .model file; else one is "
-                                   "trained.")
-  _VOCAB = flags.DEFINE_integer("vocab_size", 256_000, "Pieces of a trained tokenizer.", lower_bound=2)
+  _TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "A SentencePiece .model file; else one is trained."
+  )
+  _VOCAB = flags.DEFINE_integer(
+    "vocab_size", 256_000, "Pieces of a trained tokenizer.", lower_bound=2
+  )
   _TYPE = flags.DEFINE_string("tokenizer_type", "unigram", "bpe or unigram.")
-  _SAMPLE = flags.DEFINE_integer("tokenizer_sample_bytes", 10**9, "Text to train it on; bounds its "
-                                 "memory, at about 20 times this for unigram.", lower_bound=1)
+  _SAMPLE = flags.DEFINE_integer(
+    "tokenizer_sample_bytes",
+    10**9,
+    "Text to train it on; bounds its memory, at about 20 times this for unigram.",
+    lower_bound=1,
+  )
   _WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 is one per CPU.", lower_bound=0)
-  _PARTS = flags.DEFINE_integer("parts", 0, "Pieces of work, and shards per split; 0 is 4 per "
-                                "worker. What a kill can lose is the part each worker is at.",
-                                lower_bound=0)
+  _PARTS = flags.DEFINE_integer(
+    "parts",
+    0,
+    "Pieces of work, and shards per split; 0 is 4 per "
+    "worker. What a kill can lose is the part each worker is at.",
+    lower_bound=0,
+  )
   _FRACTION = flags.DEFINE_float("validation_fraction", 0.001, "Share of documents held out.")
   _VERIFY = flags.DEFINE_bool("verify", False, "Only read --out and compare every checksum.")
   cli.run(main)

@@ -12,6 +12,7 @@ any process; `finish` joins them.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable, Iterable, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -19,7 +20,7 @@ import itertools
 import json
 import os
 import pathlib
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class Tokens(Sequence):
   def __getitem__(self, index: int | slice):
     if not isinstance(index, slice):
       index = range(len(self))[index]
-      return self[index:index + 1][0]
+      return self[index : index + 1][0]
     start, stop, step = index.indices(len(self))
     first = bisect.bisect_right(self._ends, start)
     pieces = []
@@ -60,7 +61,7 @@ class Tokens(Sequence):
       offset = self._ends[i] - len(self._shards[i])
       if offset >= stop:
         break
-      pieces.append(self._shards[i][max(start - offset, 0):stop - offset])
+      pieces.append(self._shards[i][max(start - offset, 0) : stop - offset])
     whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.zeros(0, self.dtype)])
     return whole[::step]
 
@@ -107,8 +108,9 @@ def open_store(path: str | os.PathLike, verify: bool | None = None) -> TokenStor
   try:
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["version"] != STORE_VERSION:
-      raise UserError(f"token store {path} has version {manifest['version']}, this program "
-                      f"writes {STORE_VERSION}")
+      raise UserError(
+        f"token store {path} has version {manifest['version']}, this program writes {STORE_VERSION}"
+      )
     dtype = np.dtype(manifest["dtype"])
     size = sum(s["tokens"] for split in SPLITS for s in manifest["shards"][split]) * dtype.itemsize
     tokens = {}
@@ -129,14 +131,22 @@ def open_store(path: str | os.PathLike, verify: bool | None = None) -> TokenStor
 def _check_shard(path: pathlib.Path, shard: dict[str, Any], dtype, verify: bool) -> None:
   file = path / shard["file"]
   if file.stat().st_size != shard["tokens"] * dtype.itemsize:
-    raise UserError(f"token store file {file} has {file.stat().st_size} bytes, its manifest says "
-                    f"{shard['tokens'] * dtype.itemsize}; prepare it again")
+    raise UserError(
+      f"token store file {file} has {file.stat().st_size} bytes, its manifest says "
+      f"{shard['tokens'] * dtype.itemsize}; prepare it again"
+    )
   if verify and _sha256(file) != shard["sha256"]:
     raise UserError(f"token store file {file} fails its checksum; prepare it again")
 
 
-def write_part(path: pathlib.Path, index: int, documents: Iterable[str], tokenizer: Tokenizer,
-               validation_fraction: float, report: Callable[[int], None] = lambda n: None) -> None:
+def write_part(
+  path: pathlib.Path,
+  index: int,
+  documents: Iterable[str],
+  tokenizer: Tokenizer,
+  validation_fraction: float,
+  report: Callable[[int], None] = lambda n: None,
+) -> None:
   """Tokenises one part of a corpus into shards `index`, unless that is done already.
 
   Every 1/validation_fraction-th document is held out. `report` gets bytes of text done.
@@ -146,8 +156,10 @@ def write_part(path: pathlib.Path, index: int, documents: Iterable[str], tokeniz
     return
   dtype = token_dtype(tokenizer)
   every = max(2, round(1 / validation_fraction))
-  counts = {split: {"file": f"{split}-{index:05d}.bin", "documents": 0, "bytes": 0, "tokens": 0}
-            for split in SPLITS}
+  counts = {
+    split: {"file": f"{split}-{index:05d}.bin", "documents": 0, "bytes": 0, "tokens": 0}
+    for split in SPLITS
+  }
   sums = {split: hashlib.sha256() for split in SPLITS}
   with contextlib.ExitStack() as stack:
     out = {s: stack.enter_context(open(path / counts[s]["file"], "wb")) for s in SPLITS}
@@ -167,8 +179,9 @@ def write_part(path: pathlib.Path, index: int, documents: Iterable[str], tokeniz
   write_json(done, counts)
 
 
-def finish(path: pathlib.Path, parts: int, source: str, tokenizer: Tokenizer,
-           validation_fraction: float) -> None:
+def finish(
+  path: pathlib.Path, parts: int, source: str, tokenizer: Tokenizer, validation_fraction: float
+) -> None:
   """Joins `parts` written parts: writes the manifest.
 
   Raises:
@@ -179,13 +192,21 @@ def finish(path: pathlib.Path, parts: int, source: str, tokenizer: Tokenizer,
   for split in SPLITS:
     if not sum(s["documents"] for s in shards[split]):
       raise UserError(
-          f"source {source!r} has {sum(s['documents'] for v in shards.values() for s in v)} documents, "
-          f"which leaves the {split} split empty at validation_fraction={validation_fraction}; use more "
-          "text or another fraction")
-  write_json(path / MANIFEST, {
-      "version": STORE_VERSION, "source": source, "tokenizer": tokenizer.sha256,
-      "dtype": token_dtype(tokenizer).name, "validation_fraction": validation_fraction,
-      "shards": shards})
+        f"source {source!r} has {sum(s['documents'] for v in shards.values() for s in v)} documents, "
+        f"which leaves the {split} split empty at validation_fraction={validation_fraction}; use more "
+        "text or another fraction"
+      )
+  write_json(
+    path / MANIFEST,
+    {
+      "version": STORE_VERSION,
+      "source": source,
+      "tokenizer": tokenizer.sha256,
+      "dtype": token_dtype(tokenizer).name,
+      "validation_fraction": validation_fraction,
+      "shards": shards,
+    },
+  )
   for i in range(parts):
     _part_file(path, i).unlink()
 

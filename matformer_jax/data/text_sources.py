@@ -8,6 +8,7 @@ made by prepare.py and named as `tokens:DIR`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import fcntl
@@ -20,7 +21,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -73,24 +74,35 @@ def open_corpus(source: str, data_dir: str | None = None) -> Corpus:
   kind, _, rest = source.partition(":")
   if source == "stdlib":
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(p for p in root.rglob("*.py") if not _NOT_LIBRARY & set(p.relative_to(root).parts))
+    files = sorted(
+      p for p in root.rglob("*.py") if not _NOT_LIBRARY & set(p.relative_to(root).parts)
+    )
     return _file_corpus(source, files, root)
   if kind == "text" and rest:
-    files = sorted(pathlib.Path(p) for p in glob.glob(os.path.expanduser(rest), recursive=True)
-                   if os.path.isfile(p))
+    files = sorted(
+      pathlib.Path(p)
+      for p in glob.glob(os.path.expanduser(rest), recursive=True)
+      if os.path.isfile(p)
+    )
     if not files:
-      raise UserError(f"data.source={source!r}: no file matches {rest!r}; quote the pattern, and "
-                      "use ** for subdirectories")
+      raise UserError(
+        f"data.source={source!r}: no file matches {rest!r}; quote the pattern, and "
+        "use ** for subdirectories"
+      )
     return _file_corpus(source, files, pathlib.Path("/"))
   if kind == "tfds" and rest:
     return _tfds_corpus(source, rest, data_dir)
-  raise UserError(f"data.source={source!r} is not a source; use stdlib, text:GLOB, "
-                  "tfds:NAME[/CONFIG]:FEATURE or tokens:DIR")
+  raise UserError(
+    f"data.source={source!r} is not a source; use stdlib, text:GLOB, "
+    "tfds:NAME[/CONFIG]:FEATURE or tokens:DIR"
+  )
 
 
 def _file_corpus(name: str, files: list[pathlib.Path], root: pathlib.Path) -> Corpus:
-  stats = [(str(p.relative_to(root)) if p.is_absolute() else str(p), s.st_size, s.st_mtime_ns)
-           for p, s in ((p, p.stat()) for p in files)]
+  stats = [
+    (str(p.relative_to(root)) if p.is_absolute() else str(p), s.st_size, s.st_mtime_ns)
+    for p, s in ((p, p.stat()) for p in files)
+  ]
   size = sum(s for _, s, _ in stats)
   if size == 0:
     raise UserError(f"data.source={name!r}: the {len(files)} matching files are empty")
@@ -122,21 +134,24 @@ def _cut(text: str) -> Iterator[str]:
 def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
   name, colon, feature = rest.rpartition(":")
   if not colon or not name:
-    raise UserError(f"data.source={source!r} names no feature; write tfds:NAME:FEATURE, "
-                    "e.g. tfds:c4/en:text")
+    raise UserError(
+      f"data.source={source!r} names no feature; write tfds:NAME:FEATURE, e.g. tfds:c4/en:text"
+    )
   builder = tfds_source.open_builder(source, name, data_dir, "train")
   tfds_source.check_feature(source, builder, feature)
   split = builder.info.splits["train"]
   if tfds_source.file_format(builder) == "array_record":
+
     def examples(index, count):
       # The data source keeps its split's examples in order and reads without TensorFlow.
       source = builder.as_data_source(split="train")
       for i in range(len(source) * index // count, len(source) * (index + 1) // count):
         yield source[i]
   else:
+
     def examples(index, count):
       paths = list(split.filepaths)
-      for path in paths[len(paths) * index // count:len(paths) * (index + 1) // count]:
+      for path in paths[len(paths) * index // count : len(paths) * (index + 1) // count]:
         records = grain.experimental.TFRecordIterDataset(os.fspath(path))
         yield from records.map(builder.info.features.deserialize_example_np)
 
@@ -154,8 +169,13 @@ def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
 # -------------------------------------------------------------------- cache
 
 
-def open_source(source: str, data_dir: str | None, make_tokenizer: Callable[[Corpus], Tokenizer],
-                validation_fraction: float, cache_dir: str | None = None):
+def open_source(
+  source: str,
+  data_dir: str | None,
+  make_tokenizer: Callable[[Corpus], Tokenizer],
+  validation_fraction: float,
+  cache_dir: str | None = None,
+):
   """(token store, tokenizer) of a source: a corpus, tokenised into the cache, or `tokens:DIR`.
 
   Args:
@@ -173,13 +193,16 @@ def open_prepared(path: str) -> tuple[store.TokenStore, Tokenizer]:
   tokenizer = Tokenizer.from_file(os.path.join(path, TOKENIZER_FILE))
   opened = store.open_store(path)
   if opened.manifest["tokenizer"] != tokenizer.sha256:
-    raise UserError(f"data.source='tokens:{path}': its {TOKENIZER_FILE} is not the one its tokens "
-                    "were made with; prepare it again")
+    raise UserError(
+      f"data.source='tokens:{path}': its {TOKENIZER_FILE} is not the one its tokens "
+      "were made with; prepare it again"
+    )
   return opened, tokenizer
 
 
-def get_tokenizer(corpus: Corpus, vocab_size: int, model_type: str, sample_bytes: int,
-                  cache_dir: str | None = None) -> Tokenizer:
+def get_tokenizer(
+  corpus: Corpus, vocab_size: int, model_type: str, sample_bytes: int, cache_dir: str | None = None
+) -> Tokenizer:
   """A tokenizer trained on the corpus, from the cache when already trained."""
   key = _key("tokenizer", corpus.identity, vocab_size, model_type, sample_bytes)
   path = _cache(cache_dir) / f"tokenizer-{key}.model"
@@ -197,8 +220,9 @@ def get_tokenizer(corpus: Corpus, vocab_size: int, model_type: str, sample_bytes
   return tokenizer
 
 
-def get_store(corpus: Corpus, tokenizer: Tokenizer, validation_fraction: float,
-              cache_dir: str | None = None) -> store.TokenStore:
+def get_store(
+  corpus: Corpus, tokenizer: Tokenizer, validation_fraction: float, cache_dir: str | None = None
+) -> store.TokenStore:
   """The corpus as tokens; made once, then opened from the cache.
 
   Two processes may call this at once (one waits), and a killed one leaves nothing
@@ -222,8 +246,14 @@ def get_store(corpus: Corpus, tokenizer: Tokenizer, validation_fraction: float,
         shutil.rmtree(path)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     temporary.mkdir()
-    with tqdm.tqdm(total=corpus.size or None, unit="B", unit_scale=True, file=sys.stderr,
-                   desc=f"tokenising {corpus.name}", mininterval=1.0) as bar:
+    with tqdm.tqdm(
+      total=corpus.size or None,
+      unit="B",
+      unit_scale=True,
+      file=sys.stderr,
+      desc=f"tokenising {corpus.name}",
+      mininterval=1.0,
+    ) as bar:
       store.write_part(temporary, 0, corpus.documents(), tokenizer, validation_fraction, bar.update)
     store.finish(temporary, 1, corpus.name, tokenizer, validation_fraction)
     temporary.rename(path)
@@ -270,8 +300,10 @@ class Windows:
   def __init__(self, tokens: Sequence[int], seq_len: int, batch_size: int, seed: int | None):
     self.num_windows = (len(tokens) - 1) // seq_len
     if self.num_windows < 1:
-      raise UserError(f"the corpus has {len(tokens)} tokens in this split, fewer than one window "
-                      f"of model.seq_len={seq_len} + 1; use more text or a shorter seq_len")
+      raise UserError(
+        f"the corpus has {len(tokens)} tokens in this split, fewer than one window "
+        f"of model.seq_len={seq_len} + 1; use more text or a shorter seq_len"
+      )
     self._tokens, self._seq_len, self._batch_size = tokens, seq_len, batch_size
     order = grain.MapDataset.range(self.num_windows)
     if seed is not None:
@@ -286,6 +318,7 @@ class Windows:
   def batch(self, step: int, rows: range | None = None) -> np.ndarray:
     """int32 [rows, T+1]: rows of the batch of `step`."""
     length = self._seq_len
-    windows = [self._tokens[i * length:i * length + length + 1]
-               for i in self.window_ids(step, rows)]
+    windows = [
+      self._tokens[i * length : i * length + length + 1] for i in self.window_ids(step, rows)
+    ]
     return np.stack(windows).astype(np.int32)

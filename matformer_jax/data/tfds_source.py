@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
 import json
 import os
 import struct
-from typing import Any, Callable
+from typing import Any
 
 from matformer_jax.errors import UserError
 
@@ -19,18 +20,25 @@ def open_builder(source: str, name: str, data_dir: str | None, split: str):
   """
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   import tensorflow_datasets as tfds
+
   try:
     builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
   except Exception as e:
-    raise UserError(f"data.source={source!r}: no prepared dataset {name!r} under data.data_dir="
-                    f"{data_dir!r}; prepare it with the tfds command line, or correct data_dir "
-                    f"({' '.join(str(e).split())[:160]})") from e
+    raise UserError(
+      f"data.source={source!r}: no prepared dataset {name!r} under data.data_dir="
+      f"{data_dir!r}; prepare it with the tfds command line, or correct data_dir "
+      f"({' '.join(str(e).split())[:160]})"
+    ) from e
   if split not in builder.info.splits:
-    raise UserError(f"data.source={source!r}: dataset has no split {split!r}; it has "
-                    f"{', '.join(builder.info.splits)}")
+    raise UserError(
+      f"data.source={source!r}: dataset has no split {split!r}; it has "
+      f"{', '.join(builder.info.splits)}"
+    )
   if file_format(builder) not in ("array_record", "tfrecord"):
-    raise UserError(f"data.source={source!r}: file format {file_format(builder)!r} is not "
-                    "supported; prepare the dataset as array_record or tfrecord")
+    raise UserError(
+      f"data.source={source!r}: file format {file_format(builder)!r} is not "
+      "supported; prepare the dataset as array_record or tfrecord"
+    )
   return builder
 
 
@@ -42,20 +50,31 @@ def file_format(builder) -> str:
 def check_feature(source: str, builder, feature: str) -> None:
   """Raises UserError unless the dataset has the feature."""
   if feature not in (builder.info.features or {}):
-    raise UserError(f"data.source={source!r}: dataset has no feature {feature!r}; it has "
-                    f"{', '.join(builder.info.features or {})}")
+    raise UserError(
+      f"data.source={source!r}: dataset has no feature {feature!r}; it has "
+      f"{', '.join(builder.info.features or {})}"
+    )
 
 
 def identity(builder, split: str) -> str:
   """Changes when the split does."""
   info = builder.info.splits[split]
-  return json.dumps([str(builder.info.full_name), file_format(builder), info.num_examples,
-                     info.shard_lengths, info.num_bytes, os.fspath(builder.data_dir)])
+  return json.dumps(
+    [
+      str(builder.info.full_name),
+      file_format(builder),
+      info.num_examples,
+      info.shard_lengths,
+      info.num_bytes,
+      os.fspath(builder.data_dir),
+    ]
+  )
 
 
 def random_access(builder, split: str, undecoded: str) -> Callable[[int], dict[str, Any]]:
   """index -> example of a split, with the feature `undecoded` left as encoded bytes."""
   import tensorflow_datasets as tfds
+
   decoders = {undecoded: tfds.decode.SkipDecoding()}
   if file_format(builder) == "array_record":
     return builder.as_data_source(split=split, decoders=decoders).__getitem__
@@ -69,8 +88,9 @@ class _TFRecords:
 
   def __init__(self, paths):
     self._files = [open(path, "rb") for path in paths]
-    self._places = [(i, offset, length) for i, file in enumerate(self._files)
-                    for offset, length in _lengths(file)]
+    self._places = [
+      (i, offset, length) for i, file in enumerate(self._files) for offset, length in _lengths(file)
+    ]
 
   def __getitem__(self, index: int) -> bytes:
     file, offset, length = self._places[index]

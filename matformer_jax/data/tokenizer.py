@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 import hashlib
 import io
 import os
 import re
-from typing import Iterable, Iterator, Sequence
 
 import sentencepiece
 
@@ -35,8 +35,10 @@ class Tokenizer:
     except (RuntimeError, TypeError) as e:
       raise UserError(f"{origin} is not a SentencePiece model ({e})") from e
     if self.vocab_size == 0 or self.eos_id < 0:
-      raise UserError(f"{origin} has no end-of-text piece or no pieces at all; train it with "
-                      "eos_id >= 0, or let this program train one (leave data.tokenizer empty)")
+      raise UserError(
+        f"{origin} has no end-of-text piece or no pieces at all; train it with "
+        "eos_id >= 0, or let this program train one (leave data.tokenizer empty)"
+      )
     self.model = model
     self.sha256 = hashlib.sha256(model).hexdigest()
     self._space_ids = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
@@ -48,8 +50,10 @@ class Tokenizer:
       with open(path, "rb") as f:
         return cls(f.read(), os.fspath(path))
     except OSError as e:
-      raise UserError(f"tokenizer {os.fspath(path)!r}: {e.strerror}; give a SentencePiece "
-                      ".model file in data.tokenizer, or leave it empty to train one") from e
+      raise UserError(
+        f"tokenizer {os.fspath(path)!r}: {e.strerror}; give a SentencePiece "
+        ".model file in data.tokenizer, or leave it empty to train one"
+      ) from e
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without end-of-text."""
@@ -73,8 +77,9 @@ class Tokenizer:
     return self._sp.decode([int(i) for i in ids])
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, model_type: str,
-                    sample_bytes: int, seed: int = 0) -> Tokenizer:
+def train_tokenizer(
+  documents: Iterable[str], vocab_size: int, model_type: str, sample_bytes: int, seed: int = 0
+) -> Tokenizer:
   """Trains a lossless SentencePiece model with byte fallback.
 
   Args:
@@ -96,22 +101,38 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, model_type: str,
   out = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=out, vocab_size=vocab_size,
-        model_type=model_type, byte_fallback=True, character_coverage=0.9999,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=False, allow_whitespace_only_pieces=True,
-        user_defined_symbols=["\n", "\t"], unk_id=0, eos_id=1, bos_id=-1, pad_id=-1,
-        num_threads=1,  # unigram results depend on it
-        max_sentence_length=2 * _MAX_PIECE_BYTES, minloglevel=2)
+      sentence_iterator=iter(sentences),
+      model_writer=out,
+      vocab_size=vocab_size,
+      model_type=model_type,
+      byte_fallback=True,
+      character_coverage=0.9999,
+      normalization_rule_name="identity",
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=False,
+      allow_whitespace_only_pieces=True,
+      user_defined_symbols=["\n", "\t"],
+      unk_id=0,
+      eos_id=1,
+      bos_id=-1,
+      pad_id=-1,
+      num_threads=1,  # unigram results depend on it
+      max_sentence_length=2 * _MAX_PIECE_BYTES,
+      minloglevel=2,
+    )
   except RuntimeError as e:
     limit = re.search(r"<= (\d+)", str(e))
     if limit and "too high" in str(e):
-      raise UserError(f"model.vocab_size={vocab_size} is larger than this corpus supports; set "
-                      f"model.vocab_size to at most {limit.group(1)}, or use more text") from e
+      raise UserError(
+        f"model.vocab_size={vocab_size} is larger than this corpus supports; set "
+        f"model.vocab_size to at most {limit.group(1)}, or use more text"
+      ) from e
     needed = re.search(r"required_chars\. \d+ vs (\d+)", str(e))
     if needed:
-      raise UserError(f"model.vocab_size={vocab_size} is too small for the characters of this "
-                      f"corpus; set model.vocab_size to at least {needed.group(1)}") from e
+      raise UserError(
+        f"model.vocab_size={vocab_size} is too small for the characters of this "
+        f"corpus; set model.vocab_size to at least {needed.group(1)}"
+      ) from e
     raise
   return Tokenizer(out.getvalue())
 
@@ -137,4 +158,4 @@ def _sentences(documents: Iterable[str]) -> Iterator[str]:
   for text in documents:
     for line in text.split("\n"):
       for start in range(0, len(line), step):
-        yield line[start:start + step].replace("\0", " ")
+        yield line[start : start + step].replace("\0", " ")

@@ -15,9 +15,10 @@ Invariant of a state: every token but a sequence's last is in the cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import ClassVar, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -95,10 +96,11 @@ def draw(keys, log_p) -> jax.Array:
 # --------------------------------------------------------------------- state
 
 
-@functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=("tokens", "length", "limit", "done", "keys", "cache",
-                                "draft_cache"),
-                   meta_fields=("heads",))
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("tokens", "length", "limit", "done", "keys", "cache", "draft_cache"),
+  meta_fields=("heads",),
+)
 @dataclasses.dataclass(frozen=True)
 class State:
   """Sequences being continued.
@@ -138,8 +140,9 @@ class State:
     room = self.limit - self.length
     ended = (ended & (count <= room)) | (count >= room)
     length = self.length + jnp.where(self.done, 0, jnp.minimum(count, room))
-    return dataclasses.replace(self, tokens=tokens, length=length.astype(jnp.int32),
-                               done=self.done | ended, **caches)
+    return dataclasses.replace(
+      self, tokens=tokens, length=length.astype(jnp.int32), done=self.done | ended, **caches
+    )
 
   def sequences(self) -> list[list[int]]:
     """Every sequence as token ids, prompt included. Waits for the device."""
@@ -177,11 +180,20 @@ class Decoder:
   @functools.partial(jax.jit, static_argnums=0)
   def lay_out(self, params):
     """The stored model's parameters as the decoders of this config take them."""
-    return {**params, "embedding": params["embedding"].astype(self.execution.dtype),
-            "blocks": kv.lay_out(params["blocks"], self.execution)}
+    return {
+      **params,
+      "embedding": params["embedding"].astype(self.execution.dtype),
+      "blocks": kv.lay_out(params["blocks"], self.execution),
+    }
 
-  def prefill(self, weights, prompts: Sequence[Sequence[int]], max_tokens: int,
-              seeds: Sequence[int], spare: int = 1) -> State:
+  def prefill(
+    self,
+    weights,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    seeds: Sequence[int],
+    spare: int = 1,
+  ) -> State:
     """A state of these prompts, their cache filled in one pass.
 
     Args:
@@ -197,20 +209,25 @@ class Decoder:
     """
     for prompt in prompts:
       if not len(prompt) or min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
-        raise UserError(f"a prompt must be token ids in 0..{self.config.vocab_size - 1}, at least "
-                        f"one; got {list(prompt)[:8]}")
+        raise UserError(
+          f"a prompt must be token ids in 0..{self.config.vocab_size - 1}, at least "
+          f"one; got {list(prompt)[:8]}"
+        )
     if max_tokens < 1:
       raise UserError(f"max_tokens={max_tokens} must be at least 1")
     length = np.array([len(p) for p in prompts], np.int32)
     width = bucket(max(length))
-    tokens = np.zeros((len(prompts), bucket(max(max(length) + max_tokens + spare, width))), np.int32)
+    tokens = np.zeros(
+      (len(prompts), bucket(max(max(length) + max_tokens + spare, width))), np.int32
+    )
     for row, prompt in zip(tokens, prompts):
-      row[:len(prompt)] = prompt
+      row[: len(prompt)] = prompt
     keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
     done = np.zeros(len(prompts), bool)
     # Placed like later states, so that the first call of a program is not a special case.
     tokens, length, limit, done, keys = jax.device_put(
-        (tokens, length, length + np.int32(max_tokens), done, keys), self._placement(weights, prompts))
+      (tokens, length, length + np.int32(max_tokens), done, keys), self._placement(weights, prompts)
+    )
     cache = self.fill(weights, tokens, width)
     return State(tokens, length, limit, done, keys, cache, None, self.heads)
 
@@ -220,8 +237,10 @@ class Decoder:
       return weights["embedding"].sharding
     shards = sharding.batch_shards(mesh)
     if len(prompts) % shards:
-      raise UserError(f"a batch of {len(prompts)} prompts does not divide over {shards} batch "
-                      f"shards (mesh data x fsdp); use a multiple of {shards}")
+      raise UserError(
+        f"a batch of {len(prompts)} prompts does not divide over {shards} batch "
+        f"shards (mesh data x fsdp); use a multiple of {shards}"
+      )
     return jax.sharding.NamedSharding(mesh, sharding.spec(("batch",)))
 
   @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -246,9 +265,10 @@ class Decoder:
     for layer, (mine, cached) in enumerate(zip(self.heads, state.heads)):
       if mine > cached:
         raise UserError(
-            f"granularity {gran.to_text(self.granularity, self.config)} reads {mine} attention "
-            f"heads of layer {layer}, but the last tokens were cached with {cached}: a model with "
-            "nested heads can only step down between tokens; prefill again to step up")
+          f"granularity {gran.to_text(self.granularity, self.config)} reads {mine} attention "
+          f"heads of layer {layer}, but the last tokens were cached with {cached}: a model with "
+          "nested heads can only step down between tokens; prefill again to step up"
+        )
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
   def _advance(self, weights, state: State, steps):
@@ -267,8 +287,10 @@ class Decoder:
 
   def narrow(self, weights):
     """The weights this granularity uses, from `lay_out`'s."""
-    return {**weights, "blocks": kv.narrow(weights["blocks"], self.config, self.execution,
-                                           self.granularity)}
+    return {
+      **weights,
+      "blocks": kv.narrow(weights["blocks"], self.config, self.execution, self.granularity),
+    }
 
   def extend(self, weights, tokens, cache, start):
     """Runs T tokens [B, T] from positions `start`: (hidden [B, T, D], cache)."""
@@ -278,15 +300,24 @@ class Decoder:
 
   def run_layers(self, weights, x, cache, start):
     """The layers' share of `extend`."""
-    return kv.extend(weights["blocks"], self.config, self.execution, self.granularity, x, cache,
-                     start, self.block_class)
+    return kv.extend(
+      weights["blocks"],
+      self.config,
+      self.execution,
+      self.granularity,
+      x,
+      cache,
+      start,
+      self.block_class,
+    )
 
   def logits(self, weights, hidden) -> jax.Array:
     """float32 logits [B, T, V] of hidden [B, T, D]."""
     if self.execution.flat_weights and hidden.dtype == jnp.float32:  # faster with few rows
       return layers.project_in(hidden, weights["embedding"], self.execution)
-    return jnp.einsum("btd,vd->btv", hidden, weights["embedding"],
-                      preferred_element_type=jnp.float32)
+    return jnp.einsum(
+      "btd,vd->btv", hidden, weights["embedding"], preferred_element_type=jnp.float32
+    )
 
   def choose(self, logits, state: State) -> jax.Array:
     """[B] next tokens from logits [B, V]."""

@@ -12,16 +12,16 @@ there is one cache and one set of weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matformer_jax.decoding import decode
 from matformer_jax import granularity as gran
+from matformer_jax.decoding import decode
 from matformer_jax.decoding.decode import Decoder, State
 from matformer_jax.errors import UserError
 
@@ -37,8 +37,11 @@ _PRIOR_RATE, _PRIOR_TOKENS = 0.9, 4.0
 _FORGET = 0.98  # per round: old evidence fades, since text changes
 
 
-@functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=("rounds", "drafted", "tested", "accepted"), meta_fields=())
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("rounds", "drafted", "tested", "accepted"),
+  meta_fields=(),
+)
 @dataclasses.dataclass(frozen=True)
 class Stats:
   """Counts of one batch, float32 [B] (exact below 2^24).
@@ -71,8 +74,11 @@ class Stats:
 
 def expected_tokens(acceptance, draft_length):
   """(1 - a^(k+1)) / (1 - a): tokens a round yields (Leviathan et al., Equation 1)."""
-  a = np.minimum(acceptance, 1 - 1e-6) if isinstance(acceptance, float) else jnp.minimum(
-      acceptance, 1 - 1e-6)
+  a = (
+    np.minimum(acceptance, 1 - 1e-6)
+    if isinstance(acceptance, float)
+    else jnp.minimum(acceptance, 1 - 1e-6)
+  )
   return (1 - a ** (draft_length + 1)) / (1 - a)
 
 
@@ -112,35 +118,62 @@ class SpeculativeDecoder:
     if (v.sampling, v.eos_id) != (d.sampling, d.eos_id):
       raise UserError("draft and verifier must have the same sampling and end-of-text id")
     if v.config.vocab_size != d.config.vocab_size:
-      raise UserError(f"the draft's vocabulary of {d.config.vocab_size} is not the verifier's, "
-                      f"{v.config.vocab_size}; use a draft trained with the same tokenizer")
+      raise UserError(
+        f"the draft's vocabulary of {d.config.vocab_size} is not the verifier's, "
+        f"{v.config.vocab_size}; use a draft trained with the same tokenizer"
+      )
     if self.share_cache:
       if v.config != d.config:
-        raise UserError("only submodels of one model can share a cache; use share_cache=False "
-                        "for a draft of its own")
+        raise UserError(
+          "only submodels of one model can share a cache; use share_cache=False "
+          "for a draft of its own"
+        )
       name = lambda m: gran.to_text(m.granularity, m.config)
-      wider = [(a, b) for a, b in zip(d.granularity.ffn + d.granularity.heads,
-                                      v.granularity.ffn + v.granularity.heads) if a > b]
+      wider = [
+        (a, b)
+        for a, b in zip(
+          d.granularity.ffn + d.granularity.heads, v.granularity.ffn + v.granularity.heads
+        )
+        if a > b
+      ]
       if wider:
-        raise UserError(f"draft {name(d)} has a layer wider than verifier {name(v)}; draft with a "
-                        "smaller granularity")
+        raise UserError(
+          f"draft {name(d)} has a layer wider than verifier {name(v)}; draft with a "
+          "smaller granularity"
+        )
     if self.draft_vocab is not None and not all(
-        0 <= t < v.config.vocab_size for t in self.draft_vocab):
+      0 <= t < v.config.vocab_size for t in self.draft_vocab
+    ):
       raise UserError(f"draft_vocab must be token ids in 0..{v.config.vocab_size - 1}")
 
-  def prefill(self, weights, draft_weights, prompts: Sequence[Sequence[int]], max_tokens: int,
-              seeds: Sequence[int]) -> State:
+  def prefill(
+    self,
+    weights,
+    draft_weights,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    seeds: Sequence[int],
+  ) -> State:
     """As Decoder.prefill; fills the draft's cache too where it has its own."""
-    state = self.verifier.prefill(weights, prompts, max_tokens, seeds,
-                                  spare=max(self.draft_lengths) + 2)
+    state = self.verifier.prefill(
+      weights, prompts, max_tokens, seeds, spare=max(self.draft_lengths) + 2
+    )
     if self.share_cache:
       return state
     width = decode.bucket(max(map(len, prompts)))
     return dataclasses.replace(
-        state, draft_cache=self.draft.fill(draft_weights, state.tokens, width))
+      state, draft_cache=self.draft.fill(draft_weights, state.tokens, width)
+    )
 
-  def advance(self, weights, draft_weights, state: State, steps: int, stats: Stats | None = None,
-              costs: Sequence[float] | None = None) -> tuple[State, Stats]:
+  def advance(
+    self,
+    weights,
+    draft_weights,
+    state: State,
+    steps: int,
+    stats: Stats | None = None,
+    costs: Sequence[float] | None = None,
+  ) -> tuple[State, Stats]:
     """Adds at least `steps` tokens to every sequence that is not done, unless it ends.
 
     `state` is consumed. A sequence may get up to k more than `steps`.
@@ -159,8 +192,9 @@ class SpeculativeDecoder:
       stats = Stats.zero(state)
     if costs is None:
       costs = [k * self.cost_ratio() + 1 for k in self.draft_lengths]
-    state, stats = self._advance(weights, draft_weights, state, stats, jnp.int32(steps),
-                                 jnp.asarray(costs, jnp.float32))
+    state, stats = self._advance(
+      weights, draft_weights, state, stats, jnp.int32(steps), jnp.asarray(costs, jnp.float32)
+    )
     return dataclasses.replace(state, heads=self.verifier.heads), stats
 
   def cost_ratio(self) -> float:
@@ -220,11 +254,15 @@ class SpeculativeDecoder:
     new = jnp.concatenate([drafted, jnp.zeros_like(own)[:, None]], axis=1)
     new = jnp.where(jnp.arange(k + 1) == accepted[:, None], own[:, None], new)
     alive = 1.0 - state.done
-    stats = Stats(stats.rounds + alive, stats.drafted + k * alive,
-                  stats.tested + alive * jnp.minimum(accepted + 1, k),
-                  stats.accepted + alive * accepted)
-    state = state.append(new, accepted + 1, self.verifier.eos_id, cache=cache,
-                         draft_cache=draft_cache)
+    stats = Stats(
+      stats.rounds + alive,
+      stats.drafted + k * alive,
+      stats.tested + alive * jnp.minimum(accepted + 1, k),
+      stats.accepted + alive * accepted,
+    )
+    state = state.append(
+      new, accepted + 1, self.verifier.eos_id, cache=cache, draft_cache=draft_cache
+    )
     return state, stats
 
   def _draft(self, weights, k: int, state: State):
@@ -271,8 +309,9 @@ class SpeculativeDecoder:
       whole = jnp.full(q.shape[:2] + p.shape[-1:], -jnp.inf)
       q = whole.at[..., np.array(self.draft_vocab)].set(q)
     positions = state.length[:, None] + jnp.arange(drafted.shape[1])
-    uniform = jax.vmap(lambda at: jax.vmap(jax.random.uniform)(
-        decode.stream(state.keys, at, _ACCEPT)), 1, 1)(positions)
+    uniform = jax.vmap(
+      lambda at: jax.vmap(jax.random.uniform)(decode.stream(state.keys, at, _ACCEPT)), 1, 1
+    )(positions)
     accepted, log_residual = accept_sampled(drafted, q, p, uniform)
     keys = decode.stream(state.keys, state.length + accepted, _RESIDUAL)
     return accepted, decode.draw(keys, log_residual)

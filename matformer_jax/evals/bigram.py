@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 
-def bigram_loss(train: np.ndarray, validation: np.ndarray, vocab_size: int,
-                discount: float = 0.75) -> float:
+def bigram_loss(
+  train: np.ndarray, validation: np.ndarray, vocab_size: int, discount: float = 0.75
+) -> float:
   """Validation cross-entropy of an interpolated Kneser-Ney bigram, nats per token.
 
   p(w | v) = max(c(v w) - d, 0) / c(v) + d n(v) / c(v) * q(w), where n(v) counts the
@@ -24,13 +25,16 @@ def bigram_loss(train: np.ndarray, validation: np.ndarray, vocab_size: int,
   total = np.bincount(first, weights=counts, minlength=vocab_size)
   successors = np.bincount(first, minlength=vocab_size)
   predecessors = np.bincount(second, minlength=vocab_size)
-  q = (np.maximum(predecessors - discount, 0)
-       + discount * np.count_nonzero(predecessors) / vocab_size) / len(pairs)
+  q = (
+    np.maximum(predecessors - discount, 0) + discount * np.count_nonzero(predecessors) / vocab_size
+  ) / len(pairs)
   wanted = key(np.asarray(validation))
   v, w = wanted // vocab_size, wanted % vocab_size
   at = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
   seen = np.where(pairs[at] == wanted, counts[at], 0)
   safe_total = np.maximum(total[v], 1)
-  p = np.maximum(seen - discount, 0) / safe_total + np.where(
-      total[v] > 0, discount * successors[v] / safe_total, 1.0) * q[w]
+  p = (
+    np.maximum(seen - discount, 0) / safe_total
+    + np.where(total[v] > 0, discount * successors[v] / safe_total, 1.0) * q[w]
+  )
   return float(-np.mean(np.log(p)))

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 import functools
-from typing import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from matformer_jax import granularity as gran
-from matformer_jax.models import losses
 from matformer_jax.config import Execution, MatViTConfig
 from matformer_jax.evals import Result
+from matformer_jax.models import losses
 from matformer_jax.models.matvit import MatViT
 
 METRICS = ("loss", "accuracy", "agreement", "kl")
 
 
-def evaluate(config: MatViTConfig, execution: Execution, params,
-             granularities: Sequence[gran.Granularity], batches: Iterable[dict[str, jax.Array]],
-             loss: str = "softmax", consistency: bool = True,
-             should_stop: Callable[[], bool] = lambda: False,
-             progress: Callable[[int], None] = lambda n: None) -> list[Result] | None:
+def evaluate(
+  config: MatViTConfig,
+  execution: Execution,
+  params,
+  granularities: Sequence[gran.Granularity],
+  batches: Iterable[dict[str, jax.Array]],
+  loss: str = "softmax",
+  consistency: bool = True,
+  should_stop: Callable[[], bool] = lambda: False,
+  progress: Callable[[int], None] = lambda n: None,
+) -> list[Result] | None:
   """Measures granularities on the same images.
 
   Args:
@@ -62,8 +68,9 @@ def evaluate(config: MatViTConfig, execution: Execution, params,
 @functools.partial(jax.jit, static_argnums=(2, 3, 4), static_argnames=("features",))
 def logits(params, images, config, execution, granularity, features: bool = False) -> jax.Array:
   """float32 [B, C], or the representation [B, F] that the head is given."""
-  return MatViT(config, execution).apply({"params": params}, images, granularity=granularity,
-                                         return_features=features)
+  return MatViT(config, execution).apply(
+    {"params": params}, images, granularity=granularity, return_features=features
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -83,5 +90,6 @@ def _measure(params, batch, reference, config, execution, granularity, loss):
     want, have = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits_BxC)
     kl_B = jnp.sum(jnp.exp(want) * (want - have), 1)
   loss_B = losses.CLASSIFICATION[loss](logits_BxC, targets_BxC)
-  return jnp.stack([jnp.sum(jnp.where(valid_B, x, 0))
-                    for x in (valid_B, loss_B, right_B, agree_B, kl_B)])
+  return jnp.stack(
+    [jnp.sum(jnp.where(valid_B, x, 0)) for x in (valid_B, loss_B, right_B, agree_B, kl_B)]
+  )

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import math
-from typing import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from matformer_jax import granularity as gran
-from matformer_jax.models import losses
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.evals import Result
+from matformer_jax.models import losses
 from matformer_jax.models.matlm import MatLM
 
 METRICS = ("loss", "agreement", "kl")
 
 
-def evaluate(config: MatLMConfig, execution: Execution, params,
-             granularities: Sequence[gran.Granularity], batches: Iterable[np.ndarray],
-             consistency: bool = True, should_stop: Callable[[], bool] = lambda: False,
-             progress: Callable[[int], None] = lambda n: None) -> list[Result] | None:
+def evaluate(
+  config: MatLMConfig,
+  execution: Execution,
+  params,
+  granularities: Sequence[gran.Granularity],
+  batches: Iterable[np.ndarray],
+  consistency: bool = True,
+  should_stop: Callable[[], bool] = lambda: False,
+  progress: Callable[[int], None] = lambda n: None,
+) -> list[Result] | None:
   """Teacher-forced measurements on the same batches, against the full model.
 
   Args:
@@ -65,8 +71,9 @@ def _exp(x: float) -> float:
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _hidden(params, batch, config, execution, granularity):
   model = MatLM(config, execution)
-  return model.apply({"params": params}, batch[:, :-1], granularity=granularity,
-                     return_hidden=True)[0]
+  return model.apply(
+    {"params": params}, batch[:, :-1], granularity=granularity, return_hidden=True
+  )[0]
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
@@ -74,7 +81,8 @@ def _measure(params, batch, reference, config, execution, granularity):
   """Sums over tokens of (nll, agreement, kl) of one batch, in chunks along T."""
   inputs, targets = batch[:, :-1], batch[:, 1:]
   hidden, embedding = MatLM(config, execution).apply(
-      {"params": params}, inputs, granularity=granularity, return_hidden=True)
+    {"params": params}, inputs, granularity=granularity, return_hidden=True
+  )
   rows, length = inputs.shape
   chunks = losses.num_chunks(inputs.shape, config.vocab_size, execution)
 

@@ -6,13 +6,13 @@ the disk, not by the device; each block is split over the devices.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 import functools
-from typing import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+import numpy as np
 
 from matformer_jax import sharding
 from matformer_jax.errors import UserError
@@ -22,9 +22,14 @@ BACKENDS = ("jax", "faiss")
 QUERY_ROWS = 1024  # queries taken at a time
 
 
-def search(queries_QxF: np.ndarray, blocks: Iterable[np.ndarray], k: int, metric: str = "cosine",
-           backend: str = "jax", devices: Sequence[jax.Device] | None = None
-           ) -> tuple[np.ndarray, np.ndarray]:
+def search(
+  queries_QxF: np.ndarray,
+  blocks: Iterable[np.ndarray],
+  k: int,
+  metric: str = "cosine",
+  backend: str = "jax",
+  devices: Sequence[jax.Device] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
   """The k nearest rows of a corpus, nearest first; of equally near ones the first.
 
   Args:
@@ -60,8 +65,10 @@ def search(queries_QxF: np.ndarray, blocks: Iterable[np.ndarray], k: int, metric
 
 def _checked(block: np.ndarray, width: int) -> np.ndarray:
   if block.shape[1] != width:
-    raise UserError(f"queries have {width} features and the corpus {block.shape[1]}; both need "
-                    "encoders of one width")
+    raise UserError(
+      f"queries have {width} features and the corpus {block.shape[1]}; both need "
+      "encoders of one width"
+    )
   return np.asarray(block, np.float32)
 
 
@@ -71,7 +78,7 @@ def _normalized(x: np.ndarray) -> np.ndarray:
 
 def _search_jax(queries, blocks, k, metric, devices):
   mesh = sharding.make_mesh({"data": -1}, devices)
-  groups = [jnp.asarray(queries[i:i + QUERY_ROWS]) for i in range(0, len(queries), QUERY_ROWS)]
+  groups = [jnp.asarray(queries[i : i + QUERY_ROWS]) for i in range(0, len(queries), QUERY_ROWS)]
   best: list = [None] * len(groups)
   first = 0
   for block in blocks:
@@ -104,8 +111,12 @@ def _nearest(queries_QxF, block_RxF, rows, mesh: Mesh, k: int, metric: str):
 
   split = PartitionSpec(sharding.DATA)
   scores, numbers = jax.shard_map(
-      on_device, mesh=mesh, in_specs=(PartitionSpec(), split),
-      out_specs=(PartitionSpec(None, sharding.DATA),) * 2, check_vma=False)(queries_QxF, block_RxF)
+    on_device,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), split),
+    out_specs=(PartitionSpec(None, sharding.DATA),) * 2,
+    check_vma=False,
+  )(queries_QxF, block_RxF)
   scores, places = jax.lax.top_k(scores, min(k, scores.shape[1]))
   return scores, jnp.take_along_axis(numbers, places, 1)
 
@@ -139,8 +150,9 @@ def vote(labels_Qxk: np.ndarray) -> np.ndarray:
   return np.take_along_axis(labels_Qxk, same_Qxkxk.sum(2).argmax(1)[:, None], 1)[:, 0]
 
 
-def accuracy(neighbours_Qxk: np.ndarray, corpus_labels_N: np.ndarray, query_labels_QxR: np.ndarray,
-             k: int) -> float:
+def accuracy(
+  neighbours_Qxk: np.ndarray, corpus_labels_N: np.ndarray, query_labels_QxR: np.ndarray, k: int
+) -> float:
   """Share of queries whose k nearest neighbours vote for one of the query's classes.
 
   Args:

@@ -10,8 +10,8 @@ import subprocess
 import sys
 from typing import Any
 
-from matformer_jax.checkpoints import checkpoint
 from matformer_jax import cli
+from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import MatViTConfig, model_config
 from matformer_jax.errors import UserError
 
@@ -22,8 +22,10 @@ def run(module: str, *args: str | os.PathLike) -> None:
   print(f"\n$ python {shlex.join(command[1:])}", flush=True)
   code = subprocess.run(command).returncode
   if code:
-    raise UserError(f"the command above ended with {code}; mend what it says and run this again: "
-                    "what is done is kept")
+    raise UserError(
+      f"the command above ended with {code}; mend what it says and run this again: "
+      "what is done is kept"
+    )
 
 
 def read_matvit(flag) -> tuple[Any, MatViTConfig]:

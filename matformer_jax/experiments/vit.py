@@ -13,12 +13,12 @@ and what became of the paper's claims.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import math
 import pathlib
 import statistics
-from typing import Sequence
 
 from absl import flags
 import numpy as np
@@ -52,29 +52,44 @@ class Measured:
   images: int = 0
 
 
-def run_seed(config, model: MatViTConfig, seed: int, root: pathlib.Path, ladder: int,
-             found: Measured) -> None:
+def run_seed(
+  config, model: MatViTConfig, seed: int, root: pathlib.Path, ladder: int, found: Measured
+) -> None:
   """Trains and measures everything for one seed; adds to `found`."""
   names, g = gran.names(model), model.num_granularities
 
   def train(workdir, seed, *args):
-    commands.run("train", *commands.overrides(), "--config.eval.every=0", f"--workdir={workdir}",
-                 f"--config.seed={seed}", *args)
+    commands.run(
+      "train",
+      *commands.overrides(),
+      "--config.eval.every=0",
+      f"--workdir={workdir}",
+      f"--config.seed={seed}",
+      *args,
+    )
 
   universal = root / "matvit"
   train(universal, seed)
   alone = {name: root / f"vit_{name}" for name in names}
   for i, (name, ratio) in enumerate(zip(names, model.ffn_ratios), 1):
-    train(alone[name], seed + 1000 * i, f"--config.model.ffn_ratios=({ratio},)",
-          "--config.sampling=uniform", f"--config.steps={config.steps // g}",
-          f"--config.optim.warmup_steps={config.optim.warmup_steps // g}")
+    train(
+      alone[name],
+      seed + 1000 * i,
+      f"--config.model.ffn_ratios=({ratio},)",
+      "--config.sampling=uniform",
+      f"--config.steps={config.steps // g}",
+      f"--config.optim.warmup_steps={config.optim.warmup_steps // g}",
+    )
 
   def evaluation(workdir, *args):
-    return commands.measured(workdir, "evaluation.json", "evaluate", *args,
-                             f"--json={workdir / 'evaluation.json'}")
+    return commands.measured(
+      workdir, "evaluation.json", "evaluate", *args, f"--json={workdir / 'evaluation.json'}"
+    )
 
   def retrieval(workdir, *args):
-    return commands.measured(workdir, "retrieval/retrieval.json", "retrieve", "--k=1", *args)["rows"]
+    return commands.measured(workdir, "retrieval/retrieval.json", "retrieve", "--k=1", *args)[
+      "rows"
+    ]
 
   def add(where, name, share):
     where.setdefault(name, []).append(100 * share)
@@ -84,8 +99,12 @@ def run_seed(config, model: MatViTConfig, seed: int, root: pathlib.Path, ladder:
   for name, row in told["granularities"].items():
     add(found.top1, name, row["accuracy"])
   largest = names[-1]
-  for row in retrieval(universal, f"--ladder={ladder}", "--symmetric=trained",
-                       f"--baselines={','.join(map(str, alone.values()))}"):
+  for row in retrieval(
+    universal,
+    f"--ladder={ladder}",
+    "--symmetric=trained",
+    f"--baselines={','.join(map(str, alone.values()))}",
+  ):
     name = row["granularity"]
     if row["encoder"] != "MatViT":
       name = next(n for n, workdir in alone.items() if str(workdir) == row["encoder"])
@@ -123,9 +142,14 @@ def on_the_line(model: MatViTConfig, top1: dict[str, list[float]]) -> dict[str, 
   params = lambda name: gran.count(model, name).params
   trained = [n for n in gran.names(model) if n in top1]
   seeds = len(next(iter(top1.values())))
-  return {name: [float(np.interp(params(name), [params(t) for t in trained],
-                                 [top1[t][seed] for t in trained])) for seed in range(seeds)]
-          for name in top1 if name not in trained}
+  return {
+    name: [
+      float(np.interp(params(name), [params(t) for t in trained], [top1[t][seed] for t in trained]))
+      for seed in range(seeds)
+    ]
+    for name in top1
+    if name not in trained
+  }
 
 
 def report(model: MatViTConfig, found: Measured) -> str:
@@ -134,25 +158,61 @@ def report(model: MatViTConfig, found: Measured) -> str:
   by_size = lambda name: gran.count(model, name).params
   flops = lambda name: gran.count(model, name).flops
   sizes = tables.table(
-      ("size", "parameters", "FLOPs/image", "MatViT", "ViT alone", "difference"),
-      [(n, f"{by_size(n):,}", tables.si(flops(n)), _show(found.top1[n]), _show(found.independent[n]),
-        _show(_difference(found.top1[n], found.independent[n]))) for n in names])
+    ("size", "parameters", "FLOPs/image", "MatViT", "ViT alone", "difference"),
+    [
+      (
+        n,
+        f"{by_size(n):,}",
+        tables.si(flops(n)),
+        _show(found.top1[n]),
+        _show(found.independent[n]),
+        _show(_difference(found.top1[n], found.independent[n])),
+      )
+      for n in names
+    ],
+  )
   line = on_the_line(model, found.top1)
   mixes = tables.table(
-      ("mix, never trained", "parameters", "MatViT", "on the line", "difference"),
-      [(n, f"{by_size(n):,}", _show(found.top1[n]), _show(line[n]),
-        _show(_difference(found.top1[n], line[n]))) for n in sorted(line, key=by_size)])
+    ("mix, never trained", "parameters", "MatViT", "on the line", "difference"),
+    [
+      (
+        n,
+        f"{by_size(n):,}",
+        _show(found.top1[n]),
+        _show(line[n]),
+        _show(_difference(found.top1[n], line[n])),
+      )
+      for n in sorted(line, key=by_size)
+    ],
+  )
   neighbours = tables.table(
-      ("query encoder", "of XL FLOPs", "images by XL", "both sides", "ViT alone, both sides",
-       "ViT alone, images by XL"),
-      [(n, f"{flops(n) / flops(names[-1]):.1%}", _show(found.asymmetric[n]),
-        _show(found.symmetric.get(n)), _show(found.independent_symmetric.get(n)),
-        _show(found.independent_asymmetric.get(n))) for n in sorted(found.asymmetric, key=by_size)])
+    (
+      "query encoder",
+      "of XL FLOPs",
+      "images by XL",
+      "both sides",
+      "ViT alone, both sides",
+      "ViT alone, images by XL",
+    ),
+    [
+      (
+        n,
+        f"{flops(n) / flops(names[-1]):.1%}",
+        _show(found.asymmetric[n]),
+        _show(found.symmetric.get(n)),
+        _show(found.independent_symmetric.get(n)),
+        _show(found.independent_asymmetric.get(n)),
+      )
+      for n in sorted(found.asymmetric, key=by_size)
+    ],
+  )
   share = statistics.mean(found.top1[names[-1]]) / 100
   error = 100 * math.sqrt(share * (1 - share) / found.images)
-  return (f"Top-1 accuracy (%; Figure 4)\n\n{sizes}\n\nMix'n'Match (Section 4.2.1)\n\n{mixes}\n\n"
-          f"1-NN accuracy (%; Figure 5, Table 8)\n\n{neighbours}\n\n"
-          f"Standard error of one top-1 accuracy, of {found.images:,} images: {error:.2f} points.")
+  return (
+    f"Top-1 accuracy (%; Figure 4)\n\n{sizes}\n\nMix'n'Match (Section 4.2.1)\n\n{mixes}\n\n"
+    f"1-NN accuracy (%; Figure 5, Table 8)\n\n{neighbours}\n\n"
+    f"Standard error of one top-1 accuracy, of {found.images:,} images: {error:.2f} points."
+  )
 
 
 def claims(model: MatViTConfig, found: Measured) -> list[str]:
@@ -171,51 +231,93 @@ def claims(model: MatViTConfig, found: Measured) -> list[str]:
   strangers = max(mean(v) for v in found.independent_asymmetric.values())
   chance = 100 / model.num_classes
   return [
-      f"Nested matches independent at every size (within 0.5%): {verdict(gaps[worst] > -0.5)}; "
-      f"differences {', '.join(f'{n} {v:+.2f}' for n, v in gaps.items())}",
-      f"Mixes lie on the line between trained sizes (within 0.5%): "
-      f"{verdict(abs(off[furthest]) < 0.5)}; furthest off {furthest} {off[furthest]:+.2f}",
-      f"A query encoder of at most 60% of the compute loses under 0.5% 1-NN accuracy: "
-      f"{verdict(lost < 0.5)}; {cheap} ({flops(cheap):.0%}) loses {lost:.2f}",
-      f"Independent query encoders fail (at most twice chance, {2 * chance:.0f}%): "
-      f"{verdict(strangers <= 2 * chance)}; the best reaches {strangers:.2f}"]
+    f"Nested matches independent at every size (within 0.5%): {verdict(gaps[worst] > -0.5)}; "
+    f"differences {', '.join(f'{n} {v:+.2f}' for n, v in gaps.items())}",
+    f"Mixes lie on the line between trained sizes (within 0.5%): "
+    f"{verdict(abs(off[furthest]) < 0.5)}; furthest off {furthest} {off[furthest]:+.2f}",
+    f"A query encoder of at most 60% of the compute loses under 0.5% 1-NN accuracy: "
+    f"{verdict(lost < 0.5)}; {cheap} ({flops(cheap):.0%}) loses {lost:.2f}",
+    f"Independent query encoders fail (at most twice chance, {2 * chance:.0f}%): "
+    f"{verdict(strangers <= 2 * chance)}; the best reaches {strangers:.2f}",
+  ]
 
 
-def plots(model: MatViTConfig, found: Measured, root: pathlib.Path, title: str) -> list[pathlib.Path]:
+def plots(
+  model: MatViTConfig, found: Measured, root: pathlib.Path, title: str
+) -> list[pathlib.Path]:
   """accuracy.png (Figure 4) and retrieval.png (Figure 5)."""
   import matplotlib
+
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
+
   names = gran.names(model)
   is_trained = lambda name: name in names
 
   def draw(axes, values, cost, label, **style):
     chosen = sorted(values, key=cost)
     error = [statistics.stdev(values[n]) if len(values[n]) > 1 else 0 for n in chosen]
-    axes.errorbar([cost(n) for n in chosen], [statistics.mean(values[n]) for n in chosen], error,
-                  label=label, capsize=2, **style)
+    axes.errorbar(
+      [cost(n) for n in chosen],
+      [statistics.mean(values[n]) for n in chosen],
+      error,
+      label=label,
+      capsize=2,
+      **style,
+    )
 
   params = lambda n: gran.count(model, n).params / 1e6
   gflops = lambda n: gran.count(model, n).flops / 1e9
   pick = lambda values, keep: {n: v for n, v in values.items() if keep(n)}
   paths = []
   for file, cost, ours, alone, axis, more in (
-      ("accuracy", params, found.top1, found.independent,
-       ("parameters (million)", "top-1 accuracy (%)"), {}),
-      ("retrieval", gflops, found.asymmetric, found.independent_symmetric,
-       ("GFLOPs per query image", "1-NN accuracy (%)"), found.independent_asymmetric)):
+    (
+      "accuracy",
+      params,
+      found.top1,
+      found.independent,
+      ("parameters (million)", "top-1 accuracy (%)"),
+      {},
+    ),
+    (
+      "retrieval",
+      gflops,
+      found.asymmetric,
+      found.independent_symmetric,
+      ("GFLOPs per query image", "1-NN accuracy (%)"),
+      found.independent_asymmetric,
+    ),
+  ):
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     draw(axes, pick(ours, is_trained), cost, "MatViT, one model", marker="o", color="C0")
     mixes = pick(ours, lambda n: not is_trained(n))
-    draw(axes, mixes, cost, "MatViT, Mix'n'Match", marker="D", color="C0", linestyle="", alpha=0.5,
-         markersize=4)
+    draw(
+      axes,
+      mixes,
+      cost,
+      "MatViT, Mix'n'Match",
+      marker="D",
+      color="C0",
+      linestyle="",
+      alpha=0.5,
+      markersize=4,
+    )
     both = " (own embeddings on both sides)" if more else ""
     draw(axes, alone, cost, f"ViT trained alone{both}", marker="s", color="C1", linestyle="--")
     if more:
-      draw(axes, more, cost, "ViT trained alone, images by MatViT-XL", marker="x", color="C3",
-           linestyle=":")
+      draw(
+        axes,
+        more,
+        cost,
+        "ViT trained alone, images by MatViT-XL",
+        marker="x",
+        color="C3",
+        linestyle=":",
+      )
     for n in names:
-      axes.annotate(n, (cost(n), statistics.mean(ours[n])), textcoords="offset points", xytext=(4, 6))
+      axes.annotate(
+        n, (cost(n), statistics.mean(ours[n])), textcoords="offset points", xytext=(4, 6)
+      )
     axes.set(xlabel=axis[0], ylabel=axis[1], title=title)
     axes.grid(alpha=0.3)
     axes.margins(y=0.12)
@@ -239,9 +341,18 @@ def main(argv) -> None:
   print("\n".join(f"- {line}" for line in held))
   title = f"{config.data.source}, {_SEEDS.value} seed{'s' * (_SEEDS.value > 1)}"
   drawn = plots(model, found, root, title)
-  (root / "results.json").write_text(json.dumps(
-      {"model": model.to_dict(), "steps": config.steps, "seeds": _SEEDS.value,
-       "measured": dataclasses.asdict(found), "claims": held}, indent=1))
+  (root / "results.json").write_text(
+    json.dumps(
+      {
+        "model": model.to_dict(),
+        "steps": config.steps,
+        "seeds": _SEEDS.value,
+        "measured": dataclasses.asdict(found),
+        "claims": held,
+      },
+      indent=1,
+    )
+  )
   print(f"\nwrote {', '.join(map(str, drawn))}, {root / 'results.json'}")
 
 
@@ -249,7 +360,8 @@ if __name__ == "__main__":
   _CONFIG = cli.define_config()
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all runs and results.")
   _SEEDS = flags.DEFINE_integer("seeds", 1, "Repetitions with other seeds.", lower_bound=1)
-  _LADDER = flags.DEFINE_integer("ladder", 9, "About how many models of the Mix'n'Match ladder.",
-                                 lower_bound=2)
+  _LADDER = flags.DEFINE_integer(
+    "ladder", 9, "About how many models of the Mix'n'Match ladder.", lower_bound=2
+  )
   flags.adopt_module_key_flags(cli)
   cli.run(main)

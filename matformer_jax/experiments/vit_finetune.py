@@ -29,8 +29,9 @@ from matformer_jax.experiments import commands
 CELLS = ("plain, plain", "plain, nested", "nested, plain", "nested, nested")
 
 
-def run(config, model: MatViTConfig, root: pathlib.Path, pretrain: str, finetune: str,
-        finetune_steps: int) -> dict[str, dict[str, float]]:
+def run(
+  config, model: MatViTConfig, root: pathlib.Path, pretrain: str, finetune: str, finetune_steps: int
+) -> dict[str, dict[str, float]]:
   """{cell: {size: top-1}}, trained and measured where not yet done."""
   names, g = gran.names(model), model.num_granularities
   largest_only = "--config.sampling=" + "/".join("0" * (g - 1) + "1")
@@ -38,16 +39,28 @@ def run(config, model: MatViTConfig, root: pathlib.Path, pretrain: str, finetune
   def train(name: str, classes: str, steps: int, *args: str) -> pathlib.Path:
     workdir = root / name
     warmup = max(config.optim.warmup_steps * steps // config.steps, 1)
-    commands.run("train", *commands.overrides(), f"--workdir={workdir}", "--config.eval.every=0",
-                 f"--config.data.classes=({classes},)", f"--config.steps={steps}",
-                 f"--config.model.num_classes={len(classes.split(','))}",
-                 f"--config.optim.warmup_steps={warmup}", *args)
+    commands.run(
+      "train",
+      *commands.overrides(),
+      f"--workdir={workdir}",
+      "--config.eval.every=0",
+      f"--config.data.classes=({classes},)",
+      f"--config.steps={steps}",
+      f"--config.model.num_classes={len(classes.split(','))}",
+      f"--config.optim.warmup_steps={warmup}",
+      *args,
+    )
     return workdir
 
   def tuned(name: str, source: pathlib.Path, steps: int, *args: str) -> dict[str, float]:
     workdir = train(name, finetune, steps, f"--config.init_from={source}", *args)
-    rows = commands.measured(workdir, "evaluation.json", "evaluate", "--metrics=accuracy",
-                             f"--json={workdir / 'evaluation.json'}")["granularities"]
+    rows = commands.measured(
+      workdir,
+      "evaluation.json",
+      "evaluate",
+      "--metrics=accuracy",
+      f"--json={workdir / 'evaluation.json'}",
+    )["granularities"]
     return {size: row["accuracy"] for size, row in rows.items()}
 
   cells: dict[str, dict[str, float]] = {cell: {} for cell in CELLS}
@@ -72,9 +85,12 @@ def run(config, model: MatViTConfig, root: pathlib.Path, pretrain: str, finetune
 def report(model: MatViTConfig, cells: dict[str, dict[str, float]]) -> str:
   """Table 7: a row per size, a column per cell, in percent."""
   return tables.table(
-      ("pretrained, fine-tuned:", "parameters", *CELLS),
-      [(name, f"{gran.count(model, name).params:,}", *(f"{100 * cells[c][name]:.2f}" for c in CELLS))
-       for name in reversed(gran.names(model))])
+    ("pretrained, fine-tuned:", "parameters", *CELLS),
+    [
+      (name, f"{gran.count(model, name).params:,}", *(f"{100 * cells[c][name]:.2f}" for c in CELLS))
+      for name in reversed(gran.names(model))
+    ],
+  )
 
 
 def main(argv) -> None:
@@ -84,23 +100,38 @@ def main(argv) -> None:
   pretrain, finetune = ",".join(_PRETRAIN.value), ",".join(_FINETUNE.value)
   steps = _STEPS.value or config.steps
   cells = run(config, model, root, pretrain, finetune, steps)
-  print(f"\n{config.data.source}: pretrained on classes {pretrain}, fine-tuned and measured on "
-        f"{finetune}; top-1 (%), Table 7\n\n{report(model, cells)}")
+  print(
+    f"\n{config.data.source}: pretrained on classes {pretrain}, fine-tuned and measured on "
+    f"{finetune}; top-1 (%), Table 7\n\n{report(model, cells)}"
+  )
   path = root / "table7.json"
-  path.write_text(json.dumps({"model": model.to_dict(), "steps": config.steps, "finetune_steps": steps,
-                              "pretrain_classes": pretrain, "finetune_classes": finetune,
-                              "top1": cells}, indent=1))
+  path.write_text(
+    json.dumps(
+      {
+        "model": model.to_dict(),
+        "steps": config.steps,
+        "finetune_steps": steps,
+        "pretrain_classes": pretrain,
+        "finetune_classes": finetune,
+        "top1": cells,
+      },
+      indent=1,
+    )
+  )
   print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":
   _CONFIG = cli.define_config()
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all runs and results.")
-  _PRETRAIN = flags.DEFINE_list("pretrain_classes", ["1", "3", "5", "7", "9"],
-                                "Classes to pretrain on.")
-  _FINETUNE = flags.DEFINE_list("finetune_classes", ["0", "2", "4", "6", "8"],
-                                "Classes to fine-tune and measure on.")
-  _STEPS = flags.DEFINE_integer("finetune_steps", 0, "Steps of nested fine-tuning; 0: as many as of "
-                                "pretraining.", lower_bound=0)
+  _PRETRAIN = flags.DEFINE_list(
+    "pretrain_classes", ["1", "3", "5", "7", "9"], "Classes to pretrain on."
+  )
+  _FINETUNE = flags.DEFINE_list(
+    "finetune_classes", ["0", "2", "4", "6", "8"], "Classes to fine-tune and measure on."
+  )
+  _STEPS = flags.DEFINE_integer(
+    "finetune_steps", 0, "Steps of nested fine-tuning; 0: as many as of pretraining.", lower_bound=0
+  )
   flags.adopt_module_key_flags(cli)
   cli.run(main)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import time
-from typing import Iterator, Sequence
 
 from matformer_jax import runtime, tables
 
@@ -82,8 +82,11 @@ class Ledger:
     """A table of `totals`."""
     totals = self.totals()
     wall = sum(totals.values())
-    rows = [[name, f"{seconds:,.1f}", f"{100 * seconds / wall:.1f}%"]
-            for name, seconds in totals.items() if seconds > 0]
+    rows = [
+      [name, f"{seconds:,.1f}", f"{100 * seconds / wall:.1f}%"]
+      for name, seconds in totals.items()
+      if seconds > 0
+    ]
     rows.append(["wall-clock", f"{wall:,.1f}", "100.0%"])
     attempts = len(self._earlier) + 1
     title = f"goodput {100 * totals['step'] / wall:.1f}%"
@@ -100,8 +103,10 @@ def total_seconds(attempts: Sequence[_Attempt]) -> dict[str, float]:
 
 def _read(path: pathlib.Path) -> list[_Attempt]:
   try:
-    return [_Attempt(**{**a, "seconds": dict.fromkeys(PHASES, 0.0) | a["seconds"]})
-            for a in json.loads(path.read_text())]
+    return [
+      _Attempt(**{**a, "seconds": dict.fromkeys(PHASES, 0.0) | a["seconds"]})
+      for a in json.loads(path.read_text())
+    ]
   except (OSError, ValueError, TypeError, KeyError):
     return []  # a new run, or an account that cannot be read: begin another
 

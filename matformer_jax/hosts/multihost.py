@@ -11,6 +11,7 @@ which process 0 serves: a beat counter and, once it leaves, its exit code and wh
 from __future__ import annotations
 
 import atexit
+from collections.abc import Iterator
 import contextlib
 import ctypes
 import faulthandler
@@ -22,11 +23,11 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, Iterator, NoReturn
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 
 from matformer_jax.errors import UserError
 
@@ -45,8 +46,14 @@ class Hosts:
     timeout_s: how long a silent peer is waited for.
   """
 
-  def __init__(self, index: int = 0, count: int = 1, timeout_s: float = 60.0, client=None,
-               coordinator: str = ""):
+  def __init__(
+    self,
+    index: int = 0,
+    count: int = 1,
+    timeout_s: float = 60.0,
+    client=None,
+    coordinator: str = "",
+  ):
     self.index, self.count, self.timeout_s = index, count, timeout_s
     self._client, self._coordinator = client, coordinator
     self._beat, self._gathers = 0, 0
@@ -104,9 +111,10 @@ class Hosts:
         path, ours, theirs = differing[0]
         more = f" (and {len(differing) - 1} more fields)" if len(differing) > 1 else ""
         raise UserError(
-            f"the processes were not started alike: {path} is {theirs!r} on process {index} "
-            f"({other['host']}) and {ours!r} on process 0 ({reference['host']}){more}; start all "
-            "processes with the same command, code and data")
+          f"the processes were not started alike: {path} is {theirs!r} on process {index} "
+          f"({other['host']}) and {ours!r} on process 0 ({reference['host']}){more}; start all "
+          "processes with the same command, code and data"
+        )
     self._watching = True
 
   # ------------------------------------------------------------------ leaving
@@ -122,8 +130,10 @@ class Hosts:
     except Exception as e:
       if self.count > 1:
         # A collective fails at once where a peer dies; who it was shows in the missing beats.
-        say_here(f"process {self.index}: {type(e).__name__}: {_first_line(e)}; waiting up to "
-                 f"{self.timeout_s:g} s to see whether a peer is gone")
+        say_here(
+          f"process {self.index}: {type(e).__name__}: {_first_line(e)}; waiting up to "
+          f"{self.timeout_s:g} s to see whether a peer is gone"
+        )
         time.sleep(self.timeout_s + 3 * self._interval)
         while self._exit_code is not None:  # another thread knows better, and is leaving
           time.sleep(1)
@@ -184,8 +194,11 @@ class Hosts:
       self._state.update(news)
       self._beat += 1
       with contextlib.suppress(Exception):  # an unreachable store is _watch_coordinator's matter
-        self._client.key_value_set(f"{_ENTRY}{self.index}", json.dumps(
-            {"beat": self._beat, **self._state}), allow_overwrite=True)
+        self._client.key_value_set(
+          f"{_ENTRY}{self.index}",
+          json.dumps({"beat": self._beat, **self._state}),
+          allow_overwrite=True,
+        )
 
   def _peers(self) -> dict[int, dict[str, Any]]:
     """The other processes' entries; empty where the store cannot be reached."""
@@ -224,15 +237,21 @@ class Hosts:
     return self._silent.get(index, 0.0) > self.timeout_s
 
   def _who_is_lost(self) -> str:
-    return "; ".join(f"lost process {index} ({self._peer_hosts[index]}): no sign of life for "
-                     f"{self._silent[index]:.0f} s" for index in self._silent if self._is_lost(index))
+    return "; ".join(
+      f"lost process {index} ({self._peer_hosts[index]}): no sign of life for "
+      f"{self._silent[index]:.0f} s"
+      for index in self._silent
+      if self._is_lost(index)
+    )
 
   def _follow(self, index: int, peer: dict[str, Any]) -> NoReturn:
     time.sleep(0.5)  # a failure of this process's own is told first
     if self._exit_code is None:
       word = "" if peer["code"] > 128 else "error: "  # a signal is not an error
-      say_here(f"{word}process {self.index} leaves because process {index} ({peer['host']}) did: "
-               f"{peer['why']}")
+      say_here(
+        f"{word}process {self.index} leaves because process {index} ({peer['host']}) did: "
+        f"{peer['why']}"
+      )
       if peer["code"] == EXIT_RETRY:
         faulthandler.dump_traceback(all_threads=True)
       self.leave(peer["code"], peer["why"])
@@ -249,7 +268,9 @@ class Hosts:
         self._answered = now  # this process itself was stopped
       last_round = now
       if now - self._answered > self.timeout_s and self._exit_code is None:
-        self._give_up_alone(f"{self._lost_coordinator()}: no answer for {now - self._answered:.0f} s")
+        self._give_up_alone(
+          f"{self._lost_coordinator()}: no answer for {now - self._answered:.0f} s"
+        )
 
   def _aborted(self) -> None:
     """JAX's client aborts the process when the coordinator goes away, or reports a lost peer."""
@@ -269,8 +290,10 @@ class Hosts:
     os._exit(EXIT_RETRY)
 
   def _dump(self, why: str) -> None:
-    say_here(f"error: process {self.index}: {why}; exit code {EXIT_RETRY}: run the same command "
-             "again. Stacks of this process:")
+    say_here(
+      f"error: process {self.index}: {why}; exit code {EXIT_RETRY}: run the same command "
+      "again. Stacks of this process:"
+    )
     faulthandler.dump_traceback(all_threads=True)
 
 
@@ -306,9 +329,11 @@ class Signals:
     stops, draws = np.asarray(sent).T
     for device, draw in zip(self._devices, draws):
       if draw != draws[0]:
-        raise UserError(f"process {device.process_index} drew another granularity at step {step} "
-                        f"than process {self._devices[0].process_index}; start all processes with "
-                        "the same code and config")
+        raise UserError(
+          f"process {device.process_index} drew another granularity at step {step} "
+          f"than process {self._devices[0].process_index}; start all processes with "
+          "the same code and config"
+        )
     return bool(stops.any())
 
   def any(self, stop: bool) -> bool:
@@ -320,8 +345,9 @@ class Signals:
 # ------------------------------------------------------------------- joining
 
 
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None,
-         timeout_s: float) -> Hosts:
+def join(
+  coordinator: str | None, num_processes: int | None, process_id: int | None, timeout_s: float
+) -> Hosts:
   """Joins the job this process is part of.
 
   By the arguments where given (all three); else by what a TPU slice, Slurm or Open MPI
@@ -334,8 +360,11 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
   Raises:
     UserError: for incomplete or impossible arguments.
   """
-  given = {"--coordinator": coordinator, "--num_processes": num_processes,
-           "--process_id": process_id}
+  given = {
+    "--coordinator": coordinator,
+    "--num_processes": num_processes,
+    "--process_id": process_id,
+  }
   missing = [name for name, value in given.items() if value is None]
   if timeout_s <= 0:
     raise UserError(f"peer_timeout_s={timeout_s} must be positive")
@@ -344,27 +373,44 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
       return Hosts(timeout_s=timeout_s)
     where = {}
   elif missing:
-    raise UserError(f"{' and '.join(missing)} missing: --coordinator, --num_processes and "
-                    "--process_id go together (on TPU slices, Slurm and Open MPI leave all three "
-                    "out)")
+    raise UserError(
+      f"{' and '.join(missing)} missing: --coordinator, --num_processes and "
+      "--process_id go together (on TPU slices, Slurm and Open MPI leave all three "
+      "out)"
+    )
   else:
     _check_place(coordinator, num_processes, process_id)
     if num_processes == 1:
       return Hosts(timeout_s=timeout_s)
-    where = {"coordinator_address": coordinator, "num_processes": num_processes,
-             "process_id": process_id, "cluster_detection_method": "deactivate"}
+    where = {
+      "coordinator_address": coordinator,
+      "num_processes": num_processes,
+      "process_id": process_id,
+      "cluster_detection_method": "deactivate",
+    }
   try:
     # JAX's own check for silent peers aborts the process: ours must come first.
-    jax.distributed.initialize(**where, heartbeat_timeout_seconds=int(3 * timeout_s) + 10,
-                               shutdown_timeout_seconds=int(timeout_s) + 1)
+    jax.distributed.initialize(
+      **where,
+      heartbeat_timeout_seconds=int(3 * timeout_s) + 10,
+      shutdown_timeout_seconds=int(timeout_s) + 1,
+    )
   except RuntimeError as e:
-    say_here(f"error: could not join the other processes ({_first_line(e)}); are all of them "
-             f"started, and is the coordinator {coordinator or ''} reachable? Exit code "
-             f"{EXIT_RETRY}: run the same command again")
+    say_here(
+      f"error: could not join the other processes ({_first_line(e)}); are all of them "
+      f"started, and is the coordinator {coordinator or ''} reachable? Exit code "
+      f"{EXIT_RETRY}: run the same command again"
+    )
     os._exit(EXIT_RETRY)
   from jax._src.distributed import global_state  # the store has no public name
-  return Hosts(global_state.process_id, global_state.num_processes, timeout_s,
-               global_state.client, global_state.coordinator_address)
+
+  return Hosts(
+    global_state.process_id,
+    global_state.num_processes,
+    timeout_s,
+    global_state.client,
+    global_state.coordinator_address,
+  )
 
 
 def _check_place(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -372,8 +418,10 @@ def _check_place(coordinator: str, num_processes: int, process_id: int) -> None:
   if not host or not port.isdecimal():
     raise UserError(f"--coordinator={coordinator!r} is not host:port, e.g. 10.0.0.1:8476")
   if num_processes < 1 or not 0 <= process_id < num_processes:
-    raise UserError(f"--process_id={process_id} with --num_processes={num_processes}: ids run from "
-                    "0 to num_processes - 1")
+    raise UserError(
+      f"--process_id={process_id} with --num_processes={num_processes}: ids run from "
+      "0 to num_processes - 1"
+    )
 
 
 def processes_around(env=os.environ) -> int:
@@ -390,6 +438,7 @@ def processes_around(env=os.environ) -> int:
     return slices * len(workers.split(","))
   if any(glob.glob(device) for device in ("/dev/accel*", "/dev/vfio/[0-9]*")):
     from jax._src.clusters import GceTpuCluster  # asks the machine's metadata server
+
     if GceTpuCluster.is_env_present():
       return GceTpuCluster.get_process_count()
   return 1
@@ -401,8 +450,11 @@ def processes_around(env=os.environ) -> int:
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
   """(path, old value, new value) of every leaf that differs between two JSON trees."""
   if isinstance(old, dict) and isinstance(new, dict):
-    return [d for key in sorted(old.keys() | new.keys())
-            for d in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+    return [
+      d
+      for key in sorted(old.keys() | new.keys())
+      for d in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    ]
   return [] if old == new else [(path, old, new)]
 
 

@@ -41,5 +41,7 @@ class Watchdog:
         self.alive(self._what)
       last_round = now
       if now - self._when > self._timeout_s:
-        self._hosts.give_up(f"nothing finished for {now - self._when:.0f} s after {self._what} "
-                            f"(hang_timeout_s={self._timeout_s:g})")
+        self._hosts.give_up(
+          f"nothing finished for {now - self._when:.0f} s after {self._what} "
+          f"(hang_timeout_s={self._timeout_s:g})"
+        )

@@ -49,8 +49,12 @@ def _blocks(length: int, causal: bool, block: int) -> list[tuple[int, int, int]]
 
 
 def _scores(q, k, causal: bool, start: int, stop: int, seen: int) -> jax.Array:
-  scores = jnp.einsum("banth,bansh->bants", q[..., start:stop, :], k[..., :seen, :],
-                      preferred_element_type=jnp.float32)
+  scores = jnp.einsum(
+    "banth,bansh->bants",
+    q[..., start:stop, :],
+    k[..., :seen, :],
+    preferred_element_type=jnp.float32,
+  )
   if not causal:
     return scores
   visible = jnp.arange(start, stop)[:, None] >= jnp.arange(seen)
@@ -64,8 +68,12 @@ def _forward(q, k, v, causal, block):
     top = jnp.max(scores, -1, keepdims=True)
     exp = jnp.exp(scores - top)
     total = jnp.sum(exp, -1, keepdims=True)
-    out = jnp.einsum("bants,bansh->banth", exp.astype(v.dtype), v[..., :seen, :],
-                     preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+      "bants,bansh->banth",
+      exp.astype(v.dtype),
+      v[..., :seen, :],
+      preferred_element_type=jnp.float32,
+    )
     outs.append((out / total).astype(v.dtype))
     lses.append(top + jnp.log(total))
   return _join(outs), _join(lses)
@@ -84,20 +92,25 @@ def _attention_bwd(causal, block, residuals, d_out):
   q, k, v, out, lse = residuals
   d_out = jax.lax.optimization_barrier(d_out)  # transpose to head-major once, before use
   # A product with ones: on CPU 10x faster than a fused row sum.
-  dot = jnp.matmul(d_out.astype(jnp.float32) * out.astype(jnp.float32),
-                   jnp.ones((out.shape[-1], 1)), precision="highest")
+  dot = jnp.matmul(
+    d_out.astype(jnp.float32) * out.astype(jnp.float32),
+    jnp.ones((out.shape[-1], 1)),
+    precision="highest",
+  )
   d_q = []
   d_k_HxS = d_v_HxS = jnp.zeros(k.shape[:3] + (k.shape[4], k.shape[3]), jnp.float32)
   for start, stop, seen in _blocks(q.shape[3], causal, block):
     rows = lambda x: x[..., start:stop, :]
     p = jnp.exp(_scores(q, k, causal, start, stop, seen) - rows(lse))
-    d_p = jnp.einsum("banth,bansh->bants", rows(d_out), v[..., :seen, :],
-                     preferred_element_type=jnp.float32)
+    d_p = jnp.einsum(
+      "banth,bansh->bants", rows(d_out), v[..., :seen, :], preferred_element_type=jnp.float32
+    )
     d_s = (p * (d_p - rows(dot))).astype(q.dtype)
     d_q.append(jnp.einsum("bants,bansh->banth", d_s, k[..., :seen, :]))
     d_k_HxS = d_k_HxS.at[..., :seen].add(jnp.einsum("banth,bants->banhs", rows(q), d_s))
     d_v_HxS = d_v_HxS.at[..., :seen].add(
-        jnp.einsum("banth,bants->banhs", rows(d_out), p.astype(d_out.dtype)))
+      jnp.einsum("banth,bants->banhs", rows(d_out), p.astype(d_out.dtype))
+    )
   swap = lambda x, like: jnp.swapaxes(x, -1, -2).astype(like.dtype)
   return jax.lax.optimization_barrier((_join(d_q), swap(d_k_HxS, k), swap(d_v_HxS, v)))
 
@@ -111,19 +124,28 @@ def flash_attention(q, k, v, causal: bool, execution, interpret: bool = False) -
   At 78M, 64 x 1024 tokens on a TPU v5e core, XLA's own estimate of a step's cycles is 54%
   attention without it. T must be a multiple of 128.
   """
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-      splash_attention_kernel as splash, splash_attention_mask as masks)
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   def heads(q, k, v):
     """[b, n, T, H] of the heads and rows that are here."""
     _, count, length, _ = q.shape
     block = next(b for b in (512, 256, 128) if length % b == 0)
-    sizes = splash.BlockSizes(**{field.name: block for field in dataclasses.fields(splash.BlockSizes)
-                                 if field.name.startswith("block_")})
+    sizes = splash.BlockSizes(
+      **{
+        field.name: block
+        for field in dataclasses.fields(splash.BlockSizes)
+        if field.name.startswith("block_")
+      }
+    )
     mask = (masks.CausalMask if causal else masks.FullMask)((length, length))
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([mask] * count), block_sizes=sizes,
-        head_shards=1, q_seq_shards=1, interpret=interpret)
+      masks.MultiHeadMask([mask] * count),
+      block_sizes=sizes,
+      head_shards=1,
+      q_seq_shards=1,
+      interpret=interpret,
+    )
     return jax.vmap(kernel)(q, k, v)
 
   if execution.mesh is not None:  # the partitioner cannot split a kernel
@@ -131,8 +153,9 @@ def flash_attention(q, k, v, causal: bool, execution, interpret: bool = False) -
     spec = PartitionSpec(batch, sharding.RULES["head_groups"])
     axes = {a for a in sharding.MESH_AXES if a == sharding.TENSOR or not execution.per_device}
     mesh = None if execution.per_device else execution.mesh
-    heads = jax.shard_map(heads, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, axis_names=axes,
-                          check_vma=False)
+    heads = jax.shard_map(
+      heads, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, axis_names=axes, check_vma=False
+    )
   merged = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
   return heads(merged(q), merged(k), merged(v)).reshape(q.shape).astype(v.dtype)
 
@@ -179,7 +202,10 @@ def write_cache(old, new, start, layer) -> jax.Array:
   rank, rows = old.ndim, len(leading)  # rows: the axis of B
   windows = jnp.expand_dims(new, tuple(range(1, rows + 2)))  # [B, (1,) 1, A, n, T, H]
   whole = jax.lax.ScatterDimensionNumbers(
-      update_window_dims=tuple(range(1, rank + 1)), inserted_window_dims=(),
-      scatter_dims_to_operand_dims=(*range(rows + 1), rank - 2))
-  return jax.lax.scatter(old, index, windows, whole, unique_indices=True,
-                         mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
+    update_window_dims=tuple(range(1, rank + 1)),
+    inserted_window_dims=(),
+    scatter_dims_to_operand_dims=(*range(rows + 1), rank - 2),
+  )
+  return jax.lax.scatter(
+    old, index, windows, whole, unique_indices=True, mode=jax.lax.GatherScatterMode.FILL_OR_DROP
+  )

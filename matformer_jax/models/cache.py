@@ -42,19 +42,31 @@ def lay_out(blocks: layers.Params, execution: Execution) -> layers.Params:
   return {run: layers.unstack(stack) for run, stack in blocks.items()}
 
 
-def narrow(blocks: layers.Params, config: MatLMConfig, execution: Execution,
-           granularity: gran.Granularity) -> layers.Params:
+def narrow(
+  blocks: layers.Params, config: MatLMConfig, execution: Execution, granularity: gran.Granularity
+) -> layers.Params:
   """`lay_out` of the submodel, from `lay_out` of the model; its own runs, as slice_blocks."""
   if execution.scan_layers:
     return layers.slice_blocks(blocks, config, granularity)
-  return {str(i): [layers.narrow(layer, config, part.run)
-                   for layer in blocks[str(part.source)][part.start:part.stop]]
-          for i, part in enumerate(gran.slices(config, granularity))}
+  return {
+    str(i): [
+      layers.narrow(layer, config, part.run)
+      for layer in blocks[str(part.source)][part.start : part.stop]
+    ]
+    for i, part in enumerate(gran.slices(config, granularity))
+  }
 
 
-def extend(blocks: layers.Params, config: MatLMConfig, execution: Execution,
-           granularity: gran.Granularity, x_BxTxD, cache: Cache, start,
-           block_class=layers.Block):
+def extend(
+  blocks: layers.Params,
+  config: MatLMConfig,
+  execution: Execution,
+  granularity: gran.Granularity,
+  x_BxTxD,
+  cache: Cache,
+  start,
+  block_class=layers.Block,
+):
   """Runs a submodel's layers on T new tokens and adds them to the cache.
 
   Args:
@@ -74,12 +86,14 @@ def extend(blocks: layers.Params, config: MatLMConfig, execution: Execution,
     block = block_class(config, execution, part.run, parent=None)
     params = blocks[str(i)]
     if execution.scan_layers:
+
       def step(carry, xs, block=block):
         layer_params, layer = xs
         return block.apply({"params": layer_params}, *carry, start, layer), None
 
       (x_BxTxD, cache[part.source]), _ = jax.lax.scan(
-          step, (x_BxTxD, cache[part.source]), (params, jnp.arange(part.start, part.stop)))
+        step, (x_BxTxD, cache[part.source]), (params, jnp.arange(part.start, part.stop))
+      )
     else:
       for layer in range(part.run.num_layers):
         x_BxTxD, cache[first] = block.apply({"params": params[layer]}, x_BxTxD, cache[first], start)

@@ -18,8 +18,15 @@ from matformer_jax.config import Execution, MatLMConfig, Run
 from matformer_jax.models import layers, matlm
 
 
-def apply_dynamic(params, tokens_BxT, layer_indices, *, config: MatLMConfig,
-                  execution: Execution = Execution(), return_hidden: bool = False):
+def apply_dynamic(
+  params,
+  tokens_BxT,
+  layer_indices,
+  *,
+  config: MatLMConfig,
+  execution: Execution = Execution(),
+  return_hidden: bool = False,
+):
   """As MatLM, with the granularity traced: one program for all g^L submodels.
 
   Equal to the static program up to float rounding; differentiable, with a layer
@@ -41,13 +48,15 @@ def apply_dynamic(params, tokens_BxT, layer_indices, *, config: MatLMConfig,
   x_BxTxD = matlm.embed(embedding_VxD, tokens_BxT)
   first = 0
   for i, run in enumerate(config.runs):
-    branches = [_branch(config, execution, run, size) for size in range(max(run.ffn, run.heads) + 1)]
+    branches = [
+      _branch(config, execution, run, size) for size in range(max(run.ffn, run.heads) + 1)
+    ]
 
     def layer(x, xs, branches=branches):
       layer_params, index = xs
       return jax.lax.switch(index, branches, x, layer_params), None
 
-    indices = layer_indices[first:first + run.num_layers]
+    indices = layer_indices[first : first + run.num_layers]
     x_BxTxD, _ = jax.lax.scan(layer, x_BxTxD, (params["blocks"][str(i)], indices))
     first += run.num_layers
   x_BxTxD = layers.rms_norm(x_BxTxD, params["final_norm"]["scale"], config.norm_eps)
@@ -57,8 +66,9 @@ def apply_dynamic(params, tokens_BxT, layer_indices, *, config: MatLMConfig,
 
 
 def _branch(config: MatLMConfig, execution: Execution, stored: Run, size: int):
-  run = Run(1, min(size, stored.ffn), min(size, stored.heads) if config.nested_heads
-            else stored.heads)
+  run = Run(
+    1, min(size, stored.ffn), min(size, stored.heads) if config.nested_heads else stored.heads
+  )
   block = layers.Block(config, execution, run, parent=None)
 
   # Inside the branch: outside, every branch's intermediate values would be kept.

@@ -11,14 +11,15 @@ a dense model of that size costs, and an extracted submodel runs the same progra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
@@ -29,17 +30,17 @@ Params = Any
 
 _POLICIES = jax.checkpoint_policies
 REMAT: dict[str, Callable | None] = {
-    "full": _POLICIES.nothing_saveable,
-    "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,
-    "attn_out": _POLICIES.save_only_these_names("attn_out"),
-    "attn_out_ffn_pre": _POLICIES.save_only_these_names("attn_out", "ffn_pre"),
+  "full": _POLICIES.nothing_saveable,
+  "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,
+  "attn_out": _POLICIES.save_only_these_names("attn_out"),
+  "attn_out_ffn_pre": _POLICIES.save_only_these_names("attn_out", "ffn_pre"),
 }
 
 ACTIVATION: dict[str, Callable] = {
-    "gelu": nn.gelu,  # tanh approximation
-    "relu2": lambda x: jnp.square(nn.relu(x)),  # Primer's squared ReLU
-    "silu": nn.silu,
-    "relu": nn.relu,
+  "gelu": nn.gelu,  # tanh approximation
+  "relu2": lambda x: jnp.square(nn.relu(x)),  # Primer's squared ReLU
+  "silu": nn.silu,
+  "relu": nn.relu,
 }
 
 
@@ -50,7 +51,7 @@ def scaled_normal(fan_in: int, gain: float = 1.0):
 
 def glorot_uniform(fan_in: int, fan_out: int):
   """Initializer: uniform within sqrt(6 / (fan_in + fan_out)), whatever the array's shape."""
-  bound = (6 / (fan_in + fan_out))**0.5
+  bound = (6 / (fan_in + fan_out)) ** 0.5
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -211,20 +212,22 @@ class Attention(nn.Module):
     # barriers keep XLA's CPU backend from fusing the transposition with its neighbours.
     qkv = jax.lax.optimization_barrier(jax.lax.split(qkv_BxTx3xAxNxH, (1, 1, 1), axis=2))
     q, k, v = jax.lax.optimization_barrier(
-        tuple(jnp.squeeze(part, 2).transpose(0, 2, 3, 1, 4) for part in qkv))
+      tuple(jnp.squeeze(part, 2).transpose(0, 2, 3, 1, 4) for part in qkv)
+    )
     if cfg.rope_base:
       sin_cos = _rope_at(cfg, q.shape[3], start, cache)
       q, k = apply_rope(q, *sin_cos), apply_rope(k, *sin_cos)
     q = q * jnp.asarray(cfg.head_dim**-0.5, q.dtype)
     if cache is not None:
       # The barrier keeps XLA from copying the cache to attend to it.
-      cache = jax.lax.optimization_barrier({name: write_cache(cache[name], new, start, layer)
-                                            for name, new in (("k", k), ("v", v))})
+      cache = jax.lax.optimization_barrier(
+        {name: write_cache(cache[name], new, start, layer) for name, new in (("k", k), ("v", v))}
+      )
     if start is None:
       out_BxAxNxTxH = self_attention(q, k, v, cfg.causal, exe)
     else:
       mine = cache if layer is None else jax.tree.map(lambda leaf: leaf[layer], cache)
-      k, v = (mine[name][:, :, :self.heads // cfg.head_groups] for name in ("k", "v"))
+      k, v = (mine[name][:, :, : self.heads // cfg.head_groups] for name in ("k", "v"))
       out_BxAxNxTxH = cached_attention(q, k, v, start)
     out = project_out(out_BxAxNxTxH.transpose(0, 3, 1, 2, 4), w_out, exe)
     return _add_bias(self, "attention", "out", out), cache
@@ -252,7 +255,8 @@ class Block(nn.Module):
     cfg, exe = self.config, self.execution
     heads, width = cfg.head_counts[self.run.heads], cfg.ffn_widths[self.run.ffn]
     y, cache = Attention(cfg, exe, heads, name="attention")(
-        Norm(cfg, name="attention_norm")(x_BxTxD), cache, start, layer)
+      Norm(cfg, name="attention_norm")(x_BxTxD), cache, start, layer
+    )
     x_BxTxD = x_BxTxD + self._dropped(checkpoint_name(y, "attn_out"), layer, seeds_B, 0)
     hidden_seeds = None if seeds_B is None else fold_seeds(seeds_B, 2)
     y = NestedFFN(cfg, exe, width, name="ffn")(Norm(cfg, name="ffn_norm")(x_BxTxD), hidden_seeds)
@@ -297,12 +301,23 @@ class Stack(nn.Module):
     init = lambda key: block.init(key, example)["params"]
     params = jax.vmap(init)(jax.random.split(rng, run.num_layers))
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf[tuple(map(slice, sharding.stored_shape(
-            leaf.shape, sharding.logical_axes(sharding.path_names(path)), self.execution)))], params)
+      lambda path, leaf: leaf[
+        tuple(
+          map(
+            slice,
+            sharding.stored_shape(
+              leaf.shape, sharding.logical_axes(sharding.path_names(path)), self.execution
+            ),
+          )
+        )
+      ],
+      params,
+    )
 
 
-def run_layers(block: Block, params: Params, x: jax.Array, first: int = 0,
-               seeds_B=None) -> jax.Array:
+def run_layers(
+  block: Block, params: Params, x: jax.Array, first: int = 0, seeds_B=None
+) -> jax.Array:
   """Applies a stack of equal blocks: scanned, or unrolled over per-layer arrays.
 
   Args:
@@ -314,7 +329,9 @@ def run_layers(block: Block, params: Params, x: jax.Array, first: int = 0,
   def layer(x, layer_params, index):
     if seeds_B is None:
       return block.apply({"params": layer_params}, x)[0]
-    return block.apply({"params": layer_params}, x, layer=index, seeds_B=fold_seeds(seeds_B, index))[0]
+    return block.apply(
+      {"params": layer_params}, x, layer=index, seeds_B=fold_seeds(seeds_B, index)
+    )[0]
 
   if exe.remat != "none":
     layer = jax.checkpoint(layer, policy=REMAT[exe.remat], prevent_cse=not exe.scan_layers)
@@ -341,7 +358,7 @@ def slice_blocks(blocks: Params, config: ModelConfig, granularity: gran.Granular
   """
   result = {}
   for i, part in enumerate(gran.slices(config, granularity)):
-    layers = jax.tree.map(lambda leaf: leaf[part.start:part.stop], blocks[str(part.source)])
+    layers = jax.tree.map(lambda leaf: leaf[part.start : part.stop], blocks[str(part.source)])
     result[str(i)] = narrow(layers, config, part.run)
   return result
 
@@ -353,9 +370,10 @@ def slice_params(params: Params, config: ModelConfig, granularity: gran.Granular
 
 def narrow(params: Params, config: ModelConfig, run: Run) -> Params:
   """A block's parameters, or a stack's, cut to the widths of `run`."""
+
   def cut(path, leaf):
     axes = sharding.logical_axes(sharding.path_names(path))
-    lengths = [config.slice_lengths(run).get(a) for a in axes[-leaf.ndim:]]
+    lengths = [config.slice_lengths(run).get(a) for a in axes[-leaf.ndim :]]
     return leaf[tuple(map(slice, lengths))]
 
   return jax.tree_util.tree_map_with_path(cut, params)
@@ -475,5 +493,5 @@ def _add_bias(module, parent: str, name: str, x) -> jax.Array:
   if not module.config.biases:
     return x
   axes = sharding.LOGICAL_AXES[f"{parent}/{name}_bias"][1:]
-  bias = module.param(f"{name}_bias", nn.initializers.zeros, x.shape[x.ndim - len(axes):])
+  bias = module.param(f"{name}_bias", nn.initializers.zeros, x.shape[x.ndim - len(axes) :])
   return x + sharding.gather(bias, axes, module.execution)

@@ -6,7 +6,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-
 import optax
 
 from matformer_jax import sharding
@@ -63,8 +62,9 @@ def _forward(hidden, embedding, targets, chunks, z_loss, with_grad):
     exp = jnp.exp(logits - top)
     total = jnp.sum(exp, -1, keepdims=True)
     lse = top + jnp.log(total)
-    target = jnp.einsum("btd,btd->bt", x_c, jnp.take(embedding, y_c, axis=0),
-                        preferred_element_type=jnp.float32)
+    target = jnp.einsum(
+      "btd,btd->bt", x_c, jnp.take(embedding, y_c, axis=0), preferred_element_type=jnp.float32
+    )
     loss, z, d_embedding = sums
     loss += jnp.sum(lse[..., 0] - target)
     z += jnp.sum(jnp.square(lse))
@@ -105,8 +105,11 @@ def _cross_entropy_fwd(hidden, embedding, targets, chunks, z_loss):
 def _cross_entropy_bwd(chunks, z_loss, grads, cotangent):
   d_hidden, d_embedding = grads
   objective_bar = cotangent[0]  # the reported cross-entropy carries no gradient
-  return ((d_hidden * objective_bar).astype(d_hidden.dtype),
-          (d_embedding * objective_bar).astype(d_embedding.dtype), None)
+  return (
+    (d_hidden * objective_bar).astype(d_hidden.dtype),
+    (d_embedding * objective_bar).astype(d_embedding.dtype),
+    None,
+  )
 
 
 chunked_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
@@ -115,7 +118,8 @@ chunked_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 # Losses of an image from float32 logits [B, C] and targets [B, C] that need not be one-hot:
 # float32 [B], nats. The sigmoid's is a sum over classes (Beyer et al. 2020, Section 3).
 CLASSIFICATION = {
-    "softmax": optax.softmax_cross_entropy,
-    "sigmoid": lambda logits, targets: jnp.sum(
-        optax.sigmoid_binary_cross_entropy(logits, targets), -1),
+  "softmax": optax.softmax_cross_entropy,
+  "sigmoid": lambda logits, targets: jnp.sum(
+    optax.sigmoid_binary_cross_entropy(logits, targets), -1
+  ),
 }

@@ -26,8 +26,9 @@ class MatLM(nn.Module):
   execution: Execution = Execution()
 
   @nn.compact
-  def __call__(self, tokens_BxT, *, granularity: gran.Granularity | None = None,
-               return_hidden: bool = False):
+  def __call__(
+    self, tokens_BxT, *, granularity: gran.Granularity | None = None, return_hidden: bool = False
+  ):
     """Runs the submodel `granularity` (default: everything stored).
 
     Args:
@@ -41,21 +42,21 @@ class MatLM(nn.Module):
     """
     cfg, exe = self.config, self.execution
     granularity = granularity or gran.full(cfg)
-    embedding_VxD = layers.declare(self, "embedding", (cfg.vocab_size, cfg.d_model),
-                                   layers.scaled_normal(cfg.d_model))
+    embedding_VxD = layers.declare(
+      self, "embedding", (cfg.vocab_size, cfg.d_model), layers.scaled_normal(cfg.d_model)
+    )
     x_BxTxD = embed(embedding_VxD, tokens_BxT)
     x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe)
     x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity)
     x_BxTxD = layers.Norm(cfg, name="final_norm")(x_BxTxD)
     if return_hidden:
       return x_BxTxD, embedding_VxD
-    return jnp.einsum("btd,vd->btv", x_BxTxD, embedding_VxD,
-                      preferred_element_type=jnp.float32)
+    return jnp.einsum("btd,vd->btv", x_BxTxD, embedding_VxD, preferred_element_type=jnp.float32)
 
 
 def embed(embedding_VxD, tokens) -> jax.Array:
   """Input vectors [..., D] of token ids [...]: rows of the tied embedding times sqrt(D)."""
-  scale = jnp.asarray(embedding_VxD.shape[1]**0.5, embedding_VxD.dtype)
+  scale = jnp.asarray(embedding_VxD.shape[1] ** 0.5, embedding_VxD.dtype)
   return jnp.take(embedding_VxD, tokens, axis=0) * scale
 
 

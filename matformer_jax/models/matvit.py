@@ -7,7 +7,7 @@ P patches of an image, C classes, F features.
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -36,8 +36,12 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x):
     """[B, T, I] -> [B, T, O]; or [B, I] -> float32 [B, O]."""
-    kernel_OxI = layers.declare(self, f"{self.name}/kernel", (self.size, x.shape[-1]), self.kernel_init)
-    bias_O = layers.declare(self, f"{self.name}/bias", (self.size,), nn.initializers.constant(self.bias))
+    kernel_OxI = layers.declare(
+      self, f"{self.name}/kernel", (self.size, x.shape[-1]), self.kernel_init
+    )
+    bias_O = layers.declare(
+      self, f"{self.name}/bias", (self.size,), nn.initializers.constant(self.bias)
+    )
     if x.ndim == 3:
       return layers.project_in(x, kernel_OxI, self.execution) + bias_O
     return jnp.einsum("bi,oi->bo", x, kernel_OxI, preferred_element_type=jnp.float32) + bias_O
@@ -58,8 +62,14 @@ class MatViT(nn.Module):
   execution: Execution = Execution()
 
   @nn.compact
-  def __call__(self, images, *, granularity: gran.Granularity | None = None,
-               return_features: bool = False, seeds_B=None):
+  def __call__(
+    self,
+    images,
+    *,
+    granularity: gran.Granularity | None = None,
+    return_features: bool = False,
+    seeds_B=None,
+  ):
     """Runs the submodel `granularity` (default: everything stored).
 
     Args:
@@ -81,25 +91,31 @@ class MatViT(nn.Module):
     x_BxTxD = layers.Norm(cfg, name="final_norm")(x_BxTxD)
     x_BxF = x_BxTxD[:, 0] if cfg.pooling == "cls" else jnp.mean(x_BxTxD, 1)
     if cfg.representation_size:
-      x_BxF = jnp.tanh(Linear(exe, cfg.representation_size, layers.scaled_normal(cfg.d_model),
-                              name="representation")(x_BxF)).astype(exe.dtype)
+      x_BxF = jnp.tanh(
+        Linear(
+          exe, cfg.representation_size, layers.scaled_normal(cfg.d_model), name="representation"
+        )(x_BxF)
+      ).astype(exe.dtype)
     # The head starts at zero: no class is preferred but by the bias.
-    logits_BxC = Linear(exe, cfg.num_classes, nn.initializers.zeros, cfg.head_bias,
-                        name="head")(x_BxF)
+    logits_BxC = Linear(exe, cfg.num_classes, nn.initializers.zeros, cfg.head_bias, name="head")(
+      x_BxF
+    )
     return x_BxF.astype(jnp.float32) if return_features else logits_BxC
 
   def _tokens(self, images) -> jax.Array:
     """[B, T, D]: embedded patches, after [CLS] if there is one, at their positions."""
     cfg, exe = self.config, self.execution
     patches_BxPxK = patchify(scale(images), cfg.patch_size).astype(exe.dtype)
-    x_BxTxD = Linear(exe, cfg.d_model, layers.glorot_uniform(cfg.patch_pixels, cfg.d_model),
-                     name="patches")(patches_BxPxK)
+    x_BxTxD = Linear(
+      exe, cfg.d_model, layers.glorot_uniform(cfg.patch_pixels, cfg.d_model), name="patches"
+    )(patches_BxPxK)
     if cfg.pooling == "cls":
       cls_D = layers.declare(self, "cls", (cfg.d_model,), nn.initializers.zeros)
       cls = jnp.broadcast_to(cls_D, x_BxTxD.shape[:1] + (1,) + cls_D.shape)
       x_BxTxD = jnp.concatenate([cls, x_BxTxD], 1)
-    return x_BxTxD + layers.declare(self, "positions", (cfg.num_tokens, cfg.d_model),
-                                    nn.initializers.normal(0.02))
+    return x_BxTxD + layers.declare(
+      self, "positions", (cfg.num_tokens, cfg.d_model), nn.initializers.normal(0.02)
+    )
 
 
 def scale(images) -> jax.Array:
@@ -136,9 +152,11 @@ def adapt_params(params, fresh, config: MatViTConfig, new: MatViTConfig, keep_he
     UserError: for a head that is to be kept and does not fit.
   """
   if keep_head and (config.num_classes, config.features) != (new.num_classes, new.features):
-    raise UserError(f"init_head=True, but the trained head has {config.num_classes} classes of "
-                    f"{config.features} features, and this model {new.num_classes} of "
-                    f"{new.features}; set --config.init_head=False")
+    raise UserError(
+      f"init_head=True, but the trained head has {config.num_classes} classes of "
+      f"{config.features} features, and this model {new.num_classes} of "
+      f"{new.features}; set --config.init_head=False"
+    )
   kept = {"patches", "cls", "blocks", "final_norm"}
   if config.representation_size == new.representation_size:
     kept.add("representation")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import pathlib
-from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
+from typing import Any, Protocol
 
 import jax
 
@@ -33,8 +34,9 @@ class Task(Protocol):
   def preprocess(self, batch) -> Any:
     """What is done to a whole batch on the device, before devices and micro-batches share it."""
 
-  def loss(self, sub_config: ModelConfig, execution: Execution, sub_params,
-           batch) -> tuple[jax.Array, jax.Array]:
+  def loss(
+    self, sub_config: ModelConfig, execution: Execution, sub_params, batch
+  ) -> tuple[jax.Array, jax.Array]:
     """(objective to differentiate, loss to report) of a submodel on one batch."""
 
   def batch(self, step: int, rows: range | None = None) -> Any:
@@ -46,12 +48,19 @@ class Task(Protocol):
   def sample_ids(self, step: int, rows: range | None = None) -> list[int]:
     """What the rows are, for the ledger of samples."""
 
-  def evaluate(self, execution: Execution, params, put: Callable,
-               granularities: Sequence[gran.Granularity], *, consistency: bool = False,
-               batches: int | None = None, batch_size: int | None = None,
-               should_stop: Callable[[], bool] = lambda: False,
-               progress: Callable[[int, int], None] = lambda done, total: None
-               ) -> list[Result] | None:
+  def evaluate(
+    self,
+    execution: Execution,
+    params,
+    put: Callable,
+    granularities: Sequence[gran.Granularity],
+    *,
+    consistency: bool = False,
+    batches: int | None = None,
+    batch_size: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+  ) -> list[Result] | None:
     """Measures granularities on validation data.
 
     Args:

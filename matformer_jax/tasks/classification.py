@@ -7,12 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from matformer_jax.models import losses
 from matformer_jax.config import MatViTConfig, did_you_mean
 from matformer_jax.data import image_sources
 from matformer_jax.errors import UserError
 from matformer_jax.evals import classification
-from matformer_jax.models import matvit
+from matformer_jax.models import losses, matvit
 
 
 class Classification:
@@ -25,8 +24,9 @@ class Classification:
 
   examples_unit = "img"
 
-  def __init__(self, model_config: MatViTConfig, batch_size: int, loss: str = "softmax",
-               mixup: float = 0.0):
+  def __init__(
+    self, model_config: MatViTConfig, batch_size: int, loss: str = "softmax", mixup: float = 0.0
+  ):
     if loss not in losses.CLASSIFICATION:
       raise UserError(f"loss={loss!r} is unknown{did_you_mean(str(loss), losses.CLASSIFICATION)}")
     self.model_config = model_config
@@ -35,14 +35,16 @@ class Classification:
 
   @classmethod
   def from_config(cls, config):
-    return cls(MatViTConfig.from_dict(config.model), config.batch_size, config.loss,
-               config.mixup)
+    return cls(MatViTConfig.from_dict(config.model), config.batch_size, config.loss, config.mixup)
 
   def batch_shapes(self, batch_size):
     c = self.model_config
     shape = lambda dtype, *rest: jax.ShapeDtypeStruct((batch_size, *rest), dtype)
-    shapes = {"image": shape(jnp.uint8, c.image_size, c.image_size, c.channels),
-              "label": shape(jnp.int32), "seed": shape(jnp.uint32)}
+    shapes = {
+      "image": shape(jnp.uint8, c.image_size, c.image_size, c.channels),
+      "label": shape(jnp.int32),
+      "seed": shape(jnp.uint32),
+    }
     return shapes | ({"mix": shape(jnp.float32)} if self.mixup else {})
 
   def preprocess(self, batch):
@@ -51,14 +53,16 @@ class Classification:
     targets_BxC = jax.nn.one_hot(batch["label"], self.model_config.num_classes)
     if self.mixup:
       mix = jax.vmap(lambda own, other, share: share * own + (1 - share) * other)
-      images, targets_BxC = (mix(x, jnp.roll(x, 1, axis=0), batch["mix"])
-                             for x in (images, targets_BxC))
+      images, targets_BxC = (
+        mix(x, jnp.roll(x, 1, axis=0), batch["mix"]) for x in (images, targets_BxC)
+      )
     return {"image": images, "target": targets_BxC, "seed": batch["seed"]}
 
   def loss(self, sub_config, execution, sub_params, batch):
     drops = sub_config.dropout or sub_config.stochastic_depth
     logits_BxC = matvit.MatViT(sub_config, execution).apply(
-        {"params": sub_params}, batch["image"], seeds_B=batch["seed"] if drops else None)
+      {"params": sub_params}, batch["image"], seeds_B=batch["seed"] if drops else None
+    )
     loss = jnp.mean(losses.CLASSIFICATION[self.loss_name](logits_BxC, batch["target"]))
     return loss, loss
 
@@ -67,23 +71,36 @@ class ImageClassification(Classification):
   """Classification of a set of images, augmented by index and epoch."""
 
   def __init__(self, config, workdir=None):
-    super().__init__(MatViTConfig.from_dict(config.model), config.batch_size, config.loss,
-                     config.mixup)
+    super().__init__(
+      MatViTConfig.from_dict(config.model), config.batch_size, config.loss, config.mixup
+    )
     data, model = config.data, self.model_config
     self.open_split = functools.partial(
-        image_sources.open_images, data.source, channels=model.channels, classes=tuple(data.classes),
-        data_dir=data.data_dir or None, label=data.label)
+      image_sources.open_images,
+      data.source,
+      channels=model.channels,
+      classes=tuple(data.classes),
+      data_dir=data.data_dir or None,
+      label=data.label,
+    )
     self.train_images = self.open_split(data.train_split)
     self.validation_images = self.open_split(data.validation_split)
     if self.train_images.num_classes != model.num_classes:
-      raise UserError(f"model.num_classes={model.num_classes}, but data.source={data.source!r} has "
-                      f"{self.train_images.num_classes} classes; set --config.model.num_classes="
-                      f"{self.train_images.num_classes}")
+      raise UserError(
+        f"model.num_classes={model.num_classes}, but data.source={data.source!r} has "
+        f"{self.train_images.num_classes} classes; set --config.model.num_classes="
+        f"{self.train_images.num_classes}"
+      )
     transform = functools.partial(image_sources.Transform, size=model.image_size)
     self._corrupt = image_sources.Corrupt(data.corrupt, workdir)
-    self._train = image_sources.Batches(self.train_images, config.batch_size,
-                                 transform(data.train_transform, name="data.train_transform"),
-                                 self._corrupt, config.seed, config.mixup)
+    self._train = image_sources.Batches(
+      self.train_images,
+      config.batch_size,
+      transform(data.train_transform, name="data.train_transform"),
+      self._corrupt,
+      config.seed,
+      config.mixup,
+    )
     self._eval_transform = transform(data.eval_transform, name="data.eval_transform")
     self._eval, self._workers = config.eval, data.workers
     # One of each, so that a mistake in a transform shows before training, not after it.
@@ -91,8 +108,9 @@ class ImageClassification(Classification):
     self._validation(1).batch(0)
 
   def _validation(self, batch_size: int) -> image_sources.LabelledBatches:
-    return image_sources.LabelledBatches(self.validation_images, batch_size, self._eval_transform,
-                                  self._corrupt)
+    return image_sources.LabelledBatches(
+      self.validation_images, batch_size, self._eval_transform, self._corrupt
+    )
 
   def batch(self, step, rows=None):
     return self._train.batch(step, rows)
@@ -103,20 +121,42 @@ class ImageClassification(Classification):
   def sample_ids(self, step, rows=None):
     return self._train.image_ids(step, rows)
 
-  def evaluate(self, execution, params, put, granularities, *, consistency=False, batches=None,
-               batch_size=None, should_stop=lambda: False, progress=lambda done, total: None):
+  def evaluate(
+    self,
+    execution,
+    params,
+    put,
+    granularities,
+    *,
+    consistency=False,
+    batches=None,
+    batch_size=None,
+    should_stop=lambda: False,
+    progress=lambda done, total: None,
+  ):
     batch_size = batch_size or self._eval.batch_size
     batches = self._eval.batches if batches is None else batches
     reader = self._validation(batch_size)
     total = min(reader.num_batches, batches) if batches else reader.num_batches
     read = (put(functools.partial(reader.batch, i), batch_size) for i in range(total))
     return classification.evaluate(
-        self.model_config, execution, params, granularities, read, self.loss_name, consistency,
-        should_stop, lambda done: progress(done, total))
+      self.model_config,
+      execution,
+      params,
+      granularities,
+      read,
+      self.loss_name,
+      consistency,
+      should_stop,
+      lambda done: progress(done, total),
+    )
 
   def identity(self):
-    return {"train_images": self.train_images.fingerprint, "classes": self.train_images.class_names,
-            "loss": self.loss_name}
+    return {
+      "train_images": self.train_images.fingerprint,
+      "classes": self.train_images.class_names,
+      "loss": self.loss_name,
+    }
 
   def save_files(self, workdir):
     pass

@@ -8,13 +8,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from matformer_jax.models import losses
 from matformer_jax.config import MatLMConfig
 from matformer_jax.data import text_sources
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from matformer_jax.errors import UserError
 from matformer_jax.evals import lm
-from matformer_jax.models import matlm
+from matformer_jax.models import losses, matlm
 
 
 class NextToken:
@@ -57,18 +56,27 @@ class LanguageModeling(NextToken):
     def make_tokenizer(corpus: text_sources.Corpus) -> Tokenizer:
       if given:
         return Tokenizer.from_file(given)
-      return text_sources.get_tokenizer(corpus, self.model_config.vocab_size, data.tokenizer_type,
-                                data.tokenizer_sample_bytes, cache_dir)
+      return text_sources.get_tokenizer(
+        corpus,
+        self.model_config.vocab_size,
+        data.tokenizer_type,
+        data.tokenizer_sample_bytes,
+        cache_dir,
+      )
 
     self.store, self.tokenizer = text_sources.open_source(
-        data.source, data.data_dir or None, make_tokenizer, data.validation_fraction, cache_dir)
+      data.source, data.data_dir or None, make_tokenizer, data.validation_fraction, cache_dir
+    )
     if self.tokenizer.vocab_size > self.model_config.vocab_size:
-      raise UserError(f"model.vocab_size={self.model_config.vocab_size} is smaller than the "
-                      f"tokenizer's {self.tokenizer.vocab_size} pieces ({given or data.source}); "
-                      "raise it")
+      raise UserError(
+        f"model.vocab_size={self.model_config.vocab_size} is smaller than the "
+        f"tokenizer's {self.tokenizer.vocab_size} pieces ({given or data.source}); "
+        "raise it"
+      )
     seq_len = self.model_config.seq_len
-    self._train = text_sources.Windows(self.store.tokens["train"], seq_len, config.batch_size,
-                               config.seed)
+    self._train = text_sources.Windows(
+      self.store.tokens["train"], seq_len, config.batch_size, config.seed
+    )
     self._eval = config.eval
 
   def batch(self, step, rows=None):
@@ -81,8 +89,19 @@ class LanguageModeling(NextToken):
     for step in range(first, last + 1):
       yield [self.batch(step, r) for r in rows]
 
-  def evaluate(self, execution, params, put, granularities, *, consistency=False, batches=None,
-               batch_size=None, should_stop=lambda: False, progress=lambda done, total: None):
+  def evaluate(
+    self,
+    execution,
+    params,
+    put,
+    granularities,
+    *,
+    consistency=False,
+    batches=None,
+    batch_size=None,
+    should_stop=lambda: False,
+    progress=lambda done, total: None,
+  ):
     tokens, seq_len = self.store.tokens["validation"], self.model_config.seq_len
     batches = self._eval.batches if batches is None else batches
     if batch_size is None:
@@ -93,8 +112,16 @@ class LanguageModeling(NextToken):
     total = max(1, windows.num_windows // batch_size)
     total = min(total, batches) if batches else total
     read = (put(functools.partial(windows.batch, i), batch_size) for i in range(total))
-    return lm.evaluate(self.model_config, execution, params, granularities, read, consistency,
-                       should_stop, lambda done: progress(done, total))
+    return lm.evaluate(
+      self.model_config,
+      execution,
+      params,
+      granularities,
+      read,
+      consistency,
+      should_stop,
+      lambda done: progress(done, total),
+    )
 
   def identity(self):
     return {"tokenizer": self.tokenizer.sha256, "tokens": self.store.fingerprint}

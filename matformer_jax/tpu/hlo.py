@@ -8,14 +8,27 @@ import re
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1,
-          "s64": 8, "u64": 8, "f64": 8}
+_BYTES = {
+  "f32": 4,
+  "s32": 4,
+  "u32": 4,
+  "bf16": 2,
+  "f16": 2,
+  "pred": 1,
+  "s8": 1,
+  "u8": 1,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
+}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(r" = (.*?) (" + "|".join(KINDS) + r")(-start)?\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)="
-                     r"(?:\{([^}]*)\}|%?([\w.\-]+))")
+_CALLED = re.compile(
+  r"(?:calls|to_apply|body|condition|branch_computations|called_computations)="
+  r"(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**62
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
@@ -47,9 +60,13 @@ class Collective:
   def wire_bytes(self) -> float:
     """Bytes that a device sends, in the ring algorithm, in one call of the program."""
     others = max(self.group - 1, 0) / max(self.group, 1) if self.group else 1.0
-    once = {"all-gather": self.bytes * others, "all-reduce": 2 * self.bytes * others,
-            "reduce-scatter": self.bytes * (self.group - 1), "all-to-all": self.bytes * others,
-            "collective-permute": self.bytes}[self.kind]
+    once = {
+      "all-gather": self.bytes * others,
+      "all-reduce": 2 * self.bytes * others,
+      "reduce-scatter": self.bytes * (self.group - 1),
+      "all-to-all": self.bytes * others,
+      "collective-permute": self.bytes,
+    }[self.kind]
     return once * self.times
 
 
@@ -68,17 +85,20 @@ def collectives(text: str) -> list[Collective]:
         group = _group(line)
         if name.startswith("all-reduce-scatter"):
           kind, arrays = "reduce-scatter", [size // max(group, 1) for size in arrays]
-        found.append(Collective(kind, len(arrays), sum(arrays), group, times,
-                                hidden or bool(match.group(3))))
+        found.append(
+          Collective(kind, len(arrays), sum(arrays), group, times, hidden or bool(match.group(3)))
+        )
   return found
 
 
 def estimated_cycles(text: str) -> int:
   """XLA's own estimate of a TPU program's cycles, without collectives and Pallas kernels."""
-  return sum(times * int(cycles.group(1))
-             for _, lines, times, _ in _executed(text, into_fusions=False)
-             for line in lines
-             if (cycles := _CYCLES.search(line)) and int(cycles.group(1)) < _UNKNOWN_CYCLES)
+  return sum(
+    times * int(cycles.group(1))
+    for _, lines, times, _ in _executed(text, into_fusions=False)
+    for line in lines
+    if (cycles := _CYCLES.search(line)) and int(cycles.group(1)) < _UNKNOWN_CYCLES
+  )
 
 
 def _executed(text: str, into_fusions: bool) -> list[tuple[str, list[str], int, bool]]:
@@ -101,7 +121,7 @@ def _executed(text: str, into_fusions: bool) -> list[tuple[str, list[str], int, 
       result = line.split(" = ")[0]
       if "%async-collective-done" not in result:
         for several, one in _CALLED.findall(line):
-          for callee in (several.split(",") if several else [one]):
+          for callee in several.split(",") if several else [one]:
             callee = callee.strip().lstrip("%")
             if "%async-collective-start" in result:
               beside.add(callee)
@@ -154,12 +174,16 @@ def _trip_count(line: str, condition: list[str]) -> int:
 
 def _arrays(shapes: str, kind: str, started: bool) -> list[int]:
   """Bytes of each result; a -start's tuple lists its operands first, and counters last."""
-  sizes = [int(np.prod([int(d) for d in dims.split(",") if d])) * _BYTES[dtype]
-           for dtype, dims in _SHAPE.findall(shapes) if dtype in _BYTES]
+  sizes = [
+    int(np.prod([int(d) for d in dims.split(",") if d])) * _BYTES[dtype]
+    for dtype, dims in _SHAPE.findall(shapes)
+    if dtype in _BYTES
+  ]
   if started and kind in ("all-gather", "collective-permute"):
-    whole = [(dtype, dims) for dtype, dims in _SHAPE.findall(shapes)
-             if not (dtype == "u32" and not dims)]
-    sizes = sizes[len(whole) // 2:len(whole)]
+    whole = [
+      (dtype, dims) for dtype, dims in _SHAPE.findall(shapes) if not (dtype == "u32" and not dims)
+    ]
+    sizes = sizes[len(whole) // 2 : len(whole)]
   return sizes
 
 
@@ -171,5 +195,7 @@ def _group(line: str) -> int:
     return int(match.group(2))
   if match.group(3):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(3)))
-    return int(np.prod([int(sizes[a]) for a in re.findall(r"'(\w+)'", match.group(4)) if a in sizes]))
+    return int(
+      np.prod([int(sizes[a]) for a in re.findall(r"'(\w+)'", match.group(4)) if a in sizes])
+    )
   return match.group(1).count(",") + 1

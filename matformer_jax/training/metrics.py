@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Mapping, Sequence
 import json
 import math
 import os
 import pathlib
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import jax
 import tensorboardX
 
-from matformer_jax.tpu.chips import PEAK_FLOPS
 from matformer_jax.evals import Result
+from matformer_jax.tpu.chips import PEAK_FLOPS
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
@@ -56,8 +57,9 @@ class JsonLines:
     self._file = open(path, "a", buffering=1)
 
   def write(self, row: Mapping[str, Any]) -> None:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-              for k, v in row.items()}
+    finite = {
+      k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
     self._file.write(json.dumps(finite) + "\n")
 
   def close(self) -> None:
@@ -81,9 +83,17 @@ class RunLog:
     peak_flops: of all devices together, or None where unknown.
   """
 
-  def __init__(self, workdir: pathlib.Path | None, step: int, total_steps: int, every: int,
-               examples_per_step: int, unit: str, flops: Mapping[str, int],
-               peak_flops: float | None):
+  def __init__(
+    self,
+    workdir: pathlib.Path | None,
+    step: int,
+    total_steps: int,
+    every: int,
+    examples_per_step: int,
+    unit: str,
+    flops: Mapping[str, int],
+    peak_flops: float | None,
+  ):
     self._recording, self.lost_s = workdir is not None, 0.0
     if self._recording:
       self._steps = JsonLines(workdir / "metrics.jsonl", step)
@@ -98,24 +108,43 @@ class RunLog:
     self._durations = collections.deque(maxlen=4 * every)
     self.skipped = collections.Counter()
 
-  def step(self, step: int, granularity: str, loss: float, grad_norm: float,
-           learning_rate: float, finite: bool, duration: float, data_wait: float,
-           draw_hash: int) -> None:
+  def step(
+    self,
+    step: int,
+    granularity: str,
+    loss: float,
+    grad_norm: float,
+    learning_rate: float,
+    finite: bool,
+    duration: float,
+    data_wait: float,
+    draw_hash: int,
+  ) -> None:
     """Records one finished step; `duration`, and of it the wait for data, in seconds."""
     if not self._recording:
       return
     rate = self._examples / duration
-    row = {"step": step, "granularity": granularity, "loss": loss, "grad_norm": grad_norm,
-           "learning_rate": learning_rate, "step_time_s": duration,
-           "data_wait_s": data_wait, "draw_hash": draw_hash,
-           "tokens_per_s" if self._unit == "tok" else "examples_per_s": rate}
+    row = {
+      "step": step,
+      "granularity": granularity,
+      "loss": loss,
+      "grad_norm": grad_norm,
+      "learning_rate": learning_rate,
+      "step_time_s": duration,
+      "data_wait_s": data_wait,
+      "draw_hash": draw_hash,
+      "tokens_per_s" if self._unit == "tok" else "examples_per_s": rate,
+    }
     if self._peak:
       row["mfu"] = self._flops[granularity] / duration / self._peak
     if not finite:
       self.skipped[granularity] += 1
       row["skipped"] = True
-      print(f"step {step}: loss or gradient of {granularity} is not finite; update skipped "
-            f"({sum(self.skipped.values())} so far)", flush=True)
+      print(
+        f"step {step}: loss or gradient of {granularity} is not finite; update skipped "
+        f"({sum(self.skipped.values())} so far)",
+        flush=True,
+      )
     self._steps.write(row)
     self._durations.append(duration)
     if finite:
@@ -133,15 +162,21 @@ class RunLog:
     self._window.clear()
     losses = "  ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in self._recent.items() if v)
     mean = sum(self._durations) / len(self._durations)
-    print(f"step {step:,}/{self._total:,}  {losses}  {self._examples / mean:,.0f} {self._unit}/s  "
-          f"ETA {_clock((self._total - step) * mean)}", flush=True)
+    print(
+      f"step {step:,}/{self._total:,}  {losses}  {self._examples / mean:,.0f} {self._unit}/s  "
+      f"ETA {_clock((self._total - step) * mean)}",
+      flush=True,
+    )
 
   def evaluation(self, step: int, results: Sequence[Result]) -> None:
     """Records validation metrics."""
     if not self._recording:
       return
-    measured = {metric: {r.granularity: r.metrics[metric] for r in results}
-                for metric in ("loss", "accuracy") if metric in results[0].metrics}
+    measured = {
+      metric: {r.granularity: r.metrics[metric] for r in results}
+      for metric in ("loss", "accuracy")
+      if metric in results[0].metrics
+    }
     self._evals.write({"step": step, **measured})
     for metric, values in measured.items():
       for name, value in values.items():

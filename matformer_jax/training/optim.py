@@ -30,16 +30,21 @@ def make_schedule(config, total_steps: int) -> optax.Schedule:
   warmup = warmup_steps(config, total_steps)
   if config.schedule == "cosine":
     return optax.warmup_cosine_decay_schedule(
-        0.0, config.peak_lr, warmup, max(total_steps, warmup + 1),
-        config.peak_lr * config.final_lr_ratio)
+      0.0,
+      config.peak_lr,
+      warmup,
+      max(total_steps, warmup + 1),
+      config.peak_lr * config.final_lr_ratio,
+    )
   rise = optax.linear_schedule(0.0, config.peak_lr, warmup)
   if config.schedule == "rsqrt":
     fall = lambda step: config.peak_lr * jnp.sqrt(warmup / jnp.maximum(step + warmup, 1))
     return optax.join_schedules([rise, fall], [warmup])
   if config.schedule == "constant":
     return optax.join_schedules([rise, optax.constant_schedule(config.peak_lr)], [warmup])
-  raise UserError(f"optim.schedule={config.schedule!r} is unknown"
-                  f"{did_you_mean(str(config.schedule), SCHEDULES)}")
+  raise UserError(
+    f"optim.schedule={config.schedule!r} is unknown{did_you_mean(str(config.schedule), SCHEDULES)}"
+  )
 
 
 def warmup_steps(config, total_steps: int) -> int:
@@ -50,6 +55,7 @@ def warmup_steps(config, total_steps: int) -> int:
 
 def is_matrix(params):
   """True for what weight decay applies to: matrices, not scales, biases and positions."""
+
   def is_one(path, _):
     name = path_names(path)[-1]
     return not (name in ("scale", "cls", "positions") or name.endswith("bias"))
@@ -69,18 +75,31 @@ def make_optimizer(config, total_steps: int) -> optax.GradientTransformation:
   """
   schedule = make_schedule(config, total_steps)
   if config.name == "adamw":
-    update = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps,
-                         weight_decay=config.weight_decay, mask=is_matrix)
+    update = optax.adamw(
+      schedule,
+      b1=config.b1,
+      b2=config.b2,
+      eps=config.eps,
+      weight_decay=config.weight_decay,
+      mask=is_matrix,
+    )
   elif config.name == "adafactor":
     # optax decays by weight_decay_rate per step, not times the learning rate.
     # Attention matrices are stored per head, so their inner dimensions are small.
-    update = optax.adafactor(schedule, min_dim_size_to_factor=32, weight_decay_mask=is_matrix,
-                             weight_decay_rate=config.weight_decay or None)
+    update = optax.adafactor(
+      schedule,
+      min_dim_size_to_factor=32,
+      weight_decay_mask=is_matrix,
+      weight_decay_rate=config.weight_decay or None,
+    )
   elif config.name == "sgd":
-    update = optax.chain(optax.add_decayed_weights(config.weight_decay, is_matrix),
-                         optax.sgd(schedule, config.momentum))
+    update = optax.chain(
+      optax.add_decayed_weights(config.weight_decay, is_matrix),
+      optax.sgd(schedule, config.momentum),
+    )
   else:
-    raise UserError(f"optim.name={config.name!r} is unknown"
-                    f"{did_you_mean(str(config.name), OPTIMIZERS)}")
+    raise UserError(
+      f"optim.name={config.name!r} is unknown{did_you_mean(str(config.name), OPTIMIZERS)}"
+    )
   clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
   return optax.chain(*clip, update)

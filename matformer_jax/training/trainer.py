@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 import concurrent.futures
 import dataclasses
 import functools
 import time
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,16 @@ import optax
 
 from matformer_jax import granularity as gran
 from matformer_jax import models, sharding
-from matformer_jax.training import optim
 from matformer_jax.config import Execution, ModelConfig
 from matformer_jax.models import layers
 from matformer_jax.runtime import say
 from matformer_jax.tasks import Task
+from matformer_jax.training import optim
 
 
-@functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=("params", "opt_state"), meta_fields=())
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=("params", "opt_state"), meta_fields=()
+)
 @dataclasses.dataclass
 class TrainState:
   """Universal parameters and optimizer state; the step is the loop's."""
@@ -31,8 +33,13 @@ class TrainState:
   opt_state: Any
 
 
-def make_train_step(task: Task, execution: Execution, optimizer: optax.GradientTransformation,
-                    granularity: gran.Granularity, grad_accum: int = 1):
+def make_train_step(
+  task: Task,
+  execution: Execution,
+  optimizer: optax.GradientTransformation,
+  granularity: gran.Granularity,
+  grad_accum: int = 1,
+):
   """The update of one granularity: (state, batch) -> (state, metrics).
 
   The gradient is taken, and accumulated over `grad_accum` micro-batches, on the
@@ -42,8 +49,9 @@ def make_train_step(task: Task, execution: Execution, optimizer: optax.GradientT
   """
   sub_config = gran.submodel_config(task.model_config, granularity)
   sharded = sharding.batch_shards(execution.mesh) > 1
-  loss_fn = functools.partial(task.loss, sub_config,
-                              dataclasses.replace(execution, per_device=sharded))
+  loss_fn = functools.partial(
+    task.loss, sub_config, dataclasses.replace(execution, per_device=sharded)
+  )
 
   def gradient(params, batch):
     (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
@@ -55,7 +63,8 @@ def make_train_step(task: Task, execution: Execution, optimizer: optax.GradientT
 
   def train_step(state: TrainState, batch):
     sub_params, unslice = jax.vjp(
-        lambda params: layers.slice_params(params, task.model_config, granularity), state.params)
+      lambda params: layers.slice_params(params, task.model_config, granularity), state.params
+    )
     loss, sub_grads = accumulated(sub_params, task.preprocess(batch))
     grad_norm = optax.tree.norm(sub_grads)
     (grads,) = unslice(sub_grads)
@@ -83,8 +92,9 @@ def _accumulate(gradient, parts: int, params, batch):
 
 
 def _with_shardings(shapes, shardings):
-  return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-                      shapes, shardings)
+  return jax.tree.map(
+    lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +108,9 @@ class Trainer:
   @functools.cached_property
   def execution(self) -> Execution:
     device = self.mesh.devices.flat[0]
-    return Execution.for_platform(device.platform, self.mesh, self.config.dtype, self.config.remat,
-                                  device.device_kind)
+    return Execution.for_platform(
+      device.platform, self.mesh, self.config.dtype, self.config.remat, device.device_kind
+    )
 
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
@@ -135,8 +146,9 @@ class Trainer:
     """Shapes, dtypes and shardings of the state."""
     shapes = jax.eval_shape(self._init, jax.random.key(0))
     shardings = TrainState(
-        sharding.param_shardings(shapes.params, self.mesh),
-        sharding.state_shardings(shapes.opt_state, shapes.params, self.mesh))
+      sharding.param_shardings(shapes.params, self.mesh),
+      sharding.state_shardings(shapes.opt_state, shapes.params, self.mesh),
+    )
     return _with_shardings(shapes, shardings)
 
   @property
@@ -162,10 +174,17 @@ class Trainer:
     parts = {rows: read(rows) for rows in self.local_rows(batch_size)}
     leaves = {rows: jax.tree.leaves(part) for rows, part in parts.items()}
     some = next(iter(parts.values()))
-    return jax.tree.unflatten(jax.tree.structure(some), [
-        jax.make_array_from_callback((batch_size, *leaf.shape[1:]), place,
-                                     lambda index, i=i: leaves[range(batch_size)[index[0]]][i])
-        for i, leaf in enumerate(jax.tree.leaves(some))])
+    return jax.tree.unflatten(
+      jax.tree.structure(some),
+      [
+        jax.make_array_from_callback(
+          (batch_size, *leaf.shape[1:]),
+          place,
+          lambda index, i=i: leaves[range(batch_size)[index[0]]][i],
+        )
+        for i, leaf in enumerate(jax.tree.leaves(some))
+      ],
+    )
 
   def batches(self, first: int) -> Iterator[Any]:
     """The training batches that step `first + 1` and the following ones consume."""
@@ -186,14 +205,16 @@ class Trainer:
 
   def trace(self, granularity: gran.Granularity):
     """The jitted step of a granularity, traced for the shapes of this run."""
-    step = make_train_step(self.task, self.execution, self.optimizer, granularity,
-                           self.config.grad_accum)
+    step = make_train_step(
+      self.task, self.execution, self.optimizer, granularity, self.config.grad_accum
+    )
     replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-    jitted = jax.jit(step, donate_argnums=0,
-                     out_shardings=(self._state_shardings, replicated))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._state_shardings, replicated))
     place = sharding.batch_sharding(self.mesh)
-    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-                         self.task.batch_shapes(self.config.batch_size))
+    batch = jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+      self.task.batch_shapes(self.config.batch_size),
+    )
     return jitted.trace(self.abstract_state, batch)
 
   def lower(self, granularity: gran.Granularity):
@@ -206,14 +227,17 @@ class Trainer:
     started = time.perf_counter()
     programs = {}
     with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
-      futures = {pool.submit(lambda i=i: self.lower(self.granularities[i]).compile()): i
-                 for i in wanted}
+      futures = {
+        pool.submit(lambda i=i: self.lower(self.granularities[i]).compile()): i for i in wanted
+      }
       while len(programs) < len(wanted):
         # A bounded wait lets signal handlers run on the main thread.
         done, _ = concurrent.futures.wait(futures, 0.2, concurrent.futures.FIRST_COMPLETED)
         for future in done:
           index = futures.pop(future)
           programs[index] = future.result()
-          say(f"compiled {self.names[index]} ({len(programs)}/{len(wanted)}) after "
-              f"{time.perf_counter() - started:.1f} s")
+          say(
+            f"compiled {self.names[index]} ({len(programs)}/{len(wanted)}) after "
+            f"{time.perf_counter() - started:.1f} s"
+          )
     return programs
