@@ -29,7 +29,7 @@ from timing import Program, get_config, measure, paired
 from matformer_jax import granularity as gran
 from matformer_jax import runtime, sharding, tables, train
 from matformer_jax.config import Execution, MatLMConfig
-from matformer_jax.models import attention, layers, losses
+from matformer_jax.models import attention, losses, ops, slicing
 from matformer_jax.tasks import make_task
 from matformer_jax.tasks.language import NextToken
 from matformer_jax.training import metrics
@@ -90,25 +90,25 @@ def dense_params(config: MatLMConfig, width: int):
 
 def dense_hidden(params, tokens, config: MatLMConfig, execution: Execution):
   b, t, d, n, h = *tokens.shape, config.d_model, config.num_heads, config.head_dim
-  table = layers.rope_table(t, h, config.rope_base)
-  norm = lambda x, p: layers.rms_norm(x, p["scale"], config.norm_eps)
+  table = ops.rope_table(t, h, config.rope_base)
+  norm = lambda x, p: ops.rms_norm(x, p["scale"], config.norm_eps)
   x = params["embedding"][tokens] * d**0.5
   for p in params["layers"]:
     y = norm(x, p["norm1"]).reshape(b * t, d)
-    qkv = layers.flat_matmul_transposed(y, p["qkv"]).reshape(b, t, 3, 1, n, h)
+    qkv = ops.flat_matmul_transposed(y, p["qkv"]).reshape(b, t, 3, 1, n, h)
     q, k, v = (
       jnp.squeeze(z, 2).transpose(0, 2, 3, 1, 4) for z in jax.lax.split(qkv, (1, 1, 1), axis=2)
     )
     q, k, v = jax.lax.optimization_barrier((q, k, v))
-    q = layers.apply_rope(q, *table) * h**-0.5
+    q = ops.apply_rope(q, *table) * h**-0.5
     o = attention.blocked_attention(
-      q, layers.apply_rope(k, *table), v, True, execution.attention_block
+      q, ops.apply_rope(k, *table), v, True, execution.attention_block
     )
     o = o.transpose(0, 3, 1, 2, 4).reshape(b * t, d)
-    x = x + layers.flat_matmul(o, p["out"]).reshape(b, t, d)
+    x = x + ops.flat_matmul(o, p["out"]).reshape(b, t, d)
     y = norm(x, p["norm2"]).reshape(b * t, d)
-    hidden = jax.nn.gelu(layers.flat_matmul_transposed(y, p["up"]))
-    x = x + layers.flat_matmul(hidden, p["down"]).reshape(b, t, d)
+    hidden = jax.nn.gelu(ops.flat_matmul_transposed(y, p["up"]))
+    x = x + ops.flat_matmul(hidden, p["down"]).reshape(b, t, d)
   return norm(x, params["final"])
 
 
@@ -141,7 +141,7 @@ def nested_programs(trainer: Trainer, index: int):
   sub_config = gran.submodel_config(task.model_config, g)
 
   def forward(params, batch):
-    sub = layers.slice_params(params, task.model_config, g)
+    sub = slicing.slice_params(params, task.model_config, g)
     return task.loss(sub_config, trainer.execution, sub, task.preprocess(batch))[0]
 
   return step, trainer.init(0), jax.jit(forward)

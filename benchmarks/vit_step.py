@@ -29,7 +29,7 @@ from timing import Program, get_config, measure, paired
 from matformer_jax import granularity as gran
 from matformer_jax import runtime, sharding, tables
 from matformer_jax.config import Execution, MatViTConfig
-from matformer_jax.models import attention, layers, matvit
+from matformer_jax.models import attention, matvit, ops
 from matformer_jax.tasks.classification import Classification
 from matformer_jax.training.trainer import Trainer, TrainState
 
@@ -84,8 +84,8 @@ def plain_logits(
 ):
   """Logits; with `kept`, of the model whose FFNs have only so many neurons, by masking."""
   n, h, eps = config.num_heads, config.head_dim, config.norm_eps
-  norm = lambda p, x: layers.layer_norm(x, p["scale"], p["bias"], eps)
-  linear = lambda p, x: layers.flat_matmul_transposed(x, p["w"]) + p["b"]
+  norm = lambda p, x: ops.layer_norm(x, p["scale"], p["bias"], eps)
+  linear = lambda p, x: ops.flat_matmul_transposed(x, p["w"]) + p["b"]
   rows = lambda x: x.reshape(-1, x.shape[-1])
   patches = matvit.patchify(images, config.patch_size)
   b, t, d = len(patches), config.num_tokens, config.d_model
@@ -102,7 +102,7 @@ def plain_logits(
     hidden = jax.nn.gelu(linear(p["up"], rows(norm(p["norm2"], x))))
     if kept is not None:
       hidden = hidden * (jnp.arange(hidden.shape[1]) < kept)
-    y = layers.flat_matmul(hidden, p["down"]["w"]) + p["down"]["b"]
+    y = ops.flat_matmul(hidden, p["down"]["w"]) + p["down"]["b"]
     x = x + y.reshape(b, t, d)
   return norm(params["norm"], x)[:, 0] @ params["head"]["w"].T + params["head"]["b"]
 

@@ -1,29 +1,30 @@
-"""What a model is (`ModelConfig`) and how it is run (`Execution`).
+"""What a model is (`ModelConfig`), the kinds there are (`KINDS`), how one is run (`Execution`).
 
-Both are frozen and hashable, so they can be static arguments of `jax.jit`.
+Configs are frozen and hashable, so they can be static arguments of `jax.jit`.
 A `ModelConfig` is what a checkpoint's `config.json` stores; `Execution` is chosen
-anew on every machine and never stored.
+on every machine and never stored. A new kind of model is one `Kind` record at the end of
+the first part of this file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-import difflib
+import importlib
 from typing import Any, ClassVar
 
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, did_you_mean
 
 ACTIVATIONS = ("gelu", "relu2", "silu", "relu")
 REMAT_POLICIES = ("none", "full", "dots_no_batch", "attn_out", "attn_out_ffn_pre")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Span:
   """Consecutive layers of equal width, stored as one `[num_layers, ...]` stack.
 
   Attributes:
-    num_layers: layers in the run.
+    num_layers: layers in the span.
     ffn: granularity index of the FFN, 0 (narrowest) to g-1.
     heads: granularity index of the attention heads, 0 to g-1.
   """
@@ -51,7 +52,7 @@ class ModelConfig:
       tensor-parallel degree dividing G never moves weights. See sharding.py.
     head_groups: the same for attention heads.
     norm_eps: added to the mean square (the variance, in LayerNorm).
-    runs: layer widths actually stored. The universal model has one run of full
+    spans: layer widths actually stored. The universal model has one span of full
       width; an extracted submodel has narrower ones.
   """
 
@@ -66,16 +67,13 @@ class ModelConfig:
   ffn_groups: int = 1
   head_groups: int = 1
   norm_eps: float = 1e-6
-  runs: tuple[Run, ...] | None = None
+  spans: tuple[Span, ...] | None = None
 
-  # What a kind of model fixes for its blocks.
+  # What a kind of model fixes.
   causal: ClassVar[bool]  # a token attends to those before it only
   layer_norm: ClassVar[bool]  # LayerNorm, or RMSNorm
   biases: ClassVar[bool]  # projections have them
   glorot: ClassVar[bool]  # weights start Glorot-uniform, or normal and scaled by depth
-  rope_base: ClassVar[float | None] = None
-  dropout: ClassVar[float] = 0.0
-  stochastic_depth: ClassVar[float] = 0.0
   name: ClassVar[str]
   unit: ClassVar[str]  # what FLOPs are counted for: a token or an image
   blocks_name: ClassVar[str]  # what the paper calls the parameters of all but the ends
@@ -130,11 +128,11 @@ class ModelConfig:
           f"must be an integer multiple of model.head_groups={self.head_groups}"
         )
     top = self.num_granularities - 1
-    runs = self.runs or (Run(self.num_layers, top, top),)
-    runs = tuple(r if isinstance(r, Run) else Run(**r) for r in runs)
-    if sum(r.num_layers for r in runs) != self.num_layers:
-      raise UserError(f"model.runs={runs} do not add up to num_layers={self.num_layers}")
-    self._set("runs", runs)
+    spans = self.spans or (Span(self.num_layers, top, top),)
+    spans = tuple(s if isinstance(s, Span) else Span(**s) for s in spans)
+    if sum(s.num_layers for s in spans) != self.num_layers:
+      raise UserError(f"model.spans={spans} do not add up to num_layers={self.num_layers}")
+    self._set("spans", spans)
 
   def _set(self, name: str, value: Any) -> None:
     object.__setattr__(self, name, value)
@@ -161,16 +159,38 @@ class ModelConfig:
       return (self.num_heads,) * self.num_granularities
     return tuple(int(r * self.num_heads) for r in self.head_ratios)
 
-  def slice_lengths(self, run: Run) -> dict[str, int]:
-    """{nested axis: how much of it the widths of `run` use}, per group; see sharding.py."""
+  def slice_lengths(self, span: Span) -> dict[str, int]:
+    """{nested axis: how much of it the widths of `span` use}, per group; see sharding.py."""
     return {
-      "neurons": self.ffn_widths[run.ffn] // self.ffn_groups,
-      "heads": self.head_counts[run.heads] // self.head_groups,
+      "neurons": self.ffn_widths[span.ffn] // self.ffn_groups,
+      "heads": self.head_counts[span.heads] // self.head_groups,
     }
+
+  # What kinds without these features have; the others make them fields.
+
+  @property
+  def rope_base(self) -> float | None:
+    """Wavelength base of the rotary embedding; None where positions are learned."""
+    return None
+
+  @property
+  def dropout(self) -> float:
+    """In training, of a block's hidden neurons and of what its sub-layers add."""
+    return 0.0
+
+  @property
+  def stochastic_depth(self) -> float:
+    """In training, probability of skipping a sub-layer of the last block."""
+    return 0.0
 
   @property
   def num_tokens(self) -> int:
     """T, tokens that attend to each other."""
+    raise NotImplementedError
+
+  @property
+  def tokens_per_example(self) -> int:
+    """Tokens of one `unit`, for which FLOPs are counted."""
     raise NotImplementedError
 
   @property
@@ -183,7 +203,8 @@ class ModelConfig:
 
   @property
   def end_params(self) -> int:
-    """Parameters outside the blocks and the last norm: what turns input into x, and x into output."""
+    """Parameters outside the blocks and the last norm: what makes x of the input, and the
+    output of x."""
     raise NotImplementedError
 
   @property
@@ -192,9 +213,9 @@ class ModelConfig:
     raise NotImplementedError
 
   @property
-  def sharded_sizes(self) -> dict[str, str]:
-    """{field: mesh axis that must divide it}."""
-    return {"ffn_groups": "tensor", "head_groups": "tensor", "d_model": "fsdp"}
+  def axis_fields(self) -> dict[str, str]:
+    """{field: the logical axis of that length}, of axes that a mesh may shard; see sharding.py."""
+    return {"ffn_groups": "ffn_groups", "head_groups": "head_groups", "d_model": "embed"}
 
   def to_dict(self) -> dict[str, Any]:
     """JSON-ready form; `from_dict` inverts it."""
@@ -208,6 +229,8 @@ class ModelConfig:
       UserError: on an unknown or missing key, or an invalid value.
     """
     known = {f.name: f for f in dataclasses.fields(cls)}
+    if "runs" in values:  # what versions before 0.2 called them
+      values = {"spans" if key == "runs" else key: value for key, value in values.items()}
     for key in values:
       if key not in known:
         raise UserError(f"unknown key model.{key}{did_you_mean(key, known)}")
@@ -246,6 +269,10 @@ class MatLMConfig(ModelConfig):
     return self.seq_len
 
   @property
+  def tokens_per_example(self):
+    return 1
+
+  @property
   def summary(self):
     return f"{super().summary}, vocabulary {self.vocab_size:,}, context {self.seq_len:,}"
 
@@ -258,8 +285,8 @@ class MatLMConfig(ModelConfig):
     return 2 * self.end_params  # as the output head; looking up a row is no matmul
 
   @property
-  def sharded_sizes(self):
-    return super().sharded_sizes | {"vocab_size": "tensor"}
+  def axis_fields(self):
+    return super().axis_fields | {"vocab_size": "vocab"}
 
 
 POOLING = ("cls", "mean")
@@ -344,8 +371,12 @@ class MatViTConfig(ModelConfig):
     return self.grid**2 + (self.pooling == "cls")
 
   @property
-  def sharded_sizes(self):
-    return super().sharded_sizes | {"features": "fsdp"}
+  def tokens_per_example(self):
+    return self.num_tokens
+
+  @property
+  def axis_fields(self):
+    return super().axis_fields | {"features": "embed"}
 
   @property
   def patch_pixels(self) -> int:
@@ -374,7 +405,86 @@ class MatViTConfig(ModelConfig):
     )
 
 
-KINDS = {"matlm": MatLMConfig, "matvit": MatViTConfig}
+# --------------------------------------------------------------- kinds of model
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """All that the package needs to know of a kind of model; `KINDS` is where one is registered.
+
+  What lives in higher layers of the package is named by import path, `module:attribute`, and
+  imported when it is first asked for.
+
+  Attributes:
+    name: what `task` says in configs and in config.json.
+    config: what such a model is.
+    axes: the leaves outside the blocks -> their logical axes, see sharding.py.
+    module: has `init_params` and `adapt_params`.
+    objective: model and loss, without data; see tasks/.
+    task: the same with its data.
+    loaded: what `load` returns.
+  """
+
+  name: str
+  config: type[ModelConfig]
+  axes: Mapping[str, tuple[str, ...]]
+  module: str
+  objective: str
+  task: str
+  loaded: str
+
+  def resolve(self, what: str) -> Any:
+    """The module or class that a field names, e.g. `kind.resolve("task")`."""
+    module, _, attribute = getattr(self, what).partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+KINDS = {
+  kind.name: kind
+  for kind in (
+    Kind(
+      name="matlm",
+      config=MatLMConfig,
+      axes={"embedding": ("vocab", "embed")},
+      module="matformer_jax.models.matlm",
+      objective="matformer_jax.tasks.language:NextToken",
+      task="matformer_jax.tasks.language:LanguageModeling",
+      loaded="matformer_jax.loading:LanguageModel",
+    ),
+    Kind(
+      name="matvit",
+      config=MatViTConfig,
+      axes={
+        "patches/kernel": ("embed", "pixels"),
+        "patches/bias": ("d",),
+        "cls": ("d",),
+        "positions": ("length", "d"),
+        "representation/kernel": ("features", "embed"),
+        "representation/bias": ("features",),
+        "head/kernel": ("classes", "embed"),
+        "head/bias": ("classes",),
+      },
+      module="matformer_jax.models.matvit",
+      objective="matformer_jax.tasks.classification:Classification",
+      task="matformer_jax.tasks.classification:ImageClassification",
+      loaded="matformer_jax.loading:VisionModel",
+    ),
+  )
+}
+
+
+def kind_of(source: Mapping[str, Any] | ModelConfig) -> Kind:
+  """The kind of a model, or of what the `task` of a config file or a model card names.
+
+  Raises:
+    UserError: for an unknown task.
+  """
+  if isinstance(source, ModelConfig):
+    return next(kind for kind in KINDS.values() if isinstance(source, kind.config))
+  if source["task"] not in KINDS:
+    raise UserError(f"task={source['task']!r} is unknown{did_you_mean(str(source['task']), KINDS)}")
+  return KINDS[source["task"]]
 
 
 def model_config(source: Mapping[str, Any]) -> ModelConfig:
@@ -383,9 +493,10 @@ def model_config(source: Mapping[str, Any]) -> ModelConfig:
   Raises:
     UserError: for an unknown task, or as `from_dict`.
   """
-  if source["task"] not in KINDS:
-    raise UserError(f"task={source['task']!r} is unknown{did_you_mean(str(source['task']), KINDS)}")
-  return KINDS[source["task"]].from_dict(source["model"])
+  return kind_of(source).config.from_dict(source["model"])
+
+
+# --------------------------------------------------------------------- execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -454,12 +565,6 @@ class Execution:
       flash_attention=platform == "tpu" and device_kind not in ("TPU v2", "TPU v3"),
       logits_bytes=(32 if cpu else 512) * 2**20,
     )
-
-
-def did_you_mean(key: str, known) -> str:
-  """`; did you mean 'x'?` for the nearest known key, else the list of keys."""
-  near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-  return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
 
 
 def _divisors(n: int) -> list[int]:

@@ -27,7 +27,7 @@ def describe(config: ModelConfig, chosen: gran.Granularity | None = None) -> dic
   """
   result = {
     "model": config.to_dict(),
-    "granularities": {gran.to_text(g, config): _sizes(config, g) for g in gran.uniform(config)},
+    "granularities": {gran.to_text(g, config): _sizes(config, g) for g in gran.trained(config)},
   }
   if chosen is not None:
     result["mix_n_match"] = {"granularity": gran.to_text(chosen, config), **_sizes(config, chosen)}
@@ -53,7 +53,7 @@ def report(
   """The same as a table a person reads."""
   sizes = {
     gran.to_text(g, config): _sizes(config, g)
-    for g in [*gran.uniform(config), *([chosen] if chosen else [])]
+    for g in [*gran.trained(config), *([chosen] if chosen else [])]
   }
   rows = [
     (
@@ -83,7 +83,7 @@ def report(
     c.summary,
     f"{'gated ' if c.gated else ''}{c.activation} FFN widths " + "/".join(map(str, c.ffn_widths)),
   ]
-  mixes = len(gran.mix_n_match_ladder(c)) - len(gran.uniform(c))
+  mixes = len(gran.mix_n_match_ladder(c)) - len(gran.trained(c))
   text = (
     f"{', '.join(what)}\n\n{tables.table(header, rows)}\n\n"
     f"FLOPs are of a forward pass, attention counted in full. Between the "

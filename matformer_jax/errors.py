@@ -1,4 +1,9 @@
-"""The one exception for mistakes a user can fix."""
+"""The one exception for mistakes a user can fix, and the words that help to fix them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+import difflib
 
 
 class UserError(ValueError):
@@ -7,3 +12,15 @@ class UserError(ValueError):
   The message names the offending value, where it came from and how to fix it.
   Command-line programs print it on one line and exit with code 1.
   """
+
+
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+  """`; did you mean 'x'?` for the nearest known key, else the list of keys."""
+  near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+  return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
+
+
+def first_line(e: BaseException, limit: int = 300) -> str:
+  """The first line of an error's text, which can be pages long; its type where it has none."""
+  lines = str(e).strip().splitlines()
+  return lines[0][:limit] if lines else type(e).__name__

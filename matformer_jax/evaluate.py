@@ -113,7 +113,7 @@ def plot(model: Model, results: Sequence[Result], path: str, baseline: float | N
   import matplotlib.pyplot as plt
 
   sizes = [gran.count(model.config, r.granularity).params / 1e6 for r in results]
-  explicit = {gran.to_text(g, model.config) for g in gran.uniform(model.config)}
+  explicit = {gran.to_text(g, model.config) for g in gran.trained(model.config)}
   metric, label = (
     ("accuracy", "top-1 accuracy (%)")
     if "accuracy" in results[0].metrics
@@ -210,7 +210,7 @@ def main(argv) -> None:
   if _GRANULARITIES.value:
     chosen = [gran.parse(g, model.config) for g in _GRANULARITIES.value]
   else:
-    chosen = gran.uniform(model.config)
+    chosen = gran.trained(model.config)
   if _LADDER.value:
     chosen += ladder(model.config, _LADDER.value)
   chosen = sorted(dict.fromkeys(chosen), key=lambda g: gran.count(model.config, g).params)

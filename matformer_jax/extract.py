@@ -112,7 +112,7 @@ def _read(workdir: pathlib.Path, step: int, config: ModelConfig, g: gran.Granula
     return reader.read(
       ("blocks", str(part.source), *names[2:]),
       slice(part.start, part.stop),
-      config.slice_lengths(part.run),
+      config.slice_lengths(part.span),
     )
 
   wanted = jax.eval_shape(

@@ -21,7 +21,7 @@ from typing import Union
 
 import numpy as np
 
-from matformer_jax.config import ModelConfig, Run
+from matformer_jax.config import ModelConfig, Span
 from matformer_jax.errors import UserError
 
 # The rows of Table 6, p_S/p_M/p_L/p_XL. The third is the paper's default.
@@ -100,7 +100,7 @@ def to_text(granularity: Granularity, config: ModelConfig) -> str:
   return text
 
 
-def uniform(config: ModelConfig) -> list[Granularity]:
+def trained(config: ModelConfig) -> list[Granularity]:
   """The trained granularities, cut to the stored widths, narrowest first.
 
   A universal model has g; an extracted one ends with everything it stores:
@@ -117,40 +117,40 @@ def uniform(config: ModelConfig) -> list[Granularity]:
 
 def full(config: ModelConfig) -> Granularity:
   """Every layer as wide as stored: XL for a universal model."""
-  ffn = tuple(r.ffn for r in config.runs for _ in range(r.num_layers))
-  heads = tuple(r.heads for r in config.runs for _ in range(r.num_layers))
+  ffn = tuple(r.ffn for r in config.spans for _ in range(r.num_layers))
+  heads = tuple(r.heads for r in config.spans for _ in range(r.num_layers))
   return parse(Granularity(ffn, heads), config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Where one run of a granularity lies: layers [start, stop) of stored run `source`."""
+  """Where one span of a granularity lies: layers [start, stop) of stored span `source`."""
 
   source: int
   start: int
   stop: int
-  run: Run
+  span: Span
 
 
 def slices(config: ModelConfig, granularity: Granularity) -> list[Slice]:
-  """The longest stretches of layers with equal widths, within each stored run."""
+  """The longest stretches of layers with equal widths, within each stored span."""
   result = []
   first = 0
-  for source, stored in enumerate(config.runs):
+  for source, stored in enumerate(config.spans):
     layers = range(first, first + stored.num_layers)
     key = lambda layer: (granularity.ffn[layer], granularity.heads[layer])
     for (ffn, heads), group in itertools.groupby(layers, key):
       group = list(group)
       result.append(
-        Slice(source, group[0] - first, group[-1] + 1 - first, Run(len(group), ffn, heads))
+        Slice(source, group[0] - first, group[-1] + 1 - first, Span(len(group), ffn, heads))
       )
     first += stored.num_layers
   return result
 
 
 def submodel_config(config: ModelConfig, granularity: Granularity) -> ModelConfig:
-  """The config of the submodel as a model of its own, with narrower stored runs."""
-  return dataclasses.replace(config, runs=tuple(s.run for s in slices(config, granularity)))
+  """The config of the submodel as a model of its own, with narrower stored spans."""
+  return dataclasses.replace(config, spans=tuple(s.span for s in slices(config, granularity)))
 
 
 # ---------------------------------------------------------------- sampling
@@ -219,7 +219,7 @@ def mix_n_match_ladder(config: ModelConfig, shape: str = "increasing") -> list[G
   """
   if shape not in SHAPES:
     raise UserError(f"shape={shape!r} is not one of {', '.join(SHAPES)}")
-  layers, sizes = config.num_layers, uniform(config)
+  layers, sizes = config.num_layers, trained(config)
   # Layers in the order in which they are given the larger size.
   order = {
     "increasing": range(layers - 1, -1, -1),
@@ -404,7 +404,7 @@ def count(
     params=config.end_params + blocks,
     non_embedding_params=blocks,
     ffn_params=ffn,
-    flops=per_token * (num_tokens if config.unit == "image" else 1) + config.end_flops,
+    flops=per_token * config.tokens_per_example + config.end_flops,
   )
 
 
@@ -446,8 +446,8 @@ def _runs_text(indices: tuple[int, ...], config: ModelConfig) -> str:
 
 
 def _check(granularity: Granularity, value: GranularityLike, config: ModelConfig) -> None:
-  stored_ffn = [r.ffn for r in config.runs for _ in range(r.num_layers)]
-  stored_heads = [r.heads for r in config.runs for _ in range(r.num_layers)]
+  stored_ffn = [r.ffn for r in config.spans for _ in range(r.num_layers)]
+  stored_heads = [r.heads for r in config.spans for _ in range(r.num_layers)]
   for part, stored in ((granularity.ffn, stored_ffn), (granularity.heads, stored_heads)):
     if len(part) != config.num_layers:
       raise UserError(

@@ -132,15 +132,8 @@ def device_name() -> str:
 class _AttentionBlock(layers.Block):
   """The attention half of a block."""
 
-  @layers.nn.compact
-  def __call__(self, x_BxTxD, cache=None, start=None, layer=None):
-    cfg = self.config
-    attention = layers.Attention(
-      cfg, self.execution, cfg.head_counts[self.run.heads], name="attention"
-    )
-    normed = layers.Norm(cfg, name="attention_norm")(x_BxTxD)
-    y, cache = attention(normed, cache, start, layer)
-    return x_BxTxD + y, cache
+  def feed_forward(self, x_BxTxD, layer, seeds_B):
+    return x_BxTxD
 
 
 class _AttentionOnly(Decoder):
@@ -182,7 +175,7 @@ def make_program(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(decoder: Decoder, weights, ids):
-  weights = decoder.narrow(weights)
+  weights = decoder.submodel(weights)
   cache = kv.init_cache(decoder.config, decoder.execution, *ids.shape)  # not returned: not made
   return decoder.logits(weights, decoder.extend(weights, ids, cache, None)[0])
 
@@ -198,7 +191,7 @@ def fastest(programs: Sequence[Callable[[], float]], rounds: int, label: str) ->
 
 def parts(config: MatLMConfig, execution: Execution) -> list[Decoder]:
   """What is timed: no layers; attention halves, per head granularity; whole sizes."""
-  sizes = gran.uniform(config)
+  sizes = gran.trained(config)
   halves = [_AttentionOnly(config, execution, size) for size in sizes]
   if not config.nested_heads:
     halves = halves[-1:]
@@ -211,7 +204,7 @@ def parts(config: MatLMConfig, execution: Execution) -> list[Decoder]:
 
 def solve(config: MatLMConfig, times: Sequence[float], batch: int, tokens: int) -> Costs:
   """Costs of the parts from the seconds of `parts`: differences per layer."""
-  sizes = len(gran.uniform(config))
+  sizes = len(gran.trained(config))
   fixed, *times = times
   per_layer = [(t - fixed) / config.num_layers for t in times]
   attention, layer = per_layer[:-sizes], per_layer[-sizes:]
@@ -260,7 +253,7 @@ def main(argv) -> None:
   print(report(model.config, profile))
   print(
     f"\nwrote {path}; plan with: python -m matformer_jax.describe --workdir={model.workdir} "
-    f"--budget=latency:{1.02e3 * profile.predict(gran.uniform(model.config)[1]):.3g}ms"
+    f"--budget=latency:{1.02e3 * profile.predict(gran.trained(model.config)[1]):.3g}ms"
   )
 
 
@@ -277,7 +270,7 @@ def report(config: MatLMConfig, profile: Profile) -> str:
         ms(c.ffn[g.ffn[-1]]),
         ms(profile.predict(g, workload)),
       )
-      for g in gran.uniform(config)
+      for g in gran.trained(config)
     ]
     shape = f"{c.batch} x {c.tokens} tokens" + (" of cache" if workload == "decode" else "")
     header = ("granularity", "embedding, head", "attention/layer", "FFN/layer", "whole model")

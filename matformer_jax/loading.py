@@ -29,7 +29,7 @@ from matformer_jax.decoding.speculative import (
 )
 from matformer_jax.errors import UserError
 from matformer_jax.evals import classification
-from matformer_jax.models import layers, losses, matlm
+from matformer_jax.models import losses, matlm, slicing
 
 CALL_SECONDS = 0.05  # of generation: a program call makes about as many tokens as take this long
 
@@ -84,14 +84,14 @@ class Model:
   def __repr__(self) -> str:
     c = self.config
     rows = []
-    for g in gran.uniform(c):
+    for g in gran.trained(c):
       n = gran.count(c, g)
       rows.append(
         (gran.to_text(g, c), f"{n.params:,}", f"{n.non_embedding_params:,}", tables.si(n.flops))
       )
     sizes = tables.table(("granularity", "parameters", c.blocks_name, f"FLOPs/{c.unit}"), rows)
     text = f"{c.name} from {self.workdir}, step {self.step:,}: {c.summary}\n{sizes}"
-    mixes = [g for g in gran.mix_n_match_ladder(c) if g not in gran.uniform(c)]
+    mixes = [g for g in gran.mix_n_match_ladder(c) if g not in gran.trained(c)]
     if mixes:
       text += f"\nplus {len(mixes)} Mix'n'Match models, such as {gran.to_text(mixes[len(mixes) // 2], c)!r}"
     return text
@@ -245,7 +245,7 @@ class LanguageModel(Model):
     decoder = Decoder(
       config, self.execution, gran.full(config), settings.sampling, self.tokenizer.eos_id
     )
-    weights = decoder.lay_out(layers.slice_params(self.params, self.config, g))
+    weights = decoder.lay_out(slicing.slice_params(self.params, self.config, g))
     request = prompts, settings.max_tokens, [settings.seed + i for i in range(len(prompts))]
     lengths = settings.draft_lengths or tuple(
       k for k in AUTO_DRAFT_LENGTHS if k or settings.share_cache

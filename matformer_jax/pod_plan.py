@@ -260,14 +260,11 @@ def plan_decode(
     params,
   )
   cache = jax.eval_shape(functools.partial(kv.init_cache, config, decoder.execution, batch, length))
-  axes = ("batch", "head_groups", "heads", "positions", "head_dim")
   cache = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(
       leaf.shape,
       leaf.dtype,
-      sharding=jax.sharding.NamedSharding(
-        mesh, sharding.spec(("layers",) * (leaf.ndim - 5) + axes)
-      ),
+      sharding=jax.sharding.NamedSharding(mesh, sharding.spec(kv.logical_axes(leaf))),
     ),
     cache,
   )

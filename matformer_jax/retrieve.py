@@ -286,7 +286,7 @@ def main(argv) -> None:
   model = load(_WORKDIR.value, _STEP.value, VisionModel)
   task = open_task(model)
   config, data = model.config, model.card["config"]["data"]
-  chosen = [gran.parse(g, config) for g in _GRANULARITIES.value] or gran.uniform(config)
+  chosen = [gran.parse(g, config) for g in _GRANULARITIES.value] or gran.trained(config)
   chosen += ladder(config, _LADDER.value) if _LADDER.value else []
   full = gran.full(config)
   chosen = sorted(dict.fromkeys([*chosen, full]), key=lambda g: gran.count(config, g).params)
@@ -307,7 +307,7 @@ def main(argv) -> None:
   options = ks, _METRIC.value, _BACKEND.value
   rows = [measure(embedder, queries, g, corpus, text(full), *options, UNIVERSAL) for g in chosen]
   if _SYMMETRIC.value != "none":
-    trained = gran.uniform(config)
+    trained = gran.trained(config)
     for g in (g for g in chosen if g != full and (_SYMMETRIC.value == "all" or g in trained)):
       own = embed_corpus(embedder, corpus_images, g, root)
       rows.append(measure(embedder, queries, g, own, text(g), *options, UNIVERSAL))

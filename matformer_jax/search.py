@@ -108,7 +108,7 @@ def candidates(
     seed: of the random mixes.
     rungs: about how many of the ladder's.
   """
-  found = [Candidate(g, "trained", "") for g in gran.uniform(config)]
+  found = [Candidate(g, "trained", "") for g in gran.trained(config)]
   found += [Candidate(g, MIX_N_MATCH, "") for g in ladder(config, rungs)]
   rng = np.random.default_rng(seed)
   for budget in budgets:

@@ -6,13 +6,16 @@ shards, so a shorter slice stays on its device and costs no collective.
 
 Mesh axes: `data` (replicas), `fsdp` (parameters sharded along d_model, batch
 sharded too), `tensor` (groups of neurons and heads, vocabulary).
+
+Everything that trains or decodes takes its specs from here. Two computations that are not a
+model's split their own arrays with these mesh axes: exact nearest-neighbour search
+(evals/retrieval.py) and the comparison of replicas (checkpoints/replicas.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 import functools
-from typing import Any
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -20,17 +23,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from matformer_jax.config import KINDS
 from matformer_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 DATA, FSDP, TENSOR = MESH_AXES
 
-# The last two names of a leaf's path -> its logical axes, outermost first; "d" is an axis of
-# d_model numbers that is not worth sharding.
+# The last two names of a leaf's path (or its last) -> its logical axes, outermost first: of the
+# blocks here, of what is around them in each kind's record in config.py.
 _FFN = ("layers", "ffn_groups", "neurons", "embed")
 _QKV = ("layers", "qkv", "head_groups", "heads", "head_dim", "embed")
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-  "embedding": ("vocab", "embed"),
   "attention/qkv": _QKV,
   "attention/qkv_bias": _QKV[:-1],
   "attention/out": _QKV[:1] + _QKV[2:],
@@ -47,23 +50,27 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
   "ffn_norm/bias": ("layers", "d"),
   "final_norm/scale": ("d",),
   "final_norm/bias": ("d",),
-  "patches/kernel": ("embed", "pixels"),
-  "patches/bias": ("d",),
-  "cls": ("d",),
-  "positions": ("length", "d"),
-  "representation/kernel": ("features", "embed"),
-  "representation/bias": ("features",),
-  "head/kernel": ("classes", "embed"),
-  "head/bias": ("classes",),
 }
+for _kind in KINDS.values():
+  LOGICAL_AXES |= _kind.axes
 
-# Logical axis -> mesh axis; axes not listed are replicated.
-RULES: dict[str, Any] = {
+# Every logical axis -> the mesh axis that shards it; None is replicated.
+RULES: dict[str, str | tuple[str, ...] | None] = {
   "batch": (DATA, FSDP),
-  "embed": FSDP,
+  "embed": FSDP,  # d_model, of a matrix
+  "d": None,  # d_model, of what is not worth sharding: activations, scales, biases
   "ffn_groups": TENSOR,
   "head_groups": TENSOR,
   "vocab": TENSOR,
+  "layers": None,
+  "neurons": None,  # of a group; nested
+  "heads": None,  # of a group; nested
+  "head_dim": None,
+  "qkv": None,
+  "length": None,  # tokens
+  "pixels": None,  # numbers in a patch
+  "features": None,
+  "classes": None,
 }
 
 
@@ -94,8 +101,8 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
 def check_model_fits_mesh(config, mesh: Mesh) -> None:
   """Raises UserError where a sharded axis is not divisible by its mesh axis."""
   sizes = dict(mesh.shape)
-  for name, axis in config.sharded_sizes.items():
-    value = getattr(config, name)
+  for name, logical_axis in config.axis_fields.items():
+    value, axis = getattr(config, name), RULES[logical_axis]
     if value % sizes[axis]:
       raise UserError(
         f"model.{name}={value} is not divisible by mesh.{axis}={sizes[axis]}; "
@@ -124,8 +131,12 @@ def logical_axes(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def spec(axes: tuple[str, ...], gathered: bool = False) -> PartitionSpec:
-  """Mesh axes for logical axes; `gathered` leaves the fsdp axis out."""
-  mesh_axes = [RULES.get(a) for a in axes]
+  """Mesh axes for logical axes; `gathered` leaves the fsdp axis out.
+
+  Raises:
+    KeyError: for an axis that is not in RULES.
+  """
+  mesh_axes = [RULES[a] for a in axes]
   if gathered:
     mesh_axes = [None if a == FSDP else a for a in mesh_axes]
   return PartitionSpec(*mesh_axes)
@@ -143,7 +154,7 @@ def stored_shape(shape: tuple[int, ...], axes: tuple[str, ...], execution) -> tu
   if not execution.per_device:
     return shape
   shards = execution.mesh.shape[FSDP]
-  return tuple(n // shards if RULES.get(a) == FSDP else n for n, a in zip(shape, axes))
+  return tuple(n // shards if RULES[a] == FSDP else n for n, a in zip(shape, axes))
 
 
 def gather(weight: jax.Array, axes: tuple[str, ...], execution) -> jax.Array:
@@ -202,6 +213,26 @@ def _gather_shards_bwd(axes, dtype, param_dtype, _, cotangent):
 
 
 _gather_shards.defvjp(_gather_shards_fwd, _gather_shards_bwd)
+
+
+def on_head_shards(f, execution):
+  """f of arrays [batch, heads, ...], on each device's own rows and heads.
+
+  For kernels, which the partitioner cannot split.
+  """
+  if execution.mesh is None:
+    return f
+  # Inside a per-device program the batch axes are split already; the tensor axis is not.
+  batch = None if execution.per_device else RULES["batch"]
+  over = PartitionSpec(batch, RULES["head_groups"])
+  return jax.shard_map(
+    f,
+    mesh=None if execution.per_device else execution.mesh,
+    in_specs=over,
+    out_specs=over,
+    axis_names={TENSOR} if execution.per_device else set(MESH_AXES),
+    check_vma=False,
+  )
 
 
 def on_each_device(gradient, mesh: Mesh):
@@ -291,4 +322,4 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_shards(mesh: Mesh | None) -> int:
   """How many ways the batch axis is split."""
-  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+  return 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]

@@ -13,7 +13,7 @@ from matformer_jax import UserError, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution
 from matformer_jax.decoding.decode import Decoder, Sampling, log_probs
-from matformer_jax.models import layers, matlm
+from matformer_jax.models import matlm, ops
 
 PROMPTS = [[5, 6, 7, 1, 2], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [60, 2]]
 EXECUTIONS = {"unrolled": Execution(), "scan": Execution(scan_layers=True, flat_weights=False)}
@@ -61,15 +61,15 @@ def test_logits_equal_the_full_forward(small, change, execution, granularity):
   rng = np.random.default_rng(0)
   sequences = [p + rng.integers(0, 64, 4).tolist() for p in PROMPTS]
   state = d.prefill(weights, PROMPTS, 8, range(4))
-  narrow, start, cache = d.narrow(weights), state.length, state.cache
+  submodel, start, cache = d.submodel(weights), state.length, state.cache
   have = []
   for count in (1, 3):
     offset = len(have)
     tokens = np.array(
       [s[len(p) + offset : len(p) + offset + count] for s, p in zip(sequences, PROMPTS)]
     )
-    hidden, cache = jax.jit(d.extend)(narrow, tokens, cache, start + offset)
-    have += list(np.moveaxis(np.asarray(d.logits(narrow, hidden)), 1, 0))
+    hidden, cache = jax.jit(d.extend)(submodel, tokens, cache, start + offset)
+    have += list(np.moveaxis(np.asarray(d.logits(submodel, hidden)), 1, 0))
   for row, (prompt, sequence) in enumerate(zip(PROMPTS, sequences)):
     want = full_logits(config, params, granularity, sequence)[len(prompt) :]
     mine = np.stack([step[row] for step in have])
@@ -94,25 +94,25 @@ def mixed_logits(config, params, sequence, sizes) -> np.ndarray:
   x = params["embedding"][np.array(sequence)] * d**0.5
   length = len(sequence)
   width = np.array([config.ffn_widths[i] for i in sizes])
-  table = layers.rope_table(length, h, config.rope_base)
+  table = ops.rope_table(length, h, config.rope_base)
   for layer in range(config.num_layers):
-    y = layers.rms_norm(x, p["attention_norm"]["scale"][layer], config.norm_eps)
+    y = ops.rms_norm(x, p["attention_norm"]["scale"][layer], config.norm_eps)
     qkv = jnp.einsum("td,cnhd->cnth", y, p["attention"]["qkv"][layer, :, 0])
-    q, k = (layers.apply_rope(z, *table) for z in qkv[:2])
+    q, k = (ops.apply_rope(z, *table) for z in qkv[:2])
     scores = jnp.where(
       np.tri(length, dtype=bool), jnp.einsum("nth,nsh->nts", q, k) * h**-0.5, -jnp.inf
     )
     out = jnp.einsum("nts,nsh->tnh", jax.nn.softmax(scores), qkv[2])
     x = x + jnp.einsum("tnh,nhd->td", out, p["attention"]["out"][layer, 0])
-    y = layers.rms_norm(x, p["ffn_norm"]["scale"][layer], config.norm_eps)
-    hidden = layers.ACTIVATION[config.activation](y @ p["ffn"]["in"][layer, 0].T)
+    y = ops.rms_norm(x, p["ffn_norm"]["scale"][layer], config.norm_eps)
+    hidden = ops.ACTIVATION[config.activation](y @ p["ffn"]["in"][layer, 0].T)
     x = (
       x
       + jnp.where(np.arange(hidden.shape[1]) < width[:, None], hidden, 0)
       @ p["ffn"]["out"][layer, 0]
     )
   return np.asarray(
-    layers.rms_norm(x, params["final_norm"]["scale"], config.norm_eps) @ params["embedding"].T
+    ops.rms_norm(x, params["final_norm"]["scale"], config.norm_eps) @ params["embedding"].T
   )
 
 

@@ -11,7 +11,7 @@ import pytest
 from matformer_jax import UserError
 from matformer_jax import granularity as gran
 from matformer_jax.config import MatLMConfig
-from matformer_jax.models import layers, matlm
+from matformer_jax.models import matlm, slicing
 
 
 def model_config(row: str) -> MatLMConfig:
@@ -52,8 +52,8 @@ def test_counts_of_the_2_6b_model():
 def test_counts_equal_the_real_tree(row, change):
   config = dataclasses.replace(model_config(row), **change)
   params = jax.eval_shape(lambda: matlm.init_params(config, jax.random.key(0)))
-  for g in gran.uniform(config):
-    sub = jax.eval_shape(lambda p: layers.slice_params(p, config, g), params)
+  for g in gran.trained(config):
+    sub = jax.eval_shape(lambda p: slicing.slice_params(p, config, g), params)
     n = gran.count(config, g)
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     assert size(sub) == n.params
@@ -164,7 +164,7 @@ def first_run(x) -> int:
 @pytest.mark.parametrize("layers", [4, 5])
 @pytest.mark.parametrize("shape", gran.SHAPES)
 def test_ladders_have_their_shape_and_least_slope(small, shape, layers):
-  config = dataclasses.replace(small, num_layers=layers, runs=None)
+  config = dataclasses.replace(small, num_layers=layers, spans=None)
   ladder = gran.mix_n_match_ladder(config, shape)
   assert len(ladder) == 3 * layers + 1
   sizes = [gran.count(config, g).params for g in ladder]
@@ -179,7 +179,7 @@ def test_ladders_have_their_shape_and_least_slope(small, shape, layers):
 def test_ladder_of_an_extracted_model(small):
   config = gran.submodel_config(small, gran.parse("S*1+L*3", small))
   text = [gran.to_text(g, config) for g in gran.mix_n_match_ladder(config)]
-  assert [gran.to_text(g, config) for g in gran.uniform(config)] == ["S", "S*1+M*3", "S*1+L*3"]
+  assert [gran.to_text(g, config) for g in gran.trained(config)] == ["S", "S*1+M*3", "S*1+L*3"]
   assert text[0] == "S" and text[-1] == "S*1+L*3" and len(set(text)) == len(text) == 7
 
 
@@ -270,7 +270,7 @@ def test_one_budget_at_a_time(small):
 )
 def test_model_config_errors_name_the_value(small, change, words):
   with pytest.raises(UserError) as e:
-    dataclasses.replace(small, runs=None, **change)
+    dataclasses.replace(small, spans=None, **change)
   assert words in str(e.value)
 
 
@@ -283,4 +283,4 @@ def test_config_round_trips(small):
   assert MatLMConfig.from_dict(small.to_dict()) == small
   sub = gran.submodel_config(small, gran.parse("S*1+M*3", small))
   assert MatLMConfig.from_dict(sub.to_dict()) == sub
-  assert np.sum([r.num_layers for r in sub.runs]) == 4
+  assert np.sum([r.num_layers for r in sub.spans]) == 4

@@ -17,7 +17,7 @@ from matformer_jax import UserError, models, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import Execution, MatViTConfig, model_config
-from matformer_jax.models import attention, layers, matvit
+from matformer_jax.models import attention, layers, matvit, ops, slicing
 from matformer_jax.tasks.classification import Classification
 from matformer_jax.tpu import hlo
 from matformer_jax.training import optim
@@ -65,7 +65,7 @@ def images():
 )
 def test_parameter_counts_of_the_paper(row, encoder):
   config = model_config(vit_config(row))
-  for g, millions in zip(gran.uniform(config), encoder):
+  for g, millions in zip(gran.trained(config), encoder):
     assert gran.count(config, g).non_embedding_params == pytest.approx(1e6 * millions, rel=0.015)
 
 
@@ -86,7 +86,7 @@ def test_parameter_counts_of_the_paper(row, encoder):
 @pytest.mark.parametrize("change", [{}, {"pooling": "mean", "representation_size": 24}])
 def test_counts_are_exact(row, change):
   config = dataclasses.replace(model_config(vit_config(row)), **change)
-  for g in gran.uniform(config):
+  for g in gran.trained(config):
     sub = gran.submodel_config(config, g)
     shapes = jax.eval_shape(lambda: models.init_params(sub, jax.random.key(0)))
     assert gran.count(config, g).params == sum(x.size for x in jax.tree.leaves(shapes))
@@ -95,7 +95,7 @@ def test_counts_are_exact(row, change):
 def test_table_7_with_the_head():
   """L/16 with an ImageNet-1K head: the paper's 306/206/156/131M are its rounded encoders + 6M."""
   config = model_config(vit_config("L16_i1k_finetune"))
-  for g, millions in zip(gran.uniform(config), (131, 156, 206, 306)):
+  for g, millions in zip(gran.trained(config), (131, 156, 206, 306)):
     assert gran.count(config, g).params == pytest.approx(1e6 * millions, rel=0.02)
 
 
@@ -155,7 +155,7 @@ def test_computes_what_a_vit_of_these_widths_does(params, images, name):
 def test_a_submodel_is_a_model(params, images):
   """And its gradient is the universal one's slice; what it leaves out gets exactly zero."""
   g = gran.parse("M*1+L*2", CONFIG)
-  config, sub = gran.submodel_config(CONFIG, g), layers.slice_params(params, CONFIG, g)
+  config, sub = gran.submodel_config(CONFIG, g), slicing.slice_params(params, CONFIG, g)
   loss = lambda c: (
     lambda p: jnp.sum(
       matvit.MatViT(c).apply({"params": p}, images, **({"granularity": g} if c is CONFIG else {}))
@@ -165,7 +165,7 @@ def test_a_submodel_is_a_model(params, images):
   want, grads = jax.value_and_grad(loss(config))(sub)
   have, whole = jax.value_and_grad(loss(CONFIG))(params)
   np.testing.assert_allclose(have, want, rtol=1e-6)
-  cut = layers.slice_params(whole, CONFIG, g)
+  cut = slicing.slice_params(whole, CONFIG, g)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), cut, grads)
   for name in ("in", "in_bias", "out"):
     assert not np.any(whole["blocks"]["0"]["ffn"][name][0, :, CONFIG.ffn_widths[1] // 2 :])
@@ -240,10 +240,10 @@ def test_positions_follow_the_resolution(params, images):
 def test_dropout_keeps_the_mean_and_follows_the_row():
   x = jnp.ones((64, 50, 8))
   seeds = jnp.arange(64, dtype=jnp.uint32)  # as alike as seeds can be
-  y = layers.drop(x, 0.25, seeds)
+  y = ops.drop(x, 0.25, seeds)
   assert set(np.unique(y)) == {0, np.float32(4 / 3)} and abs(float(y.mean()) - 1) < 0.02
-  np.testing.assert_array_equal(layers.drop(x[5:9], 0.25, seeds[5:9]), y[5:9])
-  rows = layers.drop(x, 0.25, seeds, whole_rows=True)
+  np.testing.assert_array_equal(ops.drop(x[5:9], 0.25, seeds[5:9]), y[5:9])
+  rows = ops.drop(x, 0.25, seeds, whole_rows=True)
   assert all(len(np.unique(row)) == 1 for row in rows) and 0 < float((rows == 0).mean()) < 0.5
 
 
@@ -252,8 +252,8 @@ def test_what_is_dropped_is_as_good_as_random():
   rows, places, rate = 512, 1024, 0.3
   seeds = jnp.arange(rows, dtype=jnp.uint32)
   masks = [
-    np.asarray(layers.drop(jnp.ones((rows, places)), rate, s) == 0, float)
-    for s in (seeds, layers.fold_seeds(seeds, 0), layers.fold_seeds(seeds, 1))
+    np.asarray(ops.drop(jnp.ones((rows, places)), rate, s) == 0, float)
+    for s in (seeds, ops.fold_seeds(seeds, 0), ops.fold_seeds(seeds, 1))
   ]
   for mask in masks:
     for axis, count in ((0, rows), (1, places)):
@@ -278,7 +278,7 @@ def test_stochastic_depth_grows_with_the_layer(params, images):
   config = dataclasses.replace(CONFIG, stochastic_depth=0.999)
   seeds = jnp.arange(4, dtype=jnp.uint32)
   x = jax.random.normal(jax.random.key(0), (4, 17, 32))
-  block = layers.Block(config, Execution(), config.runs[0], parent=None)
+  block = layers.Block(config, Execution(), config.spans[0], parent=None)
   layer = jax.tree.map(lambda leaf: leaf[0], params["blocks"]["0"])
   run = lambda index: block.apply({"params": layer}, x, layer=index, seeds_B=seeds)[0]
   np.testing.assert_allclose(run(0), block.apply({"params": layer}, x)[0], rtol=1e-4, atol=1e-4)
@@ -355,7 +355,7 @@ def test_nesting_causes_no_collective(index):
   plain = make_trainer(
     mesh,
     dataclasses.replace(
-      nested.task.model_config, ffn_ratios=CONFIG.ffn_ratios[index : index + 1], runs=None
+      nested.task.model_config, ffn_ratios=CONFIG.ffn_ratios[index : index + 1], spans=None
     ),
   )
   ours, theirs = (

@@ -12,7 +12,7 @@ import pytest
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
 from matformer_jax.config import Execution, MatLMConfig
-from matformer_jax.models import attention, layers, matlm
+from matformer_jax.models import attention, layers, matlm, ops, slicing
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 13)).astype(np.int32)
 
@@ -102,7 +102,7 @@ def test_a_submodel_is_a_model(small, change, granularity):
   config = dataclasses.replace(small, **change)
   params = matlm.init_params(config, jax.random.key(0))
   g = gran.parse(granularity, config)
-  sub_params = layers.slice_params(params, config, g)
+  sub_params = slicing.slice_params(params, config, g)
   sub_config = gran.submodel_config(config, g)
   assert gran.count(sub_config, gran.full(sub_config)) == gran.count(config, g)
   own = logits(sub_config, sub_params, gran.full(sub_config))
@@ -165,7 +165,7 @@ def test_execution_changes_nothing_but_speed(small, name):
 
 
 def test_remat_saves_memory(small):
-  config = dataclasses.replace(small, num_layers=8, runs=None)
+  config = dataclasses.replace(small, num_layers=8, spans=None)
   params = matlm.init_params(config, jax.random.key(0))
   tokens = np.zeros((8, 128), np.int32)
 
@@ -211,9 +211,7 @@ def test_rms_norm_gradient():
   )
   scale = jnp.linspace(0.5, 2, 16)
   plain = lambda x, s: x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * s
-  want, have = (
-    jax.vjp(f, x, scale)[1](g) for f in (plain, lambda x, s: layers.rms_norm(x, s, 1e-6))
-  )
+  want, have = (jax.vjp(f, x, scale)[1](g) for f in (plain, lambda x, s: ops.rms_norm(x, s, 1e-6)))
   for a, b in zip(have, want):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 

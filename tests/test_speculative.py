@@ -267,7 +267,7 @@ def test_frequent_tokens():
 def test_mistakes(small):
   xl, s = decoder(small), decoder(small, "S")
   other = decoder(dataclasses.replace(small, vocab_size=32))
-  deep = decoder(dataclasses.replace(small, num_layers=2, runs=None))
+  deep = decoder(dataclasses.replace(small, num_layers=2, spans=None))
   for args, words in [
     ((s, xl), "wider than verifier S"),
     ((xl, other, (2,), False), "vocabulary of 32"),

@@ -19,7 +19,7 @@ from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.extract import extract
-from matformer_jax.models import dynamic, layers, matlm
+from matformer_jax.models import dynamic, matlm, slicing
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 12))
 
@@ -53,14 +53,14 @@ def test_dynamic_equals_static_in_value_and_gradient(small, change):
 def test_dynamic_runs_an_extracted_model(small, small_params):
   """Indices above what a layer stores are cut to it."""
   g = gran.parse("S*1+M*3", small)
-  config, params = gran.submodel_config(small, g), layers.slice_params(small_params, small, g)
+  config, params = gran.submodel_config(small, g), slicing.slice_params(small_params, small, g)
   have = dynamic.apply_dynamic(params, TOKENS, jnp.full(4, 3), config=config)
   np.testing.assert_allclose(have, static(small_params, small, g), atol=1e-5)
 
 
 def test_dynamic_gradient_keeps_no_branch(small):
   """The gradient of a switch over all sizes needs little more memory than XL's alone."""
-  config = dataclasses.replace(small, num_layers=6, runs=None)
+  config = dataclasses.replace(small, num_layers=6, spans=None)
   params = matlm.init_params(config, jax.random.key(0))
   tokens = np.zeros((8, 128), np.int32)
   execution = Execution(scan_layers=True, remat="full")
@@ -110,7 +110,7 @@ def test_extraction_of_other_trees(small, tmp_path):
     g = gran.parse(text, config)
     out = tmp_path / text.replace("/", "-")
     sub = extract(tmp_path / "u", text, out)
-    want = layers.slice_params(params, config, g)
+    want = slicing.slice_params(params, config, g)
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])

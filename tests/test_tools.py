@@ -198,7 +198,7 @@ def test_extract_evaluate_fine_tune(tiny_run, tmp_path):
   before = float(mine[0])
   assert evals[-1]["M*1+L*1"] < before
   model = matformer_jax.load(tuned)
-  assert [r.ffn for r in model.config.runs] == [1, 2]
+  assert [r.ffn for r in model.config.spans] == [1, 2]
   # Resuming does not start over, and the extracted model was not touched.
   shutil.rmtree(out)
   again = run_program("train", *args).stdout

@@ -33,7 +33,7 @@ from orbax.checkpoint import checkpoint_managers
 import tensorstore
 
 from matformer_jax.checkpoints import checksums
-from matformer_jax.config import ModelConfig, Run, model_config
+from matformer_jax.config import ModelConfig, Span, model_config
 from matformer_jax.errors import UserError
 from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.sharding import logical_axes, path_names
@@ -85,7 +85,7 @@ def _slice_checksums(params, segments: tuple):
 
 def _segments(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
   """Per nested axis, the lengths that granularities use; hashable."""
-  lengths = [config.slice_lengths(Run(1, i, i)) for i in range(config.num_granularities)]
+  lengths = [config.slice_lengths(Span(1, i, i)) for i in range(config.num_granularities)]
   return tuple((axis, tuple(sorted({n[axis] for n in lengths}))) for axis in ("neurons", "heads"))
 
 
@@ -366,7 +366,7 @@ def _first_line(e: Exception) -> str:
 
 def _chunks(params, config: ModelConfig):
   """How leaves are cut on disk: layer by layer, and no coarser than the narrowest slice."""
-  narrowest = config.slice_lengths(Run(1, 0, 0))
+  narrowest = config.slice_lengths(Span(1, 0, 0))
 
   def chunk(path, leaf):
     axes = logical_axes(path_names(path))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from matformer_jax.models.ops import mix_bits
+
 
 def terms(x: jax.Array, shape: Sequence[int], start: Sequence[int]) -> list[jax.Array]:
   """What a checksum sums: bits x odd hash(position), under two seeds; uint32 like x.
@@ -33,10 +35,7 @@ def terms(x: jax.Array, shape: Sequence[int], start: Sequence[int]) -> list[jax.
     stride *= shape[axis]
   result = []
   for seed in (0x9E3779B9, 0x85EBCA6B):
-    h = position ^ np.uint32(seed)
-    h = (h ^ (h >> 16)) * np.uint32(0x7FEB352D)
-    h = (h ^ (h >> 15)) * np.uint32(0x846CA68B)
-    result.append(bits * ((h ^ (h >> 16)) | 1))
+    result.append(bits * (mix_bits(position ^ np.uint32(seed)) | 1))
   return result
 
 

@@ -14,8 +14,7 @@ import re
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from matformer_jax.config import did_you_mean
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, did_you_mean
 
 BILINEAR = Image.Resampling.BILINEAR
 GREY = 128  # what moves into the picture when it is moved

@@ -29,7 +29,7 @@ from matformer_jax import sharding
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.errors import UserError
 from matformer_jax.models import cache as kv
-from matformer_jax.models import layers, matlm
+from matformer_jax.models import layers, matlm, ops, slicing
 
 BUCKET = 64  # prompt widths and cache lengths are multiples of this, so programs are reused
 
@@ -78,7 +78,7 @@ def log_probs(logits, sampling: Sampling) -> jax.Array:
   return jax.nn.log_softmax(logits)
 
 
-def stream(keys, positions, use: int) -> jax.Array:
+def token_keys(keys, positions, use: int) -> jax.Array:
   """[B] keys for the token at `positions` of each sequence; `use` separates purposes.
 
   A sequence's draws depend on its seed and the position alone: not on its batch, and
@@ -170,7 +170,7 @@ class Decoder:
   granularity: gran.Granularity
   sampling: Sampling = Sampling()
   eos_id: int = -1
-  block_class: ClassVar = layers.Block  # what a layer is; profile.py has others
+  block_class: ClassVar = layers.Block  # what a layer is; latency.py has others
 
   @property
   def heads(self) -> tuple[int, ...]:
@@ -247,7 +247,7 @@ class Decoder:
   def fill(self, weights, tokens, width: int) -> kv.Cache:
     """A cache for tokens [B, S], filled from the first `width` of each row."""
     cache = kv.init_cache(self.config, self.execution, *tokens.shape)
-    return self.extend(self.narrow(weights), tokens[:, :width], cache, None)[1]
+    return self.extend(self.submodel(weights), tokens[:, :width], cache, None)[1]
 
   def advance(self, weights, state: State, steps: int) -> State:
     """Adds up to `steps` tokens to every sequence that is not done.
@@ -272,7 +272,7 @@ class Decoder:
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
   def _advance(self, weights, state: State, steps):
-    weights = self.narrow(weights)  # outside the loop: a slice can be a copy
+    weights = self.submodel(weights)  # outside the loop: a slice can be a copy
 
     def step(carry):
       i, state = carry
@@ -285,36 +285,27 @@ class Decoder:
 
   # What follows is traced inside programs.
 
-  def narrow(self, weights):
+  def submodel(self, weights):
     """The weights this granularity uses, from `lay_out`'s."""
-    return {
-      **weights,
-      "blocks": kv.narrow(weights["blocks"], self.config, self.execution, self.granularity),
-    }
+    blocks = slicing.slice_blocks(weights["blocks"], self.config, self.granularity)
+    return {**weights, "blocks": blocks}
 
   def extend(self, weights, tokens, cache, start):
     """Runs T tokens [B, T] from positions `start`: (hidden [B, T, D], cache)."""
     x = matlm.embed(weights["embedding"], tokens)
     x, cache = self.run_layers(weights, x, cache, start)
-    return layers.rms_norm(x, weights["final_norm"]["scale"], self.config.norm_eps), cache
+    return ops.rms_norm(x, weights["final_norm"]["scale"], self.config.norm_eps), cache
 
   def run_layers(self, weights, x, cache, start):
     """The layers' share of `extend`."""
     return kv.extend(
-      weights["blocks"],
-      self.config,
-      self.execution,
-      self.granularity,
-      x,
-      cache,
-      start,
-      self.block_class,
+      weights["blocks"], self.config, self.execution, x, cache, start, self.block_class
     )
 
   def logits(self, weights, hidden) -> jax.Array:
     """float32 logits [B, T, V] of hidden [B, T, D]."""
     if self.execution.flat_weights and hidden.dtype == jnp.float32:  # faster with few rows
-      return layers.project_in(hidden, weights["embedding"], self.execution)
+      return ops.project_in(hidden, weights["embedding"], self.execution)
     return jnp.einsum(
       "btd,vd->btv", hidden, weights["embedding"], preferred_element_type=jnp.float32
     )
@@ -323,7 +314,7 @@ class Decoder:
     """[B] next tokens from logits [B, V]."""
     if self.sampling.temperature == 0:
       return jnp.argmax(logits, -1).astype(jnp.int32)
-    return draw(stream(state.keys, state.length, 0), log_probs(logits, self.sampling))
+    return draw(token_keys(state.keys, state.length, 0), log_probs(logits, self.sampling))
 
 
 def bucket(n: int) -> int:

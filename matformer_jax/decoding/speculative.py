@@ -29,7 +29,7 @@ from matformer_jax.errors import UserError
 # for poor drafts, long for good.
 AUTO_DRAFT_LENGTHS = (0, 1, 2, 4, 8)
 
-# What a random draw at one position is for; 0 is the token itself, see decode.stream.
+# What a random draw at one position is for; 0 is the token itself, see decode.token_keys.
 _ACCEPT, _RESIDUAL = 1, 2
 # The acceptance rate assumed before any is measured, worth this many tokens of evidence:
 # high, so that drafting is tried, and tried again once the evidence against it has faded.
@@ -208,7 +208,7 @@ class SpeculativeDecoder:
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
   def _advance(self, weights, draft_weights, state: State, stats: Stats, steps, costs):
     target = jnp.minimum(state.length + steps, state.limit)
-    weights, draft_weights = self.verifier.narrow(weights), self.draft.narrow(draft_weights)
+    weights, draft_weights = self.verifier.submodel(weights), self.draft.submodel(draft_weights)
     if self.draft_vocab is not None:
       rows = jnp.take(draft_weights["embedding"], np.array(self.draft_vocab), axis=0)
       draft_weights = {**draft_weights, "head": rows}
@@ -310,10 +310,10 @@ class SpeculativeDecoder:
       q = whole.at[..., np.array(self.draft_vocab)].set(q)
     positions = state.length[:, None] + jnp.arange(drafted.shape[1])
     uniform = jax.vmap(
-      lambda at: jax.vmap(jax.random.uniform)(decode.stream(state.keys, at, _ACCEPT)), 1, 1
+      lambda at: jax.vmap(jax.random.uniform)(decode.token_keys(state.keys, at, _ACCEPT)), 1, 1
     )(positions)
     accepted, log_residual = accept_sampled(drafted, q, p, uniform)
-    keys = decode.stream(state.keys, state.length + accepted, _RESIDUAL)
+    keys = decode.token_keys(state.keys, state.length + accepted, _RESIDUAL)
     return accepted, decode.draw(keys, log_residual)
 
 

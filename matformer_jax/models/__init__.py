@@ -1,19 +1,28 @@
-"""Flax modules. `layers` is shared by every model; `matlm` is the decoder, `matvit` the encoder."""
+"""Flax modules, and what a kind of model does with its parameters.
+
+slicing.py has the one idea; ops, attention and layers are shared by every kind of model;
+matlm.py is the decoder, matvit.py the encoder.
+"""
 
 import jax
 
-from matformer_jax.config import MatViTConfig, ModelConfig
-from matformer_jax.models import matlm, matvit
+from matformer_jax.config import ModelConfig, kind_of
 
 
 def init_params(config: ModelConfig, rng: jax.Array):
   """The universal parameter tree of any kind of model, float32."""
-  kind = matvit if isinstance(config, MatViTConfig) else matlm
-  return kind.init_params(config, rng)
+  return kind_of(config).resolve("module").init_params(config, rng)
 
 
 def adapt_params(params, fresh, config: ModelConfig, new: ModelConfig, keep_head: bool):
-  """Trained parameters of `config` for further training as `new`; see matvit.adapt_params."""
-  if isinstance(config, MatViTConfig):
-    return matvit.adapt_params(params, fresh, config, new, keep_head)
-  return params
+  """Trained parameters of `config` for further training as `new`.
+
+  Args:
+    params: of a model `config`.
+    fresh: initial parameters of the model `new`.
+    keep_head: use the trained output head; otherwise the fresh one.
+
+  Raises:
+    UserError: for parameters that are to be kept and do not fit.
+  """
+  return kind_of(config).resolve("module").adapt_params(params, fresh, config, new, keep_head)

@@ -15,7 +15,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from matformer_jax import sharding
 
@@ -148,14 +147,7 @@ def flash_attention(q, k, v, causal: bool, execution, interpret: bool = False) -
     )
     return jax.vmap(kernel)(q, k, v)
 
-  if execution.mesh is not None:  # the partitioner cannot split a kernel
-    batch = None if execution.per_device else sharding.RULES["batch"]
-    spec = PartitionSpec(batch, sharding.RULES["head_groups"])
-    axes = {a for a in sharding.MESH_AXES if a == sharding.TENSOR or not execution.per_device}
-    mesh = None if execution.per_device else execution.mesh
-    heads = jax.shard_map(
-      heads, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, axis_names=axes, check_vma=False
-    )
+  heads = sharding.on_head_shards(heads, execution)
   merged = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
   return heads(merged(q), merged(k), merged(v)).reshape(q.shape).astype(v.dtype)
 

@@ -1,7 +1,7 @@
 """The attention cache, and a stack of blocks that reads and extends it.
 
 A cache is a list of {"k", "v"}, laid out as the layers are run: one [B, A, N, S, H]
-pair per layer where layers are unrolled, one [l, B, A, N, S, H] pair per stored run
+pair per layer where layers are unrolled, one [l, B, A, N, S, H] pair per stored span
 where they are scanned. A layer writes its new tokens first and then attends to the
 result: in the other order XLA copies the cache. Attention is not nested unless the
 config says so, hence one cache serves every granularity.
@@ -22,46 +22,35 @@ Cache = list  # of {"k": array, "v": array}
 
 def init_cache(config: MatLMConfig, execution: Execution, batch: int, length: int) -> Cache:
   """An empty cache of `length` positions, in the compute dtype."""
+
+  def zeros(shape):
+    leaf = jnp.zeros(shape, execution.dtype)
+    return sharding.constrain(leaf, logical_axes(leaf), execution)
+
   cache = []
-  for run in config.runs:
-    heads = config.slice_lengths(run)["heads"]
+  for span in config.spans:
+    heads = config.slice_lengths(span)["heads"]
     shape = (batch, config.head_groups, heads, length, config.head_dim)
-    copies = 1 if execution.scan_layers else run.num_layers
+    copies = 1 if execution.scan_layers else span.num_layers
     if execution.scan_layers:
-      shape = (run.num_layers,) + shape
-    zeros = lambda: _constrain(jnp.zeros(shape, execution.dtype), execution)
-    cache += [{"k": zeros(), "v": zeros()} for _ in range(copies)]
+      shape = (span.num_layers,) + shape
+    cache += [{"k": zeros(shape), "v": zeros(shape)} for _ in range(copies)]
   return cache
 
 
 def lay_out(blocks: layers.Params, execution: Execution) -> layers.Params:
-  """Stored stacks as `extend` takes them: in the compute dtype, per layer where unrolled."""
+  """Stored stacks as `extend` takes them: in the compute dtype, and per layer where
+  layers are unrolled. `slicing.slice_blocks` takes either form."""
   blocks = jax.tree.map(lambda x: x.astype(execution.dtype), blocks)
   if execution.scan_layers:
     return blocks
-  return {run: layers.unstack(stack) for run, stack in blocks.items()}
-
-
-def narrow(
-  blocks: layers.Params, config: MatLMConfig, execution: Execution, granularity: gran.Granularity
-) -> layers.Params:
-  """`lay_out` of the submodel, from `lay_out` of the model; its own runs, as slice_blocks."""
-  if execution.scan_layers:
-    return layers.slice_blocks(blocks, config, granularity)
-  return {
-    str(i): [
-      layers.narrow(layer, config, part.run)
-      for layer in blocks[str(part.source)][part.start : part.stop]
-    ]
-    for i, part in enumerate(gran.slices(config, granularity))
-  }
+  return {span: layers.unstack(stack) for span, stack in blocks.items()}
 
 
 def extend(
-  blocks: layers.Params,
+  blocks: list[tuple[gran.Slice, layers.Params]],
   config: MatLMConfig,
   execution: Execution,
-  granularity: gran.Granularity,
   x_BxTxD,
   cache: Cache,
   start,
@@ -70,7 +59,7 @@ def extend(
   """Runs a submodel's layers on T new tokens and adds them to the cache.
 
   Args:
-    blocks: from `narrow`, for this granularity.
+    blocks: the submodel's, from `slicing.slice_blocks` of what `lay_out` returns.
     config: of the model whose layout the cache has.
     x_BxTxD: embedded tokens.
     start: [B] int32, their first position; rows below it must be in the cache. None:
@@ -82,9 +71,8 @@ def extend(
   """
   cache = list(cache)
   first = 0
-  for i, part in enumerate(gran.slices(config, granularity)):
-    block = block_class(config, execution, part.run, parent=None)
-    params = blocks[str(i)]
+  for part, params in blocks:
+    block = block_class(config, execution, part.span, parent=None)
     if execution.scan_layers:
 
       def step(carry, xs, block=block):
@@ -95,12 +83,13 @@ def extend(
         step, (x_BxTxD, cache[part.source]), (params, jnp.arange(part.start, part.stop))
       )
     else:
-      for layer in range(part.run.num_layers):
-        x_BxTxD, cache[first] = block.apply({"params": params[layer]}, x_BxTxD, cache[first], start)
+      for layer_params in params:
+        x_BxTxD, cache[first] = block.apply({"params": layer_params}, x_BxTxD, cache[first], start)
         first += 1
   return x_BxTxD, cache
 
 
-def _constrain(leaf, execution: Execution):
+def logical_axes(leaf) -> tuple[str, ...]:
+  """Of an array of a cache, stacked or of one layer; see sharding.py."""
   axes = ("batch", "head_groups", "heads", "length", "head_dim")
-  return sharding.constrain(leaf, ("layers",) * (leaf.ndim - 5) + axes, execution)
+  return ("layers",) * (leaf.ndim - len(axes)) + axes

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from matformer_jax import granularity as gran
-from matformer_jax.config import Execution, MatLMConfig, Run
-from matformer_jax.models import layers, matlm
+from matformer_jax.config import Execution, MatLMConfig, Span
+from matformer_jax.models import layers, matlm, ops, slicing
 
 
 def apply_dynamic(
@@ -47,34 +47,32 @@ def apply_dynamic(
   embedding_VxD = params["embedding"].astype(execution.dtype)
   x_BxTxD = matlm.embed(embedding_VxD, tokens_BxT)
   first = 0
-  for i, run in enumerate(config.runs):
-    branches = [
-      _branch(config, execution, run, size) for size in range(max(run.ffn, run.heads) + 1)
-    ]
+  for i, span in enumerate(config.spans):
+    sizes = range(max(span.ffn, span.heads) + 1)
+    branches = [_branch(config, execution, span, size) for size in sizes]
 
     def layer(x, xs, branches=branches):
       layer_params, index = xs
       return jax.lax.switch(index, branches, x, layer_params), None
 
-    indices = layer_indices[first : first + run.num_layers]
+    indices = layer_indices[first : first + span.num_layers]
     x_BxTxD, _ = jax.lax.scan(layer, x_BxTxD, (params["blocks"][str(i)], indices))
-    first += run.num_layers
-  x_BxTxD = layers.rms_norm(x_BxTxD, params["final_norm"]["scale"], config.norm_eps)
+    first += span.num_layers
+  x_BxTxD = ops.rms_norm(x_BxTxD, params["final_norm"]["scale"], config.norm_eps)
   if return_hidden:
     return x_BxTxD, embedding_VxD
   return jnp.einsum("btd,vd->btv", x_BxTxD, embedding_VxD, preferred_element_type=jnp.float32)
 
 
-def _branch(config: MatLMConfig, execution: Execution, stored: Run, size: int):
-  run = Run(
-    1, min(size, stored.ffn), min(size, stored.heads) if config.nested_heads else stored.heads
-  )
-  block = layers.Block(config, execution, run, parent=None)
+def _branch(config: MatLMConfig, execution: Execution, stored: Span, size: int):
+  heads = min(size, stored.heads) if config.nested_heads else stored.heads
+  span = Span(1, min(size, stored.ffn), heads)
+  block = layers.Block(config, execution, span, parent=None)
 
   # Inside the branch: outside, every branch's intermediate values would be kept.
   @functools.partial(jax.checkpoint, policy=layers.REMAT["full"], prevent_cse=False)
   def apply(x, layer_params):
-    return block.apply({"params": layers.narrow(layer_params, config, run)}, x)[0]
+    return block.apply({"params": slicing.slice_widths(layer_params, config, span)}, x)[0]
 
   return apply
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
 from matformer_jax.config import Execution, MatLMConfig
-from matformer_jax.models import layers
+from matformer_jax.models import layers, ops
 
 
 class MatLM(nn.Module):
@@ -43,7 +43,7 @@ class MatLM(nn.Module):
     cfg, exe = self.config, self.execution
     granularity = granularity or gran.full(cfg)
     embedding_VxD = layers.declare(
-      self, "embedding", (cfg.vocab_size, cfg.d_model), layers.scaled_normal(cfg.d_model)
+      self, "embedding", (cfg.vocab_size, cfg.d_model), ops.scaled_normal(cfg.d_model)
     )
     x_BxTxD = embed(embedding_VxD, tokens_BxT)
     x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe)
@@ -64,3 +64,8 @@ def init_params(config: MatLMConfig, rng: jax.Array):
   """The universal parameter tree, float32. Independent of mesh and platform."""
   model = MatLM(config)
   return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def adapt_params(params, fresh, config: MatLMConfig, new: MatLMConfig, keep_head: bool):
+  """See models.adapt_params: a MatLM is trained further as it is."""
+  return params

@@ -17,7 +17,7 @@ from matformer_jax import granularity as gran
 from matformer_jax import sharding
 from matformer_jax.config import Execution, MatViTConfig
 from matformer_jax.errors import UserError
-from matformer_jax.models import layers
+from matformer_jax.models import layers, ops
 
 
 class Linear(nn.Module):
@@ -43,7 +43,7 @@ class Linear(nn.Module):
       self, f"{self.name}/bias", (self.size,), nn.initializers.constant(self.bias)
     )
     if x.ndim == 3:
-      return layers.project_in(x, kernel_OxI, self.execution) + bias_O
+      return ops.project_in(x, kernel_OxI, self.execution) + bias_O
     return jnp.einsum("bi,oi->bo", x, kernel_OxI, preferred_element_type=jnp.float32) + bias_O
 
 
@@ -85,16 +85,16 @@ class MatViT(nn.Module):
     granularity = granularity or gran.full(cfg)
     x_BxTxD = self._tokens(images)
     if seeds_B is not None and cfg.dropout:
-      x_BxTxD = layers.drop(x_BxTxD, cfg.dropout, layers.fold_seeds(seeds_B, cfg.num_layers))
+      x_BxTxD = ops.drop(x_BxTxD, cfg.dropout, ops.fold_seeds(seeds_B, cfg.num_layers))
     x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe)
     x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity, seeds_B)
     x_BxTxD = layers.Norm(cfg, name="final_norm")(x_BxTxD)
     x_BxF = x_BxTxD[:, 0] if cfg.pooling == "cls" else jnp.mean(x_BxTxD, 1)
     if cfg.representation_size:
       x_BxF = jnp.tanh(
-        Linear(
-          exe, cfg.representation_size, layers.scaled_normal(cfg.d_model), name="representation"
-        )(x_BxF)
+        Linear(exe, cfg.representation_size, ops.scaled_normal(cfg.d_model), name="representation")(
+          x_BxF
+        )
       ).astype(exe.dtype)
     # The head starts at zero: no class is preferred but by the bias.
     logits_BxC = Linear(exe, cfg.num_classes, nn.initializers.zeros, cfg.head_bias, name="head")(
@@ -107,7 +107,7 @@ class MatViT(nn.Module):
     cfg, exe = self.config, self.execution
     patches_BxPxK = patchify(scale(images), cfg.patch_size).astype(exe.dtype)
     x_BxTxD = Linear(
-      exe, cfg.d_model, layers.glorot_uniform(cfg.patch_pixels, cfg.d_model), name="patches"
+      exe, cfg.d_model, ops.glorot_uniform(cfg.patch_pixels, cfg.d_model), name="patches"
     )(patches_BxPxK)
     if cfg.pooling == "cls":
       cls_D = layers.declare(self, "cls", (cfg.d_model,), nn.initializers.zeros)

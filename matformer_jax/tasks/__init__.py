@@ -9,10 +9,8 @@ from typing import Any, Protocol
 import jax
 
 from matformer_jax import granularity as gran
-from matformer_jax.config import Execution, ModelConfig
-from matformer_jax.errors import UserError
+from matformer_jax.config import Execution, ModelConfig, kind_of
 from matformer_jax.evals import Result
-from matformer_jax.tasks import classification, language
 
 
 class Task(Protocol):
@@ -84,17 +82,9 @@ class Task(Protocol):
 
 def make_task(config, workdir: pathlib.Path | None = None) -> Task:
   """The task named by `config.task`, with its data. Raises UserError for an unknown one."""
-  kinds = {"matlm": language.LanguageModeling, "matvit": classification.ImageClassification}
-  return _pick(config, kinds)(config, workdir)
+  return kind_of(config).resolve("task")(config, workdir)
 
 
 def make_task_without_data(config) -> Task:
   """The same model and loss, for whoever only compiles programs."""
-  kinds = {"matlm": language.NextToken, "matvit": classification.Classification}
-  return _pick(config, kinds).from_config(config)
-
-
-def _pick(config, kinds: Mapping[str, Any]):
-  if config.task not in kinds:
-    raise UserError(f"task={config.task!r} is unknown; use one of {', '.join(kinds)}")
-  return kinds[config.task]
+  return kind_of(config).resolve("objective").from_config(config)

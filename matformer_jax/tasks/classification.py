@@ -7,9 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from matformer_jax.config import MatViTConfig, did_you_mean
+from matformer_jax.config import MatViTConfig
 from matformer_jax.data import image_sources
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.evals import classification
 from matformer_jax.models import losses, matvit
 

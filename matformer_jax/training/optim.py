@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from matformer_jax.config import did_you_mean
-from matformer_jax.errors import UserError
-from matformer_jax.sharding import path_names
+from matformer_jax.errors import UserError, did_you_mean
+from matformer_jax.sharding import logical_axes, path_names
 
 OPTIMIZERS = ("adamw", "adafactor", "sgd")
 SCHEDULES = ("cosine", "rsqrt", "constant")
@@ -54,13 +53,13 @@ def warmup_steps(config, total_steps: int) -> int:
 
 
 def is_matrix(params):
-  """True for what weight decay applies to: matrices, not scales, biases and positions."""
+  """True for what weight decay applies to: matrices, not scales, biases and positions.
 
-  def is_one(path, _):
-    name = path_names(path)[-1]
-    return not (name in ("scale", "cls", "positions") or name.endswith("bias"))
-
-  return jax.tree_util.tree_map_with_path(is_one, params)
+  A matrix is what has a sharded axis of d_model, "embed" in sharding.py.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "embed" in logical_axes(path_names(path)), params
+  )
 
 
 def make_optimizer(config, total_steps: int) -> optax.GradientTransformation:

@@ -16,7 +16,7 @@ import optax
 from matformer_jax import granularity as gran
 from matformer_jax import models, sharding
 from matformer_jax.config import Execution, ModelConfig
-from matformer_jax.models import layers
+from matformer_jax.models import slicing
 from matformer_jax.runtime import say
 from matformer_jax.tasks import Task
 from matformer_jax.training import optim
@@ -63,7 +63,7 @@ def make_train_step(
 
   def train_step(state: TrainState, batch):
     sub_params, unslice = jax.vjp(
-      lambda params: layers.slice_params(params, task.model_config, granularity), state.params
+      lambda params: slicing.slice_params(params, task.model_config, granularity), state.params
     )
     loss, sub_grads = accumulated(sub_params, task.preprocess(batch))
     grad_norm = optax.tree.norm(sub_grads)
@@ -118,7 +118,7 @@ class Trainer:
 
   @functools.cached_property
   def granularities(self) -> list[gran.Granularity]:
-    return gran.uniform(self.task.model_config)
+    return gran.trained(self.task.model_config)
 
   @functools.cached_property
   def probabilities(self) -> tuple[float, ...]:
