@@ -18,6 +18,7 @@ import numpy as np
 
 from matformer_jax import tables
 from matformer_jax.data import prepare, store, text_sources
+from matformer_jax.data.batches import Windows
 from matformer_jax.data.tokenizer import train_tokenizer
 
 _REPS = flags.DEFINE_integer("reps", 3, "Repetitions; the fastest counts.")
@@ -69,7 +70,7 @@ def main(argv) -> None:
     )
   rows = []
   for batch, length in _BATCHES:
-    windows = text_sources.Windows(tokens, length, batch, seed=0)
+    windows = Windows(tokens, length, batch, seed=0)
     steps = 50
     seconds = fastest(lambda: [windows.batch(i) for i in range(steps)], _REPS.value)
     rate = steps * batch * length / seconds

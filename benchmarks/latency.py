@@ -17,8 +17,9 @@ import numpy as np
 
 import matformer_jax
 from matformer_jax import granularity as gran
-from matformer_jax import latency, runtime, tables
+from matformer_jax import runtime, tables
 from matformer_jax.decoding.decode import Decoder
+from matformer_jax.evals import latency
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "A trained model.")
 _MIXES = flags.DEFINE_integer("mixes", 24, "Random mixes per workload.")

@@ -35,7 +35,7 @@ from matformer_jax.decoding.speculative import (
   frequent_tokens,
   predicted_speedup,
 )
-from matformer_jax.evaluate import validation_store
+from matformer_jax.loading import open_task
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "A trained model.")
 _BASELINE = flags.DEFINE_string(
@@ -236,7 +236,7 @@ def main(argv) -> None:
   logging.set_verbosity(logging.ERROR)
   runtime.enable_compilation_cache()
   model = matformer_jax.load(_WORKDIR.value)
-  store = validation_store(model)
+  store = open_task(model).store
   with tempfile.TemporaryDirectory() as directory:
     baseline = matformer_jax.load(_BASELINE.value or train_baseline(model, directory))
     results = {f"batch_{b}": benchmark(model, baseline, store, int(b)) for b in _BATCHES.value}

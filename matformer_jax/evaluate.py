@@ -11,49 +11,17 @@ import json
 import pathlib
 
 from absl import flags
-import ml_collections
 import numpy as np
 import tqdm
 
-from matformer_jax import cli, runtime, tables
+from matformer_jax import cli, plots, runtime, tables
 from matformer_jax import granularity as gran
-from matformer_jax.config import ModelConfig
-from matformer_jax.data.store import TokenStore
 from matformer_jax.errors import UserError
-from matformer_jax.evals import Result, classification, lm
+from matformer_jax.evals import Result
 from matformer_jax.evals.bigram import bigram_loss
-from matformer_jax.loading import LanguageModel, Model, VisionModel, load
-from matformer_jax.tasks import Task, make_task
-
-
-def open_task(model: Model) -> Task:
-  """The task that the model was trained on, with its data; made anew from the source if need be.
-
-  Raises:
-    UserError: if the source no longer gives the same data.
-  """
-  config = ml_collections.ConfigDict(model.card["config"])
-  config.model = model.config.to_dict()
-  config.data.tokenizer = ""  # the one beside the weights
-  task = make_task(config, model.workdir)
-  trained_on = model.card["identity"]
-  changed = [
-    key
-    for key, value in task.identity().items()
-    if json.loads(json.dumps(value)) != trained_on.get(key)
-  ]
-  if changed:
-    raise UserError(
-      f"data.source={config.data.source!r} no longer gives the {', '.join(changed)} "
-      "this model was trained on (another version of it?); evaluate where it was "
-      "trained"
-    )
-  return task
-
-
-def validation_store(model: LanguageModel) -> TokenStore:
-  """The token store that a language model was trained with."""
-  return open_task(model).store
+from matformer_jax.loading import Model, load, open_task
+from matformer_jax.tasks import Task
+from matformer_jax.tasks.language import LanguageModeling
 
 
 def evaluate(
@@ -88,13 +56,6 @@ def evaluate(
     )
 
 
-def ladder(config: ModelConfig, points: int) -> list[gran.Granularity]:
-  """About `points` granularities spread over the Mix'n'Match ladder, S and XL included."""
-  rungs = gran.mix_n_match_ladder(config)
-  picks = sorted({round(i) for i in np.linspace(0, len(rungs) - 1, max(points, 2))})
-  return [rungs[i] for i in picks]
-
-
 # What may be measured -> (column, format); {full} is the largest granularity.
 COLUMNS = {
   "loss": ("loss", ".4f"),
@@ -107,11 +68,6 @@ COLUMNS = {
 
 def plot(model: Model, results: Sequence[Result], path: str, baseline: float | None) -> None:
   """Accuracy, or else loss, against parameters: explicit sizes, Mix'n'Match, a baseline."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
   sizes = [gran.count(model.config, r.granularity).params / 1e6 for r in results]
   explicit = {gran.to_text(g, model.config) for g in gran.trained(model.config)}
   metric, label = (
@@ -120,49 +76,46 @@ def plot(model: Model, results: Sequence[Result], path: str, baseline: float | N
     else ("loss", "validation loss (nats per token)")
   )
   values = [r.metrics[metric] * (100 if metric == "accuracy" else 1) for r in results]
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-  curve = sorted(zip(sizes, values))
-  axes.plot(*zip(*curve), color="0.75", zorder=1)
-  for names, marker, size, kind in (
-    (explicit, "o", 70, "trained granularity"),
-    (None, "D", 30, "Mix'n'Match, never trained"),
-  ):
-    chosen = [
-      (s, v, r.granularity)
-      for s, v, r in zip(sizes, values, results)
-      if (r.granularity in explicit) == (names is not None)
-    ]
-    if chosen:
-      axes.scatter(
-        [s for s, _, _ in chosen],
-        [v for _, v, _ in chosen],
-        marker=marker,
-        s=size,
-        label=kind,
-        zorder=2,
-      )
-    for s, v, name in chosen if names else ():
-      axes.annotate(name, (s, v), textcoords="offset points", xytext=(7, 6))
-  axes.set(
-    xlabel="parameters (million)",
-    ylabel=label,
-    title=f"One universal checkpoint, every size ({model.workdir.name}, step {model.step:,})",
-  )
-  if baseline is not None:
-    axes.text(
-      0.99,
-      0.97,
-      f"bigram baseline: {baseline:.3f}",
-      transform=axes.transAxes,
-      ha="right",
-      va="top",
-      color="0.4",
+  with plots.figure(path) as axes:
+    curve = sorted(zip(sizes, values))
+    axes.plot(*zip(*curve), color="0.75", zorder=1)
+    for names, marker, size, kind in (
+      (explicit, "o", 70, "trained granularity"),
+      (None, "D", 30, "Mix'n'Match, never trained"),
+    ):
+      chosen = [
+        (s, v, r.granularity)
+        for s, v, r in zip(sizes, values, results)
+        if (r.granularity in explicit) == (names is not None)
+      ]
+      if chosen:
+        axes.scatter(
+          [s for s, _, _ in chosen],
+          [v for _, v, _ in chosen],
+          marker=marker,
+          s=size,
+          label=kind,
+          zorder=2,
+        )
+      for s, v, name in chosen if names else ():
+        axes.annotate(name, (s, v), textcoords="offset points", xytext=(7, 6))
+    axes.set(
+      xlabel="parameters (million)",
+      ylabel=label,
+      title=f"One universal checkpoint, every size ({model.workdir.name}, step {model.step:,})",
     )
-  axes.margins(0.06, 0.1)
-  axes.grid(alpha=0.3)
-  axes.legend(loc="lower right" if metric == "accuracy" else "lower left")
-  figure.savefig(path, dpi=140)
-  plt.close(figure)
+    if baseline is not None:
+      axes.text(
+        0.99,
+        0.97,
+        f"bigram baseline: {baseline:.3f}",
+        transform=axes.transAxes,
+        ha="right",
+        va="top",
+        color="0.4",
+      )
+    axes.margins(0.06, 0.1)
+    axes.legend(loc="lower right" if metric == "accuracy" else "lower left")
 
 
 def report(model: Model, results: Sequence[Result], baseline: float | None) -> str:
@@ -197,26 +150,23 @@ def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value)
   runtime.enable_compilation_cache()
   model = load(_WORKDIR.value, _STEP.value)
-  vision = isinstance(model, VisionModel)
-  known = classification.METRICS if vision else lm.METRICS
-  metrics = _METRICS.value or known
-  if set(metrics) - set(known):
-    raise UserError(f"--metrics={','.join(metrics)!r}: choose among {','.join(known)}")
-  plotted = "accuracy" if vision else "loss"
-  if (_BIGRAM.value or _PLOT.value) and plotted not in metrics:
-    raise UserError(f"--bigram and --plot show the {plotted}; add it to --metrics")
-  if _BIGRAM.value and vision:
+  task = open_task(model)
+  metrics = _METRICS.value or task.metrics
+  if set(metrics) - set(task.metrics):
+    raise UserError(f"--metrics={','.join(metrics)!r}: choose among {','.join(task.metrics)}")
+  if (_BIGRAM.value or _PLOT.value) and task.headline not in metrics:
+    raise UserError(f"--bigram and --plot show the {task.headline}; add it to --metrics")
+  if _BIGRAM.value and not isinstance(task, LanguageModeling):
     raise UserError("--bigram is a baseline of language models")
   if _GRANULARITIES.value:
     chosen = [gran.parse(g, model.config) for g in _GRANULARITIES.value]
   else:
     chosen = gran.trained(model.config)
   if _LADDER.value:
-    chosen += ladder(model.config, _LADDER.value)
+    chosen += gran.ladder_points(model.config, _LADDER.value)
   chosen = sorted(dict.fromkeys(chosen), key=lambda g: gran.count(model.config, g).params)
-  task = open_task(model)
   consistency = bool({"agreement", "kl"} & set(metrics))
-  batch_size = _BATCH_SIZE.value or (256 if vision else 16)
+  batch_size = _BATCH_SIZE.value or task.evaluation_batch
   results = evaluate(model, task, chosen, consistency, _BATCHES.value, batch_size)
   results = only(results, metrics)
   baseline = None

@@ -10,7 +10,6 @@ further (--config.init_from), like any other model.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import shutil
@@ -20,12 +19,15 @@ from absl import flags
 import jax
 import tqdm
 
-from matformer_jax import cli, describe, latency, models, sharding
+from matformer_jax import cli, models, sharding
 from matformer_jax import granularity as gran
+from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import ModelConfig, model_config
 from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError
+from matformer_jax.evals import latency, sizes
+from matformer_jax.runtime import warn
 
 
 def extract(
@@ -51,7 +53,7 @@ def extract(
     checkpoint.DamagedCheckpoint: (a UserError) if no step's slices verify.
   """
   workdir, out = pathlib.Path(workdir), pathlib.Path(out)
-  card = checkpoint.read_card(workdir)
+  card = cards.read(workdir)
   config = model_config(card)
   g = gran.parse(granularity, config)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -70,7 +72,7 @@ def extract(
     except checkpoint.DamagedCheckpoint as e:
       if number == steps[-1]:
         raise
-      checkpoint.warn(f"{e}; trying the step before")
+      warn(f"{e}; trying the step before")
   sub_config = gran.submodel_config(config, g)
   card = card | {
     "model": sub_config.to_dict(),
@@ -86,7 +88,7 @@ def extract(
   try:
     if (workdir / TOKENIZER_FILE).exists():
       shutil.copyfile(workdir / TOKENIZER_FILE, temporary / TOKENIZER_FILE)
-    (temporary / checkpoint.CARD_FILE).write_text(json.dumps(card, indent=1))
+    cards.write(temporary, card)
     writer = checkpoint.Writer(temporary, keep_last=1, keep_best=0, card=card)
     writer.save(number, params, None, {"step": number})
     writer.close()
@@ -126,13 +128,13 @@ def main(argv) -> None:
   cli.check(argv, workdir=_WORKDIR.value, out=_OUT.value)
   if bool(_GRANULARITY.value) == bool(_BUDGET.value):
     raise UserError("give exactly one of --granularity='M*2+L*2' and --budget=0.6x")
-  config = model_config(checkpoint.read_card(_WORKDIR.value))
+  config = model_config(cards.read(_WORKDIR.value))
   chosen = _GRANULARITY.value or gran.mix_n_match(
     config, _BUDGET.value, profile=latency.read(_WORKDIR.value, config)
   )
   started = time.perf_counter()
   sub_config = extract(_WORKDIR.value, chosen, _OUT.value, _STEP.value)
-  print(describe.report(sub_config))
+  print(sizes.table(sub_config))
   print(
     f"\nwrote {gran.to_text(gran.full(sub_config), sub_config)} to {_OUT.value} in "
     f"{time.perf_counter() - started:.1f} s"

@@ -238,6 +238,13 @@ def mix_n_match_ladder(config: ModelConfig, shape: str = "increasing") -> list[G
   return list(dict.fromkeys(ladder + sizes[-1:]))
 
 
+def ladder_points(config: ModelConfig, points: int) -> list[Granularity]:
+  """About `points` granularities spread over the Mix'n'Match ladder, S and XL included."""
+  rungs = mix_n_match_ladder(config)
+  picks = sorted({round(i) for i in np.linspace(0, len(rungs) - 1, max(points, 2))})
+  return [rungs[i] for i in picks]
+
+
 # What a budget can bound -> (its unit, cost of (config, granularity)).
 COSTS = {
   "params": ("parameters", lambda c, g: count(c, g).params),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import json
 import os
 import pathlib
 import time
@@ -11,13 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from PIL import Image
 
 from matformer_jax import granularity as gran
 from matformer_jax import models, tables
+from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
-from matformer_jax.config import Execution, MatViTConfig, ModelConfig, model_config
+from matformer_jax.config import Execution, ModelConfig, kind_of, model_config
 from matformer_jax.data.augment import Transform
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from matformer_jax.decoding.decode import Decoder, Sampling
@@ -30,6 +33,7 @@ from matformer_jax.decoding.speculative import (
 from matformer_jax.errors import UserError
 from matformer_jax.evals import classification
 from matformer_jax.models import losses, matlm, slicing
+from matformer_jax.tasks import Task, make_task
 
 CALL_SECONDS = 0.05  # of generation: a program call makes about as many tokens as take this long
 
@@ -78,6 +82,13 @@ class Model:
   workdir: pathlib.Path
   execution: Execution
 
+  @classmethod
+  def read_extras(
+    cls, workdir: pathlib.Path, card: Mapping[str, Any], config: ModelConfig
+  ) -> dict[str, Any]:
+    """What a kind of model has beside its weights: values of the fields that it adds."""
+    return {}
+
   def _parse(self, granularity: gran.GranularityLike | None) -> gran.Granularity:
     return gran.full(self.config) if granularity is None else gran.parse(granularity, self.config)
 
@@ -106,6 +117,11 @@ class VisionModel(Model):
   """
 
   transform: Callable
+
+  @classmethod
+  def read_extras(cls, workdir, card, config):
+    text = card["config"]["data"]["eval_transform"]
+    return {"transform": Transform(text, config.image_size, "data.eval_transform")}
 
   @property
   def class_names(self) -> list[str]:
@@ -163,6 +179,17 @@ class LanguageModel(Model):
   """
 
   tokenizer: Tokenizer
+
+  @classmethod
+  def read_extras(cls, workdir, card, config):
+    path = workdir / TOKENIZER_FILE
+    tokenizer = Tokenizer.from_file(path)
+    if tokenizer.sha256 != card["identity"]["tokenizer"]:
+      raise UserError(
+        f"{path} is not the tokenizer this model was trained with (its checksum differs); "
+        "restore the file, or run train there again"
+      )
+    return {"tokenizer": tokenizer}
 
   def logits(self, tokens, granularity: gran.GranularityLike | None = None) -> jax.Array:
     """Next-token logits.
@@ -301,10 +328,10 @@ def load(workdir: str | os.PathLike, step: int | None = None, kind: type[Model] 
       naming the leaf.
   """
   workdir = pathlib.Path(workdir)
-  card = checkpoint.read_card(workdir)
+  card = cards.read(workdir)
   config = model_config(card)
-  is_vision = isinstance(config, MatViTConfig)
-  if not issubclass(VisionModel if is_vision else LanguageModel, kind):
+  loaded = kind_of(config).resolve("loaded")
+  if not issubclass(loaded, kind):
     raise UserError(f"{workdir} holds a {config.name}, which this does not work with")
   shapes = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -325,19 +352,33 @@ def load(workdir: str | os.PathLike, step: int | None = None, kind: type[Model] 
   execution = Execution.for_platform(
     device.platform, dtype="float32", remat="none", device_kind=device.device_kind
   )
-  loaded = items["params"], config, meta["step"], card, workdir, execution
-  if is_vision:
-    return VisionModel(
-      *loaded,
-      Transform(card["config"]["data"]["eval_transform"], config.image_size, "data.eval_transform"),
-    )
-  tokenizer = Tokenizer.from_file(workdir / TOKENIZER_FILE)
-  if tokenizer.sha256 != card["identity"]["tokenizer"]:
+  extras = loaded.read_extras(workdir, card, config)
+  return loaded(items["params"], config, meta["step"], card, workdir, execution, **extras)
+
+
+def open_task(model: Model) -> Task:
+  """The task that the model was trained on, with its data; made anew from the source if need be.
+
+  Raises:
+    UserError: if the source no longer gives the same data.
+  """
+  config = ml_collections.ConfigDict(model.card["config"])
+  config.model = model.config.to_dict()
+  config.data.tokenizer = ""  # the one beside the weights
+  task = make_task(config, model.workdir)
+  trained_on = model.card["identity"]
+  changed = [
+    key
+    for key, value in task.identity().items()
+    if json.loads(json.dumps(value)) != trained_on.get(key)
+  ]
+  if changed:
     raise UserError(
-      f"{workdir / TOKENIZER_FILE} is not the tokenizer this model was trained with "
-      "(its checksum differs); restore the file, or run train there again"
+      f"data.source={config.data.source!r} no longer gives the {', '.join(changed)} "
+      "this model was trained on (another version of it?); evaluate where it was "
+      "trained"
     )
-  return LanguageModel(*loaded, tokenizer)
+  return task
 
 
 def _jit(f):

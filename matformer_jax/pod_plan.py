@@ -322,14 +322,14 @@ def make_plan(
     decode_batch: also plan decoding of so many sequences; 0 does not.
     say: told of progress.
   """
-  if decode_batch and config.task != "matlm":
-    raise UserError(
-      f"--decode_batch={decode_batch}: a model of task {config.task!r} does not decode"
-    )
   tpu, devices = topology_devices(topology)
   mesh = sharding.make_mesh(parse_mesh(mesh_sizes, config.mesh), devices)
   task = make_task_without_data(config)
   model_config = task.model_config
+  if decode_batch and not model_config.causal:
+    raise UserError(
+      f"--decode_batch={decode_batch}: a model of task {config.task!r} does not decode"
+    )
   sharding.check_model_fits_mesh(model_config, mesh)
   sharding.check_batch(config.batch_size, config.grad_accum, mesh)
   trainer = Trainer(task, config, mesh)

@@ -25,14 +25,14 @@ import jax
 import numpy as np
 import tqdm
 
-from matformer_jax import cli, runtime, sharding, tables
+from matformer_jax import cli, plots, runtime, sharding, tables
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.data import image_sources
+from matformer_jax.data.batches import Corrupt, LabelledBatches, read_ahead
 from matformer_jax.errors import UserError
 from matformer_jax.evals import retrieval
-from matformer_jax.evaluate import ladder, open_task
-from matformer_jax.loading import VisionModel, load
+from matformer_jax.loading import VisionModel, load, open_task
 
 MANIFEST = "manifest.json"
 CHUNK_IMAGES = 65_536  # per file
@@ -52,17 +52,15 @@ class Embedder:
     self.model = dataclasses.replace(model, params=jax.device_put(model.params, whole))
     self._batch_size = -(-batch_size // len(devices)) * len(devices)
     self._workers = workers
-    self._corrupt = image_sources.Corrupt(model.card["config"]["data"]["corrupt"])
+    self._corrupt = Corrupt(model.card["config"]["data"]["corrupt"])
 
   def embed(
     self, source: image_sources.Images, granularity: gran.Granularity, bar: tqdm.tqdm
   ) -> tuple[np.ndarray, np.ndarray]:
     """(float32 [N, F], labels int32 [N, R], -1 where there are none) of all images, in order."""
-    reader = image_sources.LabelledBatches(
-      source, self._batch_size, self.model.transform, self._corrupt
-    )
+    reader = LabelledBatches(source, self._batch_size, self.model.transform, self._corrupt)
     features, labels = [], []
-    for (batch,) in image_sources.read_ahead(
+    for (batch,) in read_ahead(
       reader, 0, reader.num_batches - 1, [range(self._batch_size)], self._workers
     ):
       features.append(self.model.features(jax.device_put(batch["image"], self._split), granularity))
@@ -224,51 +222,43 @@ def report(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], k: int, title: str, path: str | os.PathLike) -> None:
   """Accuracy against the query encoder's FLOPs (Figure 5)."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-  universal = [r for r in rows if r.encoder == UNIVERSAL]
-  largest = max(universal, key=lambda r: r.flops).granularity
-  groups = (
-    ("MatViT queries, corpus by " + largest, "o", [r for r in universal if r.corpus == largest]),
-    (
-      "the same encoder on both sides",
-      "s",
-      [r for r in universal if r.corpus == r.granularity and r.granularity != largest],
-    ),
-    (
-      "independent ViT queries, corpus by " + largest,
-      "x",
-      [r for r in rows if r.encoder != UNIVERSAL],
-    ),
-  )
-  for label, marker, group in groups:
-    if group:
-      group = sorted(group, key=lambda r: r.flops)
-      axes.plot(
-        [r.flops / 1e9 for r in group],
-        [100 * r.accuracy[k] for r in group],
-        marker=marker,
-        label=label,
-        linestyle="-" if marker == "o" else "",
-        alpha=0.9,
-      )
-      for r in group if marker == "o" else ():
-        if "*" not in r.granularity:
-          axes.annotate(
-            r.granularity,
-            (r.flops / 1e9, 100 * r.accuracy[k]),
-            textcoords="offset points",
-            xytext=(5, -13),
-          )
-  axes.set(xlabel="GFLOPs per query image", ylabel=f"{k}-NN accuracy (%)", title=title)
-  axes.grid(alpha=0.3)
-  axes.legend()
-  figure.savefig(path, dpi=140)
-  plt.close(figure)
+  with plots.figure(path) as axes:
+    universal = [r for r in rows if r.encoder == UNIVERSAL]
+    largest = max(universal, key=lambda r: r.flops).granularity
+    groups = (
+      ("MatViT queries, corpus by " + largest, "o", [r for r in universal if r.corpus == largest]),
+      (
+        "the same encoder on both sides",
+        "s",
+        [r for r in universal if r.corpus == r.granularity and r.granularity != largest],
+      ),
+      (
+        "independent ViT queries, corpus by " + largest,
+        "x",
+        [r for r in rows if r.encoder != UNIVERSAL],
+      ),
+    )
+    for label, marker, group in groups:
+      if group:
+        group = sorted(group, key=lambda r: r.flops)
+        axes.plot(
+          [r.flops / 1e9 for r in group],
+          [100 * r.accuracy[k] for r in group],
+          marker=marker,
+          label=label,
+          linestyle="-" if marker == "o" else "",
+          alpha=0.9,
+        )
+        for r in group if marker == "o" else ():
+          if "*" not in r.granularity:
+            axes.annotate(
+              r.granularity,
+              (r.flops / 1e9, 100 * r.accuracy[k]),
+              textcoords="offset points",
+              xytext=(5, -13),
+            )
+    axes.set(xlabel="GFLOPs per query image", ylabel=f"{k}-NN accuracy (%)", title=title)
+    axes.legend()
 
 
 UNIVERSAL = "MatViT"
@@ -287,7 +277,7 @@ def main(argv) -> None:
   task = open_task(model)
   config, data = model.config, model.card["config"]["data"]
   chosen = [gran.parse(g, config) for g in _GRANULARITIES.value] or gran.trained(config)
-  chosen += ladder(config, _LADDER.value) if _LADDER.value else []
+  chosen += gran.ladder_points(config, _LADDER.value) if _LADDER.value else []
   full = gran.full(config)
   chosen = sorted(dict.fromkeys([*chosen, full]), key=lambda g: gran.count(config, g).params)
   splits = {

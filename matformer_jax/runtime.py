@@ -7,6 +7,8 @@ import glob
 import os
 import pathlib
 import platform
+import sys
+import warnings
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
@@ -55,11 +57,24 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
 
 
 def say(message: str) -> None:
-  """Prints progress, once in a job of several processes."""
+  """Prints progress to standard output, once in a job of several processes."""
   import jax
 
   if jax.process_index() == 0:
     print(message, flush=True)
+
+
+def warn(message: str) -> None:
+  """Warns of something that does not stop the program, once in a job of several processes."""
+  import jax
+
+  if jax.process_index() == 0:
+    warnings.warn(message, stacklevel=3)
+
+
+def say_here(message: str) -> None:
+  """Prints to standard error of whichever process calls it."""
+  print(message, file=sys.stderr, flush=True)
 
 
 def cache_dir() -> str:

@@ -21,13 +21,13 @@ import jax
 import numpy as np
 import tqdm
 
-from matformer_jax import cli, latency, runtime, tables
+from matformer_jax import cli, plots, runtime, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, MatLMConfig
-from matformer_jax.data import text_sources
+from matformer_jax.data.batches import Windows
 from matformer_jax.errors import UserError
-from matformer_jax.evaluate import ladder, validation_store
-from matformer_jax.loading import LanguageModel, load
+from matformer_jax.evals import latency
+from matformer_jax.loading import LanguageModel, load, open_task
 from matformer_jax.models import dynamic, losses
 
 CONFIGS_PER_CALL = 16
@@ -109,7 +109,7 @@ def candidates(
     rungs: about how many of the ladder's.
   """
   found = [Candidate(g, "trained", "") for g in gran.trained(config)]
-  found += [Candidate(g, MIX_N_MATCH, "") for g in ladder(config, rungs)]
+  found += [Candidate(g, MIX_N_MATCH, "") for g in gran.ladder_points(config, rungs)]
   rng = np.random.default_rng(seed)
   for budget in budgets:
     choose = functools.partial(gran.mix_n_match, config, budget, profile=profile)
@@ -254,46 +254,38 @@ def as_rows(config: MatLMConfig, scored: Sequence[Scored]) -> list[dict]:
 
 def plot(config: MatLMConfig, scored: Sequence[Scored], title: str, path: pathlib.Path) -> None:
   """Loss against parameters: trained sizes, Mix'n'Match, other shapes, random mixes, front."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
-  figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-  styles = [
-    ("random", "random mixes", dict(marker=".", color="0.7", s=30)),
-    *[
-      (shape, shape, dict(marker=marker, s=32, alpha=0.8, color=color))
-      for shape, marker, color in zip(gran.SHAPES[1:], "v^s", ("C1", "C2", "C4"))
-    ],
-    (MIX_N_MATCH, "Mix'n'Match (increasing)", dict(marker="D", s=34, color="C0")),
-    ("trained", "trained sizes", dict(marker="o", s=90, color="C3")),
-  ]
-  for order, (kind, label, style) in enumerate(styles):
-    mine = [s for s in scored if s.candidate.kind == kind]
-    axes.scatter(
-      [s.params / 1e6 for s in mine],
-      [s.loss for s in mine],
-      label=label,
-      zorder=order + 2,
-      linewidths=0,
-      **style,
-    )
-    for s in mine if kind == "trained" else ():
-      axes.annotate(
-        gran.to_text(s.candidate.granularity, config),
-        (s.params / 1e6, s.loss),
-        textcoords="offset points",
-        xytext=(8, 6),
+  with plots.figure(path, (8, 5)) as axes:
+    styles = [
+      ("random", "random mixes", dict(marker=".", color="0.7", s=30)),
+      *[
+        (shape, shape, dict(marker=marker, s=32, alpha=0.8, color=color))
+        for shape, marker, color in zip(gran.SHAPES[1:], "v^s", ("C1", "C2", "C4"))
+      ],
+      (MIX_N_MATCH, "Mix'n'Match (increasing)", dict(marker="D", s=34, color="C0")),
+      ("trained", "trained sizes", dict(marker="o", s=90, color="C3")),
+    ]
+    for order, (kind, label, style) in enumerate(styles):
+      mine = [s for s in scored if s.candidate.kind == kind]
+      axes.scatter(
+        [s.params / 1e6 for s in mine],
+        [s.loss for s in mine],
+        label=label,
+        zorder=order + 2,
+        linewidths=0,
+        **style,
       )
-  front = sorted((s.params / 1e6, s.loss) for s in scored if s.pareto)
-  axes.step(*zip(*front), where="post", color="0.3", linewidth=1, zorder=1, label="Pareto front")
-  axes.set(xlabel="parameters (million)", ylabel="validation loss (nats per token)", title=title)
-  axes.grid(alpha=0.3)
-  axes.margins(0.06, 0.08)
-  axes.legend()
-  figure.savefig(path, dpi=140)
-  plt.close(figure)
+      for s in mine if kind == "trained" else ():
+        axes.annotate(
+          gran.to_text(s.candidate.granularity, config),
+          (s.params / 1e6, s.loss),
+          textcoords="offset points",
+          xytext=(8, 6),
+        )
+    front = sorted((s.params / 1e6, s.loss) for s in scored if s.pareto)
+    axes.step(*zip(*front), where="post", color="0.3", linewidth=1, zorder=1, label="Pareto front")
+    axes.set(xlabel="parameters (million)", ylabel="validation loss (nats per token)", title=title)
+    axes.margins(0.06, 0.08)
+    axes.legend()
 
 
 def main(argv) -> None:
@@ -350,10 +342,10 @@ def main(argv) -> None:
   print(f"wrote {out / 'search.csv'}, search.json, search.png")
 
 
-def validation_windows(model: LanguageModel, batch_size: int) -> text_sources.Windows:
+def validation_windows(model: LanguageModel, batch_size: int) -> Windows:
   """The model's validation data, shuffled: a few batches of it stand for the whole."""
-  store = validation_store(model)
-  return text_sources.Windows(store.tokens["validation"], model.config.seq_len, batch_size, seed=0)
+  store = open_task(model).store
+  return Windows(store.tokens["validation"], model.config.seq_len, batch_size, seed=0)
 
 
 if __name__ == "__main__":

@@ -12,38 +12,30 @@ SIGTERM, 130 by Ctrl-C, 42 lost a peer, hung or a hardware fault: run again to g
 
 from __future__ import annotations
 
-from collections.abc import Callable
-import dataclasses
 import functools
 import hashlib
 import os
 import pathlib
 import shutil
-import signal
-import time
-from typing import Any
-import zlib
 
 from absl import flags
 import jax
 import ml_collections
-import numpy as np
 
 from matformer_jax import cli, models, runtime, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import card as cards
-from matformer_jax.checkpoints import checkpoint, replicas
-from matformer_jax.config import KINDS, model_config
-from matformer_jax.data.prefetch import Prefetcher
+from matformer_jax.checkpoints import checkpoint
+from matformer_jax.config import kind_of, model_config
 from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError
-from matformer_jax.evals import Result
 from matformer_jax.hosts import goodput, multihost
 from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.hosts.watchdog import Watchdog
 from matformer_jax.runtime import say
 from matformer_jax.tasks import make_task
 from matformer_jax.training import metrics, optim
+from matformer_jax.training.loop import Loop, SampleLog, StepProfile, StopSignal
 from matformer_jax.training.trainer import Trainer, TrainState
 
 
@@ -63,7 +55,7 @@ def train(
     UserError: for a mistake in the config, corpus or workdir, or divergence.
   """
   workdir = pathlib.Path(workdir)
-  stop = _StopSignal(hosts)
+  stop = StopSignal(hosts)
   runtime.enable_compilation_cache()
   _check_config(config)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -99,34 +91,35 @@ def train(
     writer.close()
     return 0
   log = metrics.RunLog(
-    workdir if hosts.first else None,
-    start,
-    config.steps,
-    config.log_every,
-    task.examples_per_step,
-    task.examples_unit,
-    {n: c.train_flops * task.examples_per_step for n, c in counts.items()},
-    metrics.peak_flops(mesh),
+    workdir=workdir if hosts.first else None,
+    step=start,
+    total_steps=config.steps,
+    every=config.log_every,
+    examples_per_step=task.examples_per_step,
+    unit=task.examples_unit,
+    rate=task.rate,
+    flops={n: c.train_flops * task.examples_per_step for n, c in counts.items()},
+    peak_flops=metrics.peak_flops(mesh),
   )
   ledger = goodput.Ledger(workdir / goodput.GOODPUT_FILE if hosts.first else None, log.lost_s)
   ledger.enter("compile")
   programs = trainer.compile()
   ledger.enter("step")
-  loop = _Loop(
-    config,
-    trainer,
-    programs,
-    hosts,
-    stop,
-    writer,
-    log,
-    ledger,
-    Watchdog(config.hang_timeout_s, hosts),
-    _Profile(profile, workdir),
-    _SampleLog(workdir, start, trainer, hosts) if config.data.log_samples else None,
-    state,
-    start,
-    skipped,
+  loop = Loop(
+    config=config,
+    trainer=trainer,
+    programs=programs,
+    hosts=hosts,
+    stop=stop,
+    writer=writer,
+    log=log,
+    ledger=ledger,
+    watchdog=Watchdog(config.hang_timeout_s, hosts),
+    profile=StepProfile(profile, workdir),
+    samples=SampleLog(workdir, start, trainer, hosts) if config.data.log_samples else None,
+    state=state,
+    start=start,
+    skipped=skipped,
   )
   stopped_at = loop.run()
   ledger.enter("checkpoint")
@@ -141,224 +134,6 @@ def train(
   return 0
 
 
-# ------------------------------------------------------------------ the loop
-
-
-@dataclasses.dataclass
-class _Pending:
-  """A step that has been dispatched and not yet reported."""
-
-  step: int
-  index: int
-  outputs: dict[str, jax.Array]
-  signals: Any
-  data_wait_s: float
-
-
-@dataclasses.dataclass
-class _Loop:
-  """Dispatches step t, then records step t - 1 while t runs: no step waits for the host."""
-
-  config: Any
-  trainer: Trainer
-  programs: dict[int, Callable]
-  hosts: Hosts
-  stop: _StopSignal
-  writer: checkpoint.Writer
-  log: metrics.RunLog
-  ledger: goodput.Ledger
-  watchdog: Watchdog
-  profile: _Profile
-  samples: _SampleLog | None
-  state: TrainState
-  start: int
-  skipped: int
-
-  def run(self) -> int:
-    """Trains until the last step or a stop that all hosts agree on; returns the step saved."""
-    config, trainer = self.config, self.trainer
-    # All at once and ahead of time: evaluated step by step it would cost the loop 1%.
-    schedule = jax.jit(jax.vmap(optim.make_schedule(config.optim, config.steps)))
-    self._learning_rates = np.asarray(schedule(np.arange(config.steps)))
-    self._signals = multihost.Signals(self.hosts, trainer.mesh)
-    self._pending, self._bad_in_a_row, self._stopping = None, 0, False
-    self._finished_at = time.perf_counter()
-    self.stop.finish_step = True
-    batches = Prefetcher(trainer.batches(self.start))
-    with self.watchdog:
-      for step in range(self.start + 1, config.steps + 1):
-        asked = time.perf_counter()
-        with self.ledger.phase("data"):
-          batch = batches.next()
-        waited = time.perf_counter() - asked
-        index = gran.sample_index(config.seed, step, trainer.probabilities)
-        self.profile.before(step)
-        self.state, outputs = self.programs[index](self.state, batch)
-        signals = self._signals.send(self.stop.requested, _draw_hash(step, index))
-        self._report()  # of step - 1, while this one runs
-        self._pending = _Pending(step, index, outputs, signals, waited)
-        if self.samples:
-          self.samples.write(step)
-        results = None
-        if not self._stopping and (_due(config.eval.every, step) or step == config.steps):
-          results = self._evaluate(step)
-        if _due(config.replica_check_every, step):
-          self._check_replicas()
-        if self._stopping or results or _due(config.checkpoint.every, step) or step == config.steps:
-          self._save(step, results)
-        self.profile.after(step)
-        if self._stopping:
-          break
-    batches.close()
-    return step
-
-  def _report(self) -> None:
-    """Waits for the pending step and records it."""
-    if self._pending is None:
-      return
-    done, self._pending = self._pending, None
-    outputs = jax.device_get(done.outputs)
-    stopping = self._signals.read(done.signals, done.step)
-    self._stopping = self.stop.requested if stopping is None else stopping
-    now = time.perf_counter()
-    finite = bool(outputs["finite"])
-    name = self.trainer.names[done.index]
-    self.log.step(
-      done.step,
-      name,
-      float(outputs["loss"]),
-      float(outputs["grad_norm"]),
-      float(self._learning_rates[done.step - 1]),
-      finite,
-      now - self._finished_at,
-      done.data_wait_s,
-      _draw_hash(done.step, done.index),
-    )
-    self._finished_at = now
-    self.watchdog.alive(f"step {done.step:,}")
-    if _due(self.config.log_every, done.step):
-      self.ledger.save()
-    self.skipped += not finite
-    self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
-    if self.config.max_nonfinite and self._bad_in_a_row >= self.config.max_nonfinite:
-      raise UserError(
-        f"diverged: loss or gradient was not finite for {self._bad_in_a_row} steps in a row, "
-        f"last {name} at step {done.step}; nothing bad was saved. Lower optim.peak_lr="
-        f"{self.config.optim.peak_lr:g} or set optim.clip_norm, then run again to resume"
-      )
-
-  def _evaluate(self, step: int) -> list[Result] | None:
-    """Validation of every size; None if a stop was asked for meanwhile."""
-    self._report()
-
-    def should_stop() -> bool:
-      self.watchdog.alive(f"evaluation after step {step:,}")
-      self._stopping = self._signals.any(self.stop.requested)
-      return self._stopping
-
-    with self.ledger.phase("evaluation"):
-      results = self.trainer.task.evaluate(
-        self.trainer.execution,
-        self.state.params,
-        self.trainer.put,
-        self.trainer.granularities,
-        should_stop=should_stop,
-      )
-    if results is not None:
-      self.log.evaluation(step, results)
-    self._finished_at = time.perf_counter()
-    return results
-
-  def _check_replicas(self) -> None:
-    try:
-      replicas.check(self.state, self.trainer.mesh)
-    except replicas.ReplicasDiffer as e:
-      self.hosts.give_up(f"{e}; checkpoints saved before are intact")
-
-  def _save(self, step: int, results: list[Result] | None) -> None:
-    self._report()
-    self.log.flush()
-    with self.ledger.phase("checkpoint"):
-      self._check_replicas()  # so that no checkpoint holds a flipped bit
-      self.writer.save(
-        step,
-        self.state.params,
-        self.state.opt_state,
-        {"step": step},
-        {"skipped": self.skipped},
-        metric=results[-1].metrics["loss"] if results else None,
-      )
-    self.ledger.save()
-    self.watchdog.alive(f"saving step {step:,}")
-    self._finished_at = time.perf_counter()
-
-
-def _due(every: int, step: int) -> bool:
-  return bool(every) and step % every == 0
-
-
-def _draw_hash(step: int, index: int) -> int:
-  """What all hosts must agree on at a step, in 32 bits."""
-  return zlib.crc32(f"{step}:{index}".encode())
-
-
-class _StopSignal:
-  """SIGTERM or Ctrl-C: leaves at once while setting up, after the current step once training.
-
-  A second Ctrl-C interrupts for good.
-  """
-
-  def __init__(self, hosts: Hosts):
-    self.requested = False
-    self.finish_step = False
-    self.name, self.exit_code = "SIGTERM on another host", 128 + signal.SIGTERM
-    self._hosts = hosts
-    for signum in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(signum, self._handle)
-
-  def _handle(self, signum, frame):
-    self.name = signal.Signals(signum).name
-    self.exit_code = 128 + signum  # 143 for SIGTERM, 130 for Ctrl-C
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if self.finish_step:
-      self.requested = True
-    else:
-      why = f"stopped by {self.name} before the first step"
-      print(why, flush=True)
-      self._hosts.leave(self.exit_code, why)  # compile threads cannot be interrupted
-
-
-class _Profile:
-  """Traces a range of steps with JAX's profiler."""
-
-  def __init__(self, steps: range, workdir: pathlib.Path):
-    self._steps, self._path = steps, workdir / "profile"
-
-  def before(self, step: int) -> None:
-    if step == self._steps.start:
-      jax.profiler.start_trace(str(self._path))
-
-  def after(self, step: int) -> None:
-    if step == self._steps.stop - 1:
-      jax.profiler.stop_trace()
-      say(
-        f"wrote a profile of steps {self._steps.start} to {step} to {self._path}; view it with "
-        "TensorBoard's profile plug-in or xprof"
-      )
-
-
-class _SampleLog:
-  """samples-<process>.jsonl: which samples every step trained on, as this process read them."""
-
-  def __init__(self, workdir: pathlib.Path, start: int, trainer: Trainer, hosts: Hosts):
-    self._trainer, self._rows = trainer, trainer.local_rows()
-    self._file = metrics.JsonLines(workdir / f"samples-{hosts.index}.jsonl", start)
-
-  def write(self, step: int) -> None:
-    ids = {rows.start: self._trainer.task.sample_ids(step - 1, rows) for rows in self._rows}
-    self._file.write({"step": step, "first_row_to_ids": ids})
-
-
 # ------------------------------------------------------------------ setting up
 
 
@@ -371,13 +146,13 @@ def _start_from(config, workdir: pathlib.Path, old_card, hosts: Hosts):
     )
   if not config.get("init_from"):
     return config
-  card = old_card or checkpoint.read_card(config.init_from)
+  card = old_card or cards.read(config.init_from)
   if card["task"] != config.task:
     raise UserError(
       f"init_from={config.init_from!r} is of task {card['task']!r}, and this config "
       f"of {config.task!r}"
     )
-  own = {key: config.model[key] for key in KINDS[config.task].adaptable}
+  own = {key: config.model[key] for key in kind_of(config).config.adaptable}
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.model = ml_collections.ConfigDict(card["model"] | own)
@@ -401,7 +176,7 @@ def _initial_state(
     return TrainState(restored["params"], restored["opt_state"]), meta["step"], meta["skipped"]
   state = trainer.init(config.seed)
   if config.get("init_from"):
-    old = model_config(checkpoint.read_card(config.init_from))
+    old = model_config(cards.read(config.init_from))
     found = checkpoint.restore_newest(
       config.init_from, {"params": trainer.abstract_params(old)}, False, hosts
     )

@@ -16,7 +16,7 @@ from matformer_jax import train as train_program
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.hosts import multihost
 from matformer_jax.tasks import make_task
-from matformer_jax.training import trainer
+from matformer_jax.training import loop, trainer
 
 mode = sys.argv.pop(1)
 out = pathlib.Path(sys.argv.pop(1)) if mode == "dump" else None
@@ -38,7 +38,7 @@ def with_a_flipped_bit(leaf: jax.Array) -> jax.Array:
   )
 
 
-class FlippingLoop(train_program._Loop):
+class FlippingLoop(loop.Loop):
   def _report(self):
     if self._pending and self._pending.step == 7 and self.hosts.index == 1:
       ffn = self.state.params["blocks"]["0"]["ffn"]
@@ -71,7 +71,7 @@ def main(argv):
     if mode == "dump":
       code = dump(config, WORKDIR.value, hosts)
     else:
-      train_program._Loop = FlippingLoop
+      train_program.Loop = FlippingLoop
       code = train_program.train(config, WORKDIR.value, hosts)
   return hosts.finish(code)
 

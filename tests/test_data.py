@@ -18,6 +18,7 @@ from tfds_files import write_tfds
 from matformer_jax import UserError
 from matformer_jax.data import prepare, text_sources
 from matformer_jax.data import store as store_format
+from matformer_jax.data.batches import Windows
 from matformer_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 SAMPLE = [
@@ -402,7 +403,7 @@ def test_a_sample_reads_no_more_than_it_needs():
 
 def test_windows_visit_everything_once_per_epoch_and_predict_every_token():
   tokens = np.arange(10 * 40 + 1)
-  windows = text_sources.Windows(tokens, 10, 8, seed=1)
+  windows = Windows(tokens, 10, 8, seed=1)
   assert windows.num_windows == 40
   epochs = [np.concatenate([windows.batch(s) for s in range(e * 5, e * 5 + 5)]) for e in range(2)]
   for rows in epochs:
@@ -414,7 +415,7 @@ def test_windows_visit_everything_once_per_epoch_and_predict_every_token():
 
 def test_windows_are_a_pure_function_of_the_step_and_of_any_number_of_hosts():
   tokens = np.arange(1001, dtype=np.uint16)
-  windows = text_sources.Windows(tokens, 10, 8, seed=1)
+  windows = Windows(tokens, 10, 8, seed=1)
   for step in (7, 3, 40):
     whole = windows.batch(step)
     assert whole.dtype == np.int32
@@ -424,4 +425,4 @@ def test_windows_are_a_pure_function_of_the_step_and_of_any_number_of_hosts():
 
 def test_too_little_text_for_one_window():
   with pytest.raises(UserError, match="fewer than one window"):
-    text_sources.Windows(np.arange(10), 10, 1, 0)
+    Windows(np.arange(10), 10, 1, 0)

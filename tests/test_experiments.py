@@ -159,7 +159,7 @@ def test_claims_follow_the_numbers(tmp_path):
   assert "NOT hold" in held[0] and "NOT hold" in held[3]
   text = vit.report(MODEL, found)
   assert "80.50 ±0.71" in text and "400 images: 1.71 points" in text  # sqrt(0.865 * 0.135 / 400)
-  for path in vit.plots(MODEL, found, tmp_path, "title"):
+  for path in vit.draw_plots(MODEL, found, tmp_path, "title"):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

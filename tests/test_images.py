@@ -15,6 +15,7 @@ from tfds_files import write_tfds
 from matformer_jax import UserError
 from matformer_jax.data import augment, image_sources
 from matformer_jax.data.augment import RANDAUGMENT, Transform
+from matformer_jax.data.batches import Corrupt, ImageBatches, LabelledBatches, read_ahead
 
 
 def picture(seed: int = 0, size=(40, 30), mode: str = "RGB") -> Image.Image:
@@ -47,12 +48,12 @@ def folder(tmp_path):
 
 def batches(
   source: image_sources.Images, size=8, batch_size=4, transform="", **kwargs
-) -> image_sources.Batches:
-  return image_sources.Batches(
+) -> ImageBatches:
+  return ImageBatches(
     source,
     batch_size,
     Transform(transform or f"resize({size})", size),
-    kwargs.pop("corrupt", image_sources.Corrupt("error")),
+    kwargs.pop("corrupt", Corrupt("error")),
     kwargs.pop("seed", 3),
     **kwargs,
   )
@@ -118,9 +119,7 @@ def test_several_right_answers(folder):
   (folder / "validation_labels.json").write_text(json.dumps(answers))
   validation = image_sources.open_images(f"folder:{folder}", "validation")
   assert validation.max_labels == 2
-  reader = image_sources.LabelledBatches(
-    validation, 4, Transform("resize(8)", 8), image_sources.Corrupt("error")
-  )
+  reader = LabelledBatches(validation, 4, Transform("resize(8)", 8), Corrupt("error"))
   assert reader.num_batches == 2
   np.testing.assert_array_equal(reader.batch(0)["labels"], [[0, 1], [-1, -1], [0, -1], [1, -1]])
   last = reader.batch(1)  # filled with images that count for nothing
@@ -382,8 +381,8 @@ def test_workers_read_the_same(folder):
   source = image_sources.open_images(f"folder:{folder}", "train")
   reader = batches(source, transform="inception_crop(8)|flip")
   rows = [range(0, 2), range(2, 4)]
-  plain = list(image_sources.read_ahead(reader, 3, 7, rows, 0))
-  workers = list(image_sources.read_ahead(reader, 3, 7, rows, 2))
+  plain = list(read_ahead(reader, 3, 7, rows, 0))
+  workers = list(read_ahead(reader, 3, 7, rows, 2))
   assert len(plain) == len(workers) == 5
   for a, b in zip(plain, workers):
     for x, y in zip(a, b):
@@ -402,11 +401,11 @@ def test_corrupt_images(folder, tmp_path, capsys):
   ):
     for step in range(2):
       batches(source).batch(step)
-  corrupt = image_sources.Corrupt("skip", tmp_path)
+  corrupt = Corrupt("skip", tmp_path)
   reader = batches(source, corrupt=corrupt)
   found = [reader.batch(step) for step in range(4)]
   assert all(b["image"].shape == (4, 8, 8, 3) for b in found) and len(corrupt.skipped) == 2
   assert len((tmp_path / "skipped_images.txt").read_text().splitlines()) == 2
   assert "2 so far" in capsys.readouterr().err
-  checked = image_sources.LabelledBatches(source, 8, Transform("resize(8)", 8), corrupt).batch(0)
+  checked = LabelledBatches(source, 8, Transform("resize(8)", 8), corrupt).batch(0)
   assert (checked["labels"] == -1).sum() == 2

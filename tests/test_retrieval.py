@@ -10,7 +10,7 @@ import matformer_jax
 from matformer_jax import UserError, retrieve
 from matformer_jax import granularity as gran
 from matformer_jax.evals import retrieval
-from matformer_jax.evaluate import open_task
+from matformer_jax.loading import open_task
 
 
 @pytest.fixture(scope="module")

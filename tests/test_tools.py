@@ -11,8 +11,8 @@ from test_programs import assert_one_line_error
 
 import matformer_jax
 from matformer_jax import granularity as gran
-from matformer_jax import latency
 from matformer_jax.decoding.decode import Decoder
+from matformer_jax.evals import latency
 from matformer_jax.search import Candidate, candidates, score, summarize
 
 # ------------------------------------------------------------------- describe

@@ -1,10 +1,11 @@
-"""The model card, config.json: what a run is, and what may not change in its course."""
+"""The model card, config.json: read, written, and compared when a run is resumed."""
 
 from __future__ import annotations
 
 import hashlib
 from importlib import metadata
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -17,7 +18,7 @@ from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import model_config
 from matformer_jax.errors import UserError
 from matformer_jax.hosts.multihost import differences
-from matformer_jax.runtime import say
+from matformer_jax.runtime import say, warn
 from matformer_jax.tasks import Task
 
 VERSIONED = (
@@ -31,7 +32,8 @@ VERSIONED = (
   "numpy",
   "sentencepiece",
 )
-# Changing these in the course of a run would not be the same run any more.
+CARD_FILE = "config.json"
+# A run in which one of these changes is another run.
 FIXED = ("task", "model", "seed", "batch_size", "sampling", "identity", "optimizer")
 
 
@@ -52,31 +54,60 @@ def make_card(config, task: Task) -> dict[str, Any]:
   }
 
 
+def read(workdir: str | os.PathLike) -> dict[str, Any]:
+  """The run's config.json, or where that is unreadable the newest checkpoint's copy.
+
+  Raises:
+    UserError: if the directory holds neither.
+  """
+  path = pathlib.Path(workdir) / CARD_FILE
+  try:
+    card = json.loads(path.read_bytes())
+    if not {"model", "identity", "config"} <= card.keys():
+      raise ValueError("keys are missing")
+    return card
+  except (OSError, ValueError, AttributeError) as e:
+    problem = e
+  for step in reversed(checkpoint.steps(workdir)):
+    try:
+      card = checkpoint.read_meta(workdir, step)["card"]
+    except checkpoint.DamagedCheckpoint:
+      continue
+    warn(f"{path} is unreadable ({problem}); using the copy in checkpoint {step}")
+    return card
+  raise UserError(
+    f"{workdir} is not a run: {path} cannot be read ({problem}); give the --workdir "
+    "of a training run"
+  )
+
+
 def read_existing(workdir: pathlib.Path) -> dict[str, Any] | None:
   """The card of a run to resume; None in a fresh directory."""
   try:
-    return checkpoint.read_card(workdir)
+    return read(workdir)
   except UserError as e:
-    if (workdir / checkpoint.CARD_FILE).exists():
-      say(f"warning: {e}; writing it anew")
+    if (workdir / CARD_FILE).exists():
+      warn(f"{e}; writing it anew")
     return None
 
 
 def write(workdir: pathlib.Path, card: dict[str, Any]) -> None:
   """Writes config.json at once or not at all."""
-  runtime.replace_file(workdir / checkpoint.CARD_FILE, json.dumps(card, indent=1).encode())
+  runtime.replace_file(workdir / CARD_FILE, json.dumps(card, indent=1).encode())
 
 
 def check_model(workdir: pathlib.Path, old_card, config) -> None:
   """Compares what is known before any data is read, so that a wrong workdir fails fast."""
-  new = json.loads(json.dumps(model_config(config).to_dict()))
-  _raise_if_different(workdir, {"model": old_card["model"]}, {"model": new})
+  _raise_if_different(
+    workdir, {"model": _model(old_card)}, {"model": _as_json(model_config(config).to_dict())}
+  )
 
 
 def check_same_run(workdir: pathlib.Path, old_card, new_card) -> None:
   """Raises UserError where a resumed run would not be the same; notes other changes."""
-  new_card = json.loads(json.dumps(new_card))
-  _raise_if_different(workdir, {k: old_card[k] for k in FIXED}, {k: new_card[k] for k in FIXED})
+  new_card = _as_json(new_card)
+  old = {k: old_card[k] for k in FIXED} | {"model": _model(old_card)}
+  _raise_if_different(workdir, old, {k: new_card[k] for k in FIXED})
   changed = _differences(old_card["config"], new_card["config"])
   if changed:
     say(f"note: resuming with a changed config: {'; '.join(changed)}")
@@ -88,10 +119,20 @@ def host_facts(card: dict[str, Any]) -> dict[str, Any]:
   root = pathlib.Path(__file__).parent.parent
   for path in sorted(root.rglob("*.py")):
     sources.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-  return json.loads(json.dumps(card)) | {
+  return _as_json(card) | {
     "code": sources.hexdigest()[:16],
     "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
   }
+
+
+def _model(card) -> dict[str, Any]:
+  """A card's model with today's names of its keys."""
+  return _as_json(model_config(card).to_dict())
+
+
+def _as_json(value: Any) -> Any:
+  """With JSON's types: tuples as lists."""
+  return json.loads(json.dumps(value))
 
 
 def _differences(old: Any, new: Any) -> list[str]:

@@ -23,7 +23,6 @@ import os
 import pathlib
 import re
 from typing import Any
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +33,13 @@ import tensorstore
 
 from matformer_jax.checkpoints import checksums
 from matformer_jax.config import ModelConfig, Span, model_config
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, first_line
 from matformer_jax.hosts.multihost import Hosts
+from matformer_jax.runtime import warn
 from matformer_jax.sharding import logical_axes, path_names
 
 STEPS_DIR = "checkpoints"
 DAMAGED_DIR = "checkpoints_damaged"
-CARD_FILE = "config.json"
 FORMAT = 2
 MIN_CHUNK_BYTES = 2**20  # on disk; smaller ones cost more in files than they save in reading
 
@@ -170,33 +169,6 @@ def read_meta(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
   return meta
 
 
-def read_card(workdir: str | os.PathLike) -> dict[str, Any]:
-  """The run's config.json, or where that is unreadable the newest checkpoint's copy.
-
-  Raises:
-    UserError: if the directory holds neither.
-  """
-  path = pathlib.Path(workdir) / CARD_FILE
-  try:
-    card = json.loads(path.read_bytes())
-    if not {"model", "identity", "config"} <= card.keys():
-      raise ValueError("keys are missing")
-    return card
-  except (OSError, ValueError, AttributeError) as e:
-    problem = e
-  for step in reversed(steps(workdir)):
-    try:
-      card = read_meta(workdir, step)["card"]
-    except DamagedCheckpoint:
-      continue
-    warn(f"{path} is unreadable ({problem}); using the copy in checkpoint {step}")
-    return card
-  raise UserError(
-    f"{workdir} is not a run: {path} cannot be read ({problem}); give the --workdir "
-    "of a training run"
-  )
-
-
 def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
   """Restores and verifies items of one step.
 
@@ -235,7 +207,7 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
     ) as reader:
       restored = reader.restore(path, args=ocp.args.Composite(data=ocp.args.JsonRestore(), **args))
   except Exception as e:  # Orbax and tensorstore raise many types for damaged files
-    raise DamagedCheckpoint(f"{where}: {_first_line(e)}") from e
+    raise DamagedCheckpoint(f"{where}: {_reason(e)}") from e
   for name in items:
     _compare(
       manifest(restored[name]),
@@ -316,7 +288,7 @@ class SliceReader:
     try:
       part = jnp.asarray(tensorstore.open(spec, open=True).result()[tuple(index)].read().result())
     except Exception as e:  # tensorstore raises many types for damaged files
-      raise DamagedCheckpoint(f"{self._where}: leaf {name}: {_first_line(e)}") from e
+      raise DamagedCheckpoint(f"{self._where}: leaf {name}: {_reason(e)}") from e
     if table is None:
       wanted = [known["checksum"]]
     else:
@@ -342,23 +314,14 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
   return target
 
 
-def warn(message: str) -> None:
-  """Tells the user, once, something that does not stop the program."""
-  if jax.process_index() == 0:
-    warnings.warn(message, stacklevel=3)
-
-
-def _first_line(e: Exception) -> str:
+def _reason(e: Exception) -> str:
   """The reason in a tensorstore or Orbax error, which can be pages long."""
-  text = str(e).strip()
   known = re.search(
     "No space left on device|Disk quota exceeded|Read-only file system|"
     "Permission denied|File too large",
-    text,
+    str(e),
   )
-  if known:
-    return known.group()
-  return f"{type(e).__name__}: {text.splitlines()[0][:300] if text else ''}"
+  return known.group() if known else f"{type(e).__name__}: {first_line(e)}"
 
 
 # ------------------------------------------------------------------- writing
@@ -493,6 +456,6 @@ class Writer:
 
   def _failed(self, e: Exception) -> UserError:
     return UserError(
-      f"cannot write checkpoints under {self._root} ({_first_line(e)}); free "
+      f"cannot write checkpoints under {self._root} ({_reason(e)}); free "
       "space or choose another --workdir. Checkpoints saved before are intact"
     )

@@ -1,14 +1,11 @@
-"""Images: sources, decoding, and batches addressed by step.
+"""Images: sources with random access, and decoding.
 
-  source -> Images (random access) -> decoded, augmented -> batch
-
-A batch is a pure function of (seed, step): image i of epoch e is augmented by a generator
-seeded with (seed, e, i), on whatever host reads it.
+source -> Images -> decoded, augmented (augment.py) -> batch (batches.py)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import gzip
@@ -18,20 +15,15 @@ import json
 import os
 import pathlib
 import struct
-import sys
 from typing import Any, NamedTuple
 
-from absl import flags
-import grain
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from matformer_jax.data import tfds_source
-from matformer_jax.data.augment import Transform
 from matformer_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-POLICIES = ("error", "skip")
 
 
 class Example(NamedTuple):
@@ -371,160 +363,3 @@ def _keep_classes(images: Images, classes: Sequence[int]) -> Images:
     read=subset,
     where=subset.where,
   )
-
-
-# ------------------------------------------------------------------- batches
-
-
-class Corrupt:
-  """What happens at an image that does not decode.
-
-  Args:
-    policy: `error` stops with its name; `skip` leaves it out, says so, and counts.
-    workdir: gets skipped_images.txt, a line per image; None writes no file.
-  """
-
-  def __init__(self, policy: str, workdir: pathlib.Path | None = None):
-    if policy not in POLICIES:
-      raise UserError(f"data.corrupt={policy!r} is not one of {POLICIES}")
-    self._policy = policy
-    self._path = workdir / "skipped_images.txt" if workdir else None
-    self.skipped: set[str] = set()
-
-  def handle(self, error: CorruptImage) -> None:
-    """Raises `error`, or records it once."""
-    if self._policy == "error":
-      raise UserError(f"{error}; remove it, or set --config.data.corrupt=skip") from error
-    message = str(error)
-    if message in self.skipped:
-      return
-    self.skipped.add(message)
-    print(f"warning: skipped: {message}; {len(self.skipped)} so far", file=sys.stderr, flush=True)
-    if self._path and not (self._path.exists() and message in self._path.read_text()):
-      with open(self._path, "a") as f:
-        f.write(message + "\n")
-
-
-class Batches:
-  """Training batches, a pure function of the step; epochs are shuffled anew. Picklable.
-
-  Args:
-    mixup: alpha of the Beta distribution of mixup's share; 0 mixes nothing.
-  """
-
-  def __init__(
-    self,
-    images: Images,
-    batch_size: int,
-    transform: Transform,
-    corrupt: Corrupt,
-    seed: int,
-    mixup: float = 0.0,
-  ):
-    if images.max_labels > 1:
-      raise UserError(f"{images.name} has images of several classes; training needs one each")
-    self._images, self._batch_size, self._transform = images, batch_size, transform
-    self._corrupt, self._seed, self._mixup = corrupt, seed, mixup
-
-  @functools.cached_property
-  def _order(self) -> grain.MapDataset:
-    return grain.MapDataset.range(self._images.size).seed(self._seed).shuffle().repeat()
-
-  def __getstate__(self):
-    return {k: v for k, v in self.__dict__.items() if k != "_order"}
-
-  def image_ids(self, step: int, rows: range | None = None) -> list[int]:
-    """Which images are in the given rows (all by default) of the batch of `step`."""
-    first = step * self._batch_size
-    return [int(self._order[first + i]) for i in rows or range(self._batch_size)]
-
-  def batch(self, step: int, rows: range | None = None) -> dict[str, np.ndarray]:
-    """{"image": uint8 [rows, S, S, channels], "label": int32, "seed": uint32, "mix": float32}."""
-    rows = rows or range(self._batch_size)
-    examples = [
-      self._example((step * self._batch_size + row) // self._images.size, index)
-      for row, index in zip(rows, self.image_ids(step, rows))
-    ]
-    images, labels, seeds = zip(*examples)
-    batch = {
-      "image": np.stack(images),
-      "label": np.array(labels, np.int32),
-      "seed": np.array(seeds, np.uint32),
-    }
-    if self._mixup:
-      share = np.random.default_rng((self._seed, step)).beta(self._mixup, self._mixup)
-      batch["mix"] = np.full(len(rows), max(share, 1 - share), np.float32)
-    return batch
-
-  def _example(self, epoch: int, index: int) -> tuple[np.ndarray, int, int]:
-    rng = np.random.default_rng((self._seed, epoch, index))
-    seed = int(rng.integers(2**32))
-    for _ in range(self._images.size):
-      try:
-        image, (label,) = self._images.decode(index)
-        return self._transform(image, rng), label, seed
-      except CorruptImage as e:
-        self._corrupt.handle(e)
-        index = (index + 1) % self._images.size  # the next one in its place
-    raise UserError(f"no image of {self._images.name} can be read")
-
-
-class LabelledBatches:
-  """All images of a split in order; the last batch is filled with images without label."""
-
-  def __init__(self, images: Images, batch_size: int, transform: Transform, corrupt: Corrupt):
-    self._images, self._batch_size = images, batch_size
-    self._transform, self._corrupt = transform, corrupt
-    self.num_batches = -(-images.size // batch_size)
-
-  def batch(self, step: int, rows: range | None = None) -> dict[str, np.ndarray]:
-    """{"image": uint8 [rows, S, S, channels], "labels": int32 [rows, R], -1 where none}."""
-    rows = rows or range(self._batch_size)
-    labels = np.full((len(rows), self._images.max_labels), -1, np.int32)
-    pictures: list[np.ndarray | None] = [None] * len(rows)
-    rng = np.random.default_rng(0)  # transforms for evaluation draw nothing
-    for i, row in enumerate(rows):
-      index = step * self._batch_size + row
-      if index >= self._images.size:
-        continue
-      try:
-        image, found = self._images.decode(index)
-        pictures[i] = self._transform(image, rng)
-        labels[i, : len(found)] = found
-      except CorruptImage as e:
-        self._corrupt.handle(e)
-    shape = (self._transform.size, self._transform.size, self._images.channels)
-    blank = np.zeros(shape, np.uint8)
-    return {"image": np.stack([blank if p is None else p for p in pictures]), "labels": labels}
-
-
-def read_ahead(
-  batches: Batches | LabelledBatches, first: int, last: int, rows: Sequence[range], workers: int
-) -> Iterator[list[Any]]:
-  """`[batches.batch(step, r) for r in rows]` for steps first to last, in order.
-
-  Args:
-    workers: processes that decode, a step each; 0 decodes in the calling thread.
-  """
-  steps = grain.MapDataset.range(first, last + 1).map(_ReadStep(batches, tuple(rows)))
-  if not workers:
-    yield from (steps[i] for i in range(len(steps)))
-    return
-  if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its own
-    flags.FLAGS.mark_as_parsed()
-  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-  one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-  iterator = iter(steps.to_iter_dataset(one_at_a_time).mp_prefetch(options))
-  try:
-    yield from iterator
-  finally:
-    iterator.close()  # ends the processes and frees what they share
-
-
-@dataclasses.dataclass(frozen=True)
-class _ReadStep:
-  batches: Batches | LabelledBatches
-  rows: tuple[range, ...]
-
-  def __call__(self, step):
-    return [self.batches.batch(int(step), r) for r in self.rows]

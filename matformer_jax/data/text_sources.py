@@ -1,6 +1,6 @@
-"""Text: sources of documents, cached token stores, and batches addressed by step.
+"""Text: sources of documents, and the token stores made of them.
 
-  source -> documents -> token store (store.py) -> [B, T+1] windows
+  source -> documents -> token store (store.py) -> [B, T+1] windows (batches.py)
 
 A store is made once per (source, tokenizer) under the cache directory; large ones are
 made by prepare.py and named as `tokens:DIR`.
@@ -8,7 +8,7 @@ made by prepare.py and named as `tokens:DIR`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import fcntl
@@ -213,9 +213,9 @@ def get_tokenizer(
       except UserError:
         path.unlink()  # a cache entry, remade below
     started = time.perf_counter()
-    _say(f"training a {model_type} tokenizer of {vocab_size:,} pieces on {corpus.name}")
+    runtime.say(f"training a {model_type} tokenizer of {vocab_size:,} pieces on {corpus.name}")
     tokenizer = train_tokenizer(corpus.documents(), vocab_size, model_type, sample_bytes)
-    _say(f"tokenizer trained in {time.perf_counter() - started:.1f} s")
+    runtime.say(f"tokenizer trained in {time.perf_counter() - started:.1f} s")
     runtime.replace_file(path, tokenizer.model)
   return tokenizer
 
@@ -242,7 +242,7 @@ def get_store(
       try:
         return store.open_store(path)
       except UserError as e:
-        _say(f"{e}; tokenising again")
+        runtime.say(f"{e}; tokenising again")
         shutil.rmtree(path)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     temporary.mkdir()
@@ -281,44 +281,3 @@ def corpus_key(corpus: Corpus) -> str:
 
 def _key(*parts: Any) -> str:
   return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-
-
-def _say(message: str) -> None:
-  print(message, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------- batches
-
-
-class Windows:
-  """Batches of [B, T+1] token windows, a pure function of the step.
-
-  Window i is tokens[i*T : i*T + T+1], so every token is predicted once. Epochs are
-  shuffled anew by `seed`; with seed None windows come in order.
-  """
-
-  def __init__(self, tokens: Sequence[int], seq_len: int, batch_size: int, seed: int | None):
-    self.num_windows = (len(tokens) - 1) // seq_len
-    if self.num_windows < 1:
-      raise UserError(
-        f"the corpus has {len(tokens)} tokens in this split, fewer than one window "
-        f"of model.seq_len={seq_len} + 1; use more text or a shorter seq_len"
-      )
-    self._tokens, self._seq_len, self._batch_size = tokens, seq_len, batch_size
-    order = grain.MapDataset.range(self.num_windows)
-    if seed is not None:
-      order = order.seed(seed).shuffle()
-    self._order = order.repeat()
-
-  def window_ids(self, step: int, rows: range | None = None) -> list[int]:
-    """Which windows are in the given rows (all by default) of the batch of `step`."""
-    first = step * self._batch_size
-    return [int(self._order[first + i]) for i in rows or range(self._batch_size)]
-
-  def batch(self, step: int, rows: range | None = None) -> np.ndarray:
-    """int32 [rows, T+1]: rows of the batch of `step`."""
-    length = self._seq_len
-    windows = [
-      self._tokens[i * length : i * length + length + 1] for i in self.window_ids(step, rows)
-    ]
-    return np.stack(windows).astype(np.int32)

@@ -23,7 +23,7 @@ import statistics
 from absl import flags
 import numpy as np
 
-from matformer_jax import cli, tables
+from matformer_jax import cli, plots, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import MatViTConfig
 from matformer_jax.experiments import commands
@@ -242,15 +242,10 @@ def claims(model: MatViTConfig, found: Measured) -> list[str]:
   ]
 
 
-def plots(
+def draw_plots(
   model: MatViTConfig, found: Measured, root: pathlib.Path, title: str
 ) -> list[pathlib.Path]:
   """accuracy.png (Figure 4) and retrieval.png (Figure 5)."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
   names = gran.names(model)
   is_trained = lambda name: name in names
 
@@ -288,43 +283,40 @@ def plots(
       found.independent_asymmetric,
     ),
   ):
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    draw(axes, pick(ours, is_trained), cost, "MatViT, one model", marker="o", color="C0")
-    mixes = pick(ours, lambda n: not is_trained(n))
-    draw(
-      axes,
-      mixes,
-      cost,
-      "MatViT, Mix'n'Match",
-      marker="D",
-      color="C0",
-      linestyle="",
-      alpha=0.5,
-      markersize=4,
-    )
-    both = " (own embeddings on both sides)" if more else ""
-    draw(axes, alone, cost, f"ViT trained alone{both}", marker="s", color="C1", linestyle="--")
-    if more:
+    paths.append(root / f"{file}.png")
+    with plots.figure(paths[-1]) as axes:
+      draw(axes, pick(ours, is_trained), cost, "MatViT, one model", marker="o", color="C0")
+      mixes = pick(ours, lambda n: not is_trained(n))
       draw(
         axes,
-        more,
+        mixes,
         cost,
-        "ViT trained alone, images by MatViT-XL",
-        marker="x",
-        color="C3",
-        linestyle=":",
+        "MatViT, Mix'n'Match",
+        marker="D",
+        color="C0",
+        linestyle="",
+        alpha=0.5,
+        markersize=4,
       )
-    for n in names:
-      axes.annotate(
-        n, (cost(n), statistics.mean(ours[n])), textcoords="offset points", xytext=(4, 6)
-      )
-    axes.set(xlabel=axis[0], ylabel=axis[1], title=title)
-    axes.grid(alpha=0.3)
-    axes.margins(y=0.12)
-    axes.legend()
-    paths.append(root / f"{file}.png")
-    figure.savefig(paths[-1], dpi=140)
-    plt.close(figure)
+      both = " (own embeddings on both sides)" if more else ""
+      draw(axes, alone, cost, f"ViT trained alone{both}", marker="s", color="C1", linestyle="--")
+      if more:
+        draw(
+          axes,
+          more,
+          cost,
+          "ViT trained alone, images by MatViT-XL",
+          marker="x",
+          color="C3",
+          linestyle=":",
+        )
+      for n in names:
+        axes.annotate(
+          n, (cost(n), statistics.mean(ours[n])), textcoords="offset points", xytext=(4, 6)
+        )
+      axes.set(xlabel=axis[0], ylabel=axis[1], title=title)
+      axes.margins(y=0.12)
+      axes.legend()
   return paths
 
 
@@ -340,7 +332,7 @@ def main(argv) -> None:
   print(f"\n{text}\n\nThe paper's claims here, {_SEEDS.value} seed{'s' * (_SEEDS.value > 1)}:\n")
   print("\n".join(f"- {line}" for line in held))
   title = f"{config.data.source}, {_SEEDS.value} seed{'s' * (_SEEDS.value > 1)}"
-  drawn = plots(model, found, root, title)
+  drawn = draw_plots(model, found, root, title)
   (root / "results.json").write_text(
     json.dumps(
       {

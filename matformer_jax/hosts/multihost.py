@@ -29,7 +29,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, first_line
+from matformer_jax.runtime import say_here
 
 EXIT_ERROR = 1  # a mistake to fix first
 EXIT_RETRY = 42  # a peer or the machine failed: run the same command again
@@ -131,13 +132,13 @@ class Hosts:
       if self.count > 1:
         # A collective fails at once where a peer dies; who it was shows in the missing beats.
         say_here(
-          f"process {self.index}: {type(e).__name__}: {_first_line(e)}; waiting up to "
+          f"process {self.index}: {type(e).__name__}: {first_line(e)}; waiting up to "
           f"{self.timeout_s:g} s to see whether a peer is gone"
         )
         time.sleep(self.timeout_s + 3 * self._interval)
         while self._exit_code is not None:  # another thread knows better, and is leaving
           time.sleep(1)
-      self._announce(EXIT_ERROR, f"{type(e).__name__}: {_first_line(e)}")
+      self._announce(EXIT_ERROR, f"{type(e).__name__}: {first_line(e)}")
       raise
 
   def finish(self, code: int) -> int:
@@ -397,7 +398,7 @@ def join(
     )
   except RuntimeError as e:
     say_here(
-      f"error: could not join the other processes ({_first_line(e)}); are all of them "
+      f"error: could not join the other processes ({first_line(e)}); are all of them "
       f"started, and is the coordinator {coordinator or ''} reachable? Exit code "
       f"{EXIT_RETRY}: run the same command again"
     )
@@ -456,15 +457,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]
       for d in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     ]
   return [] if old == new else [(path, old, new)]
-
-
-def say_here(message: str) -> None:
-  """Prints to stderr of whichever process calls it."""
-  print(message, file=sys.stderr, flush=True)
-
-
-def _first_line(e: Exception) -> str:
-  return (str(e).strip().splitlines() or [""])[0][:300]
 
 
 def _reachable(address: str) -> bool:

@@ -20,10 +20,20 @@ class Task(Protocol):
     model_config: of the universal model.
     examples_unit: what `examples_per_step` counts, e.g. tokens.
     examples_per_step: over all processes.
+    rate: what metrics.jsonl calls their number per second.
+    metrics: what `evaluate` can measure, see `Result.metrics`.
+    headline: of those, what plots show.
+    evaluation_batch: examples that `evaluate` takes at a time by default, on one device.
+    files: what belongs beside the weights, by name in the run's directory.
   """
 
+  metrics: tuple[str, ...]
+  headline: str
+  evaluation_batch: int
+  files: tuple[str, ...]
   model_config: ModelConfig
   examples_unit: str
+  rate: str
   examples_per_step: int
 
   def batch_shapes(self, batch_size: int) -> Any:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from matformer_jax.config import MatViTConfig
 from matformer_jax.data import image_sources
+from matformer_jax.data.batches import Corrupt, ImageBatches, LabelledBatches, read_ahead
 from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.evals import classification
 from matformer_jax.models import losses, matvit
@@ -23,6 +24,11 @@ class Classification:
   """
 
   examples_unit = "img"
+  rate = "examples_per_s"
+  metrics = classification.METRICS
+  headline = "accuracy"
+  evaluation_batch = 256
+  files = ()
 
   def __init__(
     self, model_config: MatViTConfig, batch_size: int, loss: str = "softmax", mixup: float = 0.0
@@ -92,8 +98,8 @@ class ImageClassification(Classification):
         f"{self.train_images.num_classes}"
       )
     transform = functools.partial(image_sources.Transform, size=model.image_size)
-    self._corrupt = image_sources.Corrupt(data.corrupt, workdir)
-    self._train = image_sources.Batches(
+    self._corrupt = Corrupt(data.corrupt, workdir)
+    self._train = ImageBatches(
       self.train_images,
       config.batch_size,
       transform(data.train_transform, name="data.train_transform"),
@@ -107,16 +113,14 @@ class ImageClassification(Classification):
     self._train.batch(0, range(1))
     self._validation(1).batch(0)
 
-  def _validation(self, batch_size: int) -> image_sources.LabelledBatches:
-    return image_sources.LabelledBatches(
-      self.validation_images, batch_size, self._eval_transform, self._corrupt
-    )
+  def _validation(self, batch_size: int) -> LabelledBatches:
+    return LabelledBatches(self.validation_images, batch_size, self._eval_transform, self._corrupt)
 
   def batch(self, step, rows=None):
     return self._train.batch(step, rows)
 
   def batches(self, first, last, rows):
-    return image_sources.read_ahead(self._train, first, last, rows, self._workers)
+    return read_ahead(self._train, first, last, rows, self._workers)
 
   def sample_ids(self, step, rows=None):
     return self._train.image_ids(step, rows)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from matformer_jax.config import MatLMConfig
 from matformer_jax.data import text_sources
+from matformer_jax.data.batches import Windows
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from matformer_jax.errors import UserError
 from matformer_jax.evals import lm
@@ -20,6 +21,11 @@ class NextToken:
   """Next-token prediction with a MatLM: model and loss, without data."""
 
   examples_unit = "tok"
+  rate = "tokens_per_s"
+  metrics = lm.METRICS
+  headline = "loss"
+  evaluation_batch = 16  # windows
+  files = (TOKENIZER_FILE,)
 
   def __init__(self, model_config: MatLMConfig, batch_size: int, z_loss: float = 0.0):
     self.model_config = model_config
@@ -74,9 +80,7 @@ class LanguageModeling(NextToken):
         "raise it"
       )
     seq_len = self.model_config.seq_len
-    self._train = text_sources.Windows(
-      self.store.tokens["train"], seq_len, config.batch_size, config.seed
-    )
+    self._train = Windows(self.store.tokens["train"], seq_len, config.batch_size, config.seed)
     self._eval = config.eval
 
   def batch(self, step, rows=None):
@@ -107,8 +111,8 @@ class LanguageModeling(NextToken):
     if batch_size is None:
       batch_size = self._eval.batch_size
     else:  # no window twice, however few there are
-      batch_size = min(batch_size, text_sources.Windows(tokens, seq_len, 1, None).num_windows)
-    windows = text_sources.Windows(tokens, seq_len, batch_size, None)
+      batch_size = min(batch_size, Windows(tokens, seq_len, 1, None).num_windows)
+    windows = Windows(tokens, seq_len, batch_size, None)
     total = max(1, windows.num_windows // batch_size)
     total = min(total, batches) if batches else total
     read = (put(functools.partial(windows.batch, i), batch_size) for i in range(total))

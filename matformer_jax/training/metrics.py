@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping, Sequence
+import dataclasses
 import json
 import math
 import os
@@ -66,6 +67,31 @@ class JsonLines:
     self._file.close()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepRecord:
+  """What is known of a finished step; the fields are those of metrics.jsonl.
+
+  Attributes:
+    step: from 1.
+    granularity: what was drawn.
+    loss, grad_norm: as computed, of the sliced tree.
+    learning_rate: of the update.
+    finite: whether loss and gradient were, so that the update was made.
+    step_time_s: since the step before was finished; of it, `data_wait_s` waiting for data.
+    draw_hash: what all hosts must have drawn alike.
+  """
+
+  step: int
+  granularity: str
+  loss: float
+  grad_norm: float
+  learning_rate: float
+  finite: bool
+  step_time_s: float
+  data_wait_s: float
+  draw_hash: int
+
+
 class RunLog:
   """Records every step, and prints a progress line every `every` steps.
 
@@ -78,7 +104,7 @@ class RunLog:
     step: steps already done.
     total_steps: of the whole run.
     every: steps between progress lines and TensorBoard points.
-    examples_per_step, unit: for throughput.
+    examples_per_step, unit, rate: for throughput: `unit` in progress lines, `rate` in files.
     flops: granularity name -> FLOPs of one training step over all devices.
     peak_flops: of all devices together, or None where unknown.
   """
@@ -91,6 +117,7 @@ class RunLog:
     every: int,
     examples_per_step: int,
     unit: str,
+    rate: str,
     flops: Mapping[str, int],
     peak_flops: float | None,
   ):
@@ -101,42 +128,22 @@ class RunLog:
       self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
       self.lost_s = sum(row.get("step_time_s", 0.0) for row in self._steps.dropped)
     self._total, self._every = total_steps, every
-    self._examples, self._unit = examples_per_step, unit
+    self._examples, self._unit, self._rate = examples_per_step, unit, rate
     self._flops, self._peak = flops, peak_flops
     self._recent = {name: collections.deque(maxlen=10) for name in flops}
     self._window = collections.defaultdict(list)
     self._durations = collections.deque(maxlen=4 * every)
     self.skipped = collections.Counter()
 
-  def step(
-    self,
-    step: int,
-    granularity: str,
-    loss: float,
-    grad_norm: float,
-    learning_rate: float,
-    finite: bool,
-    duration: float,
-    data_wait: float,
-    draw_hash: int,
-  ) -> None:
-    """Records one finished step; `duration`, and of it the wait for data, in seconds."""
+  def step(self, record: StepRecord) -> None:
+    """Records one finished step."""
     if not self._recording:
       return
-    rate = self._examples / duration
-    row = {
-      "step": step,
-      "granularity": granularity,
-      "loss": loss,
-      "grad_norm": grad_norm,
-      "learning_rate": learning_rate,
-      "step_time_s": duration,
-      "data_wait_s": data_wait,
-      "draw_hash": draw_hash,
-      "tokens_per_s" if self._unit == "tok" else "examples_per_s": rate,
-    }
+    row = dataclasses.asdict(record)
+    step, granularity, finite = record.step, record.granularity, row.pop("finite")
+    row[self._rate] = self._examples / record.step_time_s
     if self._peak:
-      row["mfu"] = self._flops[granularity] / duration / self._peak
+      row["mfu"] = self._flops[granularity] / record.step_time_s / self._peak
     if not finite:
       self.skipped[granularity] += 1
       row["skipped"] = True
@@ -146,9 +153,9 @@ class RunLog:
         flush=True,
       )
     self._steps.write(row)
-    self._durations.append(duration)
+    self._durations.append(record.step_time_s)
     if finite:
-      self._recent[granularity].append(loss)
+      self._recent[granularity].append(record.loss)
       for name in row.keys() - {"step", "granularity", "draw_hash"}:
         self._window[f"{name}/{granularity}"].append(row[name])
     if step % self._every == 0 or step == self._total:

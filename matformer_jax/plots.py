@@ -1,0 +1,29 @@
+"""One set-up for every plot: matplotlib without a display, one look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import os
+from typing import Any
+
+
+@contextlib.contextmanager
+def figure(path: str | os.PathLike, size: tuple[float, float] = (7, 4.5)) -> Iterator[Any]:
+  """Axes to draw on; written to `path` as a PNG when the block ends.
+
+  Args:
+    size: inches.
+  """
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  fig, axes = plt.subplots(figsize=size, layout="constrained")
+  try:
+    yield axes
+    axes.grid(alpha=0.3)
+    fig.savefig(path, dpi=140)
+  finally:
+    plt.close(fig)

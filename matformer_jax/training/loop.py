@@ -1,0 +1,263 @@
+"""The loop over steps, and what goes on around a step: stopping, tracing, the log of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import pathlib
+import signal
+import time
+from typing import Any
+import zlib
+
+import jax
+import numpy as np
+
+from matformer_jax import granularity as gran
+from matformer_jax.checkpoints import checkpoint, replicas
+from matformer_jax.data.prefetch import Prefetcher
+from matformer_jax.errors import UserError
+from matformer_jax.evals import Result
+from matformer_jax.hosts import goodput, multihost
+from matformer_jax.hosts.multihost import Hosts
+from matformer_jax.hosts.watchdog import Watchdog
+from matformer_jax.runtime import say
+from matformer_jax.training import metrics, optim
+from matformer_jax.training.trainer import Trainer, TrainState
+
+
+@dataclasses.dataclass
+class _Pending:
+  """A step that has been dispatched and not yet reported."""
+
+  step: int
+  index: int
+  outputs: dict[str, jax.Array]
+  signals: Any
+  data_wait_s: float
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loop:
+  """Dispatches step t, then records step t - 1 while t runs: no step waits for the host.
+
+  Attributes:
+    config: of the run.
+    programs: granularity index -> its compiled step.
+    state: after `start` steps; then after the last one dispatched.
+    start: steps done before.
+    skipped: updates skipped so far, since loss or gradient was not finite.
+  """
+
+  config: Any
+  trainer: Trainer
+  programs: dict[int, Callable]
+  hosts: Hosts
+  stop: StopSignal
+  writer: checkpoint.Writer
+  log: metrics.RunLog
+  ledger: goodput.Ledger
+  watchdog: Watchdog
+  profile: StepProfile
+  samples: SampleLog | None
+  state: TrainState
+  start: int
+  skipped: int
+  _pending: _Pending | None = dataclasses.field(default=None, init=False)
+  _bad_in_a_row: int = dataclasses.field(default=0, init=False)
+  _stopping: bool = dataclasses.field(default=False, init=False)
+  _finished_at: float = dataclasses.field(default=0.0, init=False)  # the last step, monotonic
+
+  def __post_init__(self):
+    # All at once and ahead of time: evaluated step by step it would cost the loop 1%.
+    schedule = jax.jit(jax.vmap(optim.make_schedule(self.config.optim, self.config.steps)))
+    self._learning_rates = np.asarray(schedule(np.arange(self.config.steps)))
+    self._signals = multihost.Signals(self.hosts, self.trainer.mesh)
+
+  def run(self) -> int:
+    """Trains until the last step or a stop that all hosts agree on; returns the step saved."""
+    config, trainer = self.config, self.trainer
+    step = self.start
+    self._finished_at = time.perf_counter()
+    self.stop.finish_step = True
+    batches = Prefetcher(trainer.batches(self.start))
+    with self.watchdog:
+      for step in range(self.start + 1, config.steps + 1):
+        asked = time.perf_counter()
+        with self.ledger.phase("data"):
+          batch = batches.next()
+        waited = time.perf_counter() - asked
+        index = gran.sample_index(config.seed, step, trainer.probabilities)
+        self.profile.before(step)
+        self.state, outputs = self.programs[index](self.state, batch)
+        signals = self._signals.send(self.stop.requested, _draw_hash(step, index))
+        self._report()  # of step - 1, while this one runs
+        self._pending = _Pending(step, index, outputs, signals, waited)
+        if self.samples:
+          self.samples.write(step)
+        results = None
+        if not self._stopping and (_due(config.eval.every, step) or step == config.steps):
+          results = self._evaluate(step)
+        if _due(config.replica_check_every, step):
+          self._check_replicas()
+        if self._stopping or results or _due(config.checkpoint.every, step) or step == config.steps:
+          self._save(step, results)
+        self.profile.after(step)
+        if self._stopping:
+          break
+    batches.close()
+    return step
+
+  def _report(self) -> None:
+    """Waits for the pending step and records it."""
+    if self._pending is None:
+      return
+    done, self._pending = self._pending, None
+    outputs = jax.device_get(done.outputs)
+    stopping = self._signals.read(done.signals, done.step)
+    self._stopping = self.stop.requested if stopping is None else stopping
+    now = time.perf_counter()
+    finite = bool(outputs["finite"])
+    name = self.trainer.names[done.index]
+    self.log.step(
+      metrics.StepRecord(
+        step=done.step,
+        granularity=name,
+        loss=float(outputs["loss"]),
+        grad_norm=float(outputs["grad_norm"]),
+        learning_rate=float(self._learning_rates[done.step - 1]),
+        finite=finite,
+        step_time_s=now - self._finished_at,
+        data_wait_s=done.data_wait_s,
+        draw_hash=_draw_hash(done.step, done.index),
+      )
+    )
+    self._finished_at = now
+    self.watchdog.alive(f"step {done.step:,}")
+    if _due(self.config.log_every, done.step):
+      self.ledger.save()
+    self.skipped += not finite
+    self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
+    if self.config.max_nonfinite and self._bad_in_a_row >= self.config.max_nonfinite:
+      raise UserError(
+        f"diverged: loss or gradient was not finite for {self._bad_in_a_row} steps in a row, "
+        f"last {name} at step {done.step}; nothing bad was saved. Lower optim.peak_lr="
+        f"{self.config.optim.peak_lr:g} or set optim.clip_norm, then run again to resume"
+      )
+
+  def _evaluate(self, step: int) -> list[Result] | None:
+    """Validation of every size; None if a stop was asked for meanwhile."""
+    self._report()
+
+    def should_stop() -> bool:
+      self.watchdog.alive(f"evaluation after step {step:,}")
+      self._stopping = self._signals.any(self.stop.requested)
+      return self._stopping
+
+    with self.ledger.phase("evaluation"):
+      results = self.trainer.task.evaluate(
+        self.trainer.execution,
+        self.state.params,
+        self.trainer.put,
+        self.trainer.granularities,
+        should_stop=should_stop,
+      )
+    if results is not None:
+      self.log.evaluation(step, results)
+    self._finished_at = time.perf_counter()
+    return results
+
+  def _check_replicas(self) -> None:
+    try:
+      replicas.check(self.state, self.trainer.mesh)
+    except replicas.ReplicasDiffer as e:
+      self.hosts.give_up(f"{e}; checkpoints saved before are intact")
+
+  def _save(self, step: int, results: list[Result] | None) -> None:
+    self._report()
+    self.log.flush()
+    with self.ledger.phase("checkpoint"):
+      self._check_replicas()  # so that no checkpoint holds a flipped bit
+      self.writer.save(
+        step,
+        self.state.params,
+        self.state.opt_state,
+        {"step": step},
+        {"skipped": self.skipped},
+        metric=results[-1].metrics["loss"] if results else None,
+      )
+    self.ledger.save()
+    self.watchdog.alive(f"saving step {step:,}")
+    self._finished_at = time.perf_counter()
+
+
+def _due(every: int, step: int) -> bool:
+  return bool(every) and step % every == 0
+
+
+def _draw_hash(step: int, index: int) -> int:
+  """What all hosts must agree on at a step, in 32 bits."""
+  return zlib.crc32(f"{step}:{index}".encode())
+
+
+class StopSignal:
+  """SIGTERM or Ctrl-C: leaves at once while setting up, after the current step once training.
+
+  A second Ctrl-C interrupts for good.
+
+  Attributes:
+    requested: whether to stop after the step.
+    finish_step: whether a step is under way that should be finished first.
+    name: of the signal.
+    exit_code: 143 for SIGTERM, 130 for Ctrl-C.
+  """
+
+  def __init__(self, hosts: Hosts):
+    self.requested = False
+    self.finish_step = False
+    self.name, self.exit_code = "SIGTERM on another host", 128 + signal.SIGTERM
+    self._hosts = hosts
+    for signum in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(signum, self._handle)
+
+  def _handle(self, signum, frame):
+    self.name = signal.Signals(signum).name
+    self.exit_code = 128 + signum
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if self.finish_step:
+      self.requested = True
+    else:
+      why = f"stopped by {self.name} before the first step"
+      print(why, flush=True)
+      self._hosts.leave(self.exit_code, why)  # compile threads cannot be interrupted
+
+
+class StepProfile:
+  """Traces a range of steps with JAX's profiler."""
+
+  def __init__(self, steps: range, workdir: pathlib.Path):
+    self._steps, self._path = steps, workdir / "profile"
+
+  def before(self, step: int) -> None:
+    if step == self._steps.start:
+      jax.profiler.start_trace(str(self._path))
+
+  def after(self, step: int) -> None:
+    if step == self._steps.stop - 1:
+      jax.profiler.stop_trace()
+      say(
+        f"wrote a profile of steps {self._steps.start} to {step} to {self._path}; view it with "
+        "TensorBoard's profile plug-in or xprof"
+      )
+
+
+class SampleLog:
+  """samples-<process>.jsonl: which samples every step trained on, as this process read them."""
+
+  def __init__(self, workdir: pathlib.Path, start: int, trainer: Trainer, hosts: Hosts):
+    self._trainer, self._rows = trainer, trainer.local_rows()
+    self._file = metrics.JsonLines(workdir / f"samples-{hosts.index}.jsonl", start)
+
+  def write(self, step: int) -> None:
+    ids = {rows.start: self._trainer.task.sample_ids(step - 1, rows) for rows in self._rows}
+    self._file.write({"step": step, "first_row_to_ids": ids})
