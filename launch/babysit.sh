@@ -4,14 +4,14 @@
 #   launch/babysit.sh [--max-restarts=20] [--backoff=10] [--dry-run] -- COMMAND...
 #   launch/babysit.sh --tpu=NAME [--queued] ... -- --config=configs/matlm.py:850M --workdir=/mnt/runs/{run_id}
 #
-# Starts the command again when it ends with 42 (a lost peer, a hang) or 143 (preempted), after a
-# pause that doubles up to 10 minutes and starts anew after a run of 10 minutes; ends with its
-# code on any other, and after --max-restarts. {run_id} in the command is the same string in every
-# attempt: RUN_ID, or the time of the first start. SIGTERM to babysit.sh goes to the command, and
-# then nothing is started again.
+# Restarts the command when it exits with 42 (a lost peer, a hang) or 143 (preempted), after a
+# pause that doubles up to 10 minutes and is reset by a run of 10 minutes. Any other exit code
+# ends babysit.sh with that code, and so does reaching --max-restarts. {run_id} in the command is the same string in every
+# attempt: RUN_ID, or the time of the first start. SIGTERM to babysit.sh is passed to the command,
+# which is then not restarted.
 #
 # With --tpu=NAME the command is matformer_jax.train's arguments, run on all workers of that TPU
-# VM; a node found preempted or gone is deleted and created anew first (tpu_vm.sh, or
+# VM; a node found preempted or gone is deleted and created again first (tpu_vm.sh, or
 # queued_resource.sh with --queued; their settings are taken from the environment).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A TPU slice by queued resource: waits in line for capacity, and lines up again when preempted.
+# A TPU slice by queued resource: waits in line for capacity, and queues again when preempted.
 #
 #   launch/queued_resource.sh [--dry-run] create|ensure|status|delete
 #   launch/queued_resource.sh run -- --config=configs/matlm.py:850M --workdir=/mnt/runs/first
 #
-# Settings as for tpu_vm.sh, and QUEUE_FOR (24h): how long to stay in line.
+# Settings as for tpu_vm.sh, and QUEUE_FOR (24h): how long to stay in the queue.
 #
-#   ensure   lines up, waits until the slice is active, copies this checkout and installs it;
+#   ensure   queues, waits until the slice is active, copies this checkout and installs it;
 #            a request that was suspended (preempted) or has failed is deleted and made again
-#   run      ensure, then train once (babysit.sh --queued goes on through preemptions)
+#   run      ensure, then train once (babysit.sh --queued survives preemptions)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh

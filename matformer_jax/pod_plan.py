@@ -60,7 +60,7 @@ def topology_devices(topology: str) -> tuple[chips.Tpu, list[jax.Device]]:
     )
   if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
     raise UserError("the TPU compiler is not installed; pip install 'matformer_jax[tpu]'")
-  # The library is told of a machine that does not exist, and not to look for one.
+  # These describe a machine that does not exist and stop the library from looking for one.
   os.environ.update(
     TPU_SKIP_MDS_QUERY="1",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
@@ -320,7 +320,7 @@ def make_plan(
     mesh_sizes: as `--mesh`; empty takes config.mesh.
     granularities: names; empty takes the trained ones.
     decode_batch: also plan decoding of so many sequences; 0 does not.
-    say: told of progress.
+    say: called with progress messages.
   """
   tpu, devices = topology_devices(topology)
   mesh = sharding.make_mesh(parse_mesh(mesh_sizes, config.mesh), devices)

@@ -101,7 +101,7 @@ def embed_corpus(
   root: pathlib.Path,
   chunk_images: int = CHUNK_IMAGES,
 ) -> Corpus:
-  """Embeds a corpus, or opens what an earlier call embedded; goes on where a kill cut it.
+  """Embeds a corpus, or opens one embedded earlier; resumes after an interruption.
 
   Args:
     root: gets a directory per model, granularity and set of images.

@@ -16,10 +16,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> bool:
   """On a CPU-only machine, asks glibc to keep freed memory for the next call.
 
-  XLA's CPU backend allocates a program's temporary buffers anew at every call;
+  XLA's CPU backend allocates a program's temporary buffers at every call;
   returned to the kernel in between, each call pays a page fault per 4 KiB (a train
   step takes 1.4x, an attention-sized buffer 2-3x). Must run before JAX starts its
-  threads, whose memory arenas it could not change any more.
+  threads, since their memory arenas are fixed from then on.
 
   Returns:
     Whether it did: False with an accelerator, or without glibc's mallopt.

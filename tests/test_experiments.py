@@ -164,5 +164,5 @@ def test_claims_follow_the_numbers(tmp_path):
 
 
 def test_a_failing_program_stops_the_experiment(tmp_path):
-  with pytest.raises(UserError, match="ended with 1; mend what it says"):
+  with pytest.raises(UserError, match="ended with 1; fix what it reports"):
     commands.run("describe", "--workdir=/nowhere")

@@ -23,8 +23,8 @@ def run(module: str, *args: str | os.PathLike) -> None:
   code = subprocess.run(command).returncode
   if code:
     raise UserError(
-      f"the command above ended with {code}; mend what it says and run this again: "
-      "what is done is kept"
+      f"the command above ended with {code}; fix what it reports and run this again; "
+      "finished work is kept"
     )
 
 

@@ -94,9 +94,9 @@ def run_seed(
   def add(where, name, share):
     where.setdefault(name, []).append(100 * share)
 
-  told = evaluation(universal, f"--ladder={ladder}")
-  found.images = told["images"]
-  for name, row in told["granularities"].items():
+  measured = evaluation(universal, f"--ladder={ladder}")
+  found.images = measured["images"]
+  for name, row in measured["granularities"].items():
     add(found.top1, name, row["accuracy"])
   largest = names[-1]
   for row in retrieval(

@@ -20,7 +20,7 @@ class Tpu:
     hbm_bytes_per_s: per chip.
     links, link_bytes_per_s: inter-chip links of a chip, and one link's rate one way.
     multiplies: bf16 multiply-accumulates per cycle and chip; with peak_flops, the clock.
-    accelerator_type, chip_config: what the compiler library wants to hear of the machine.
+    accelerator_type, chip_config: how the machine is described to the compiler library.
     example: a topology.
   """
 
