@@ -67,7 +67,7 @@ class ModelConfig:
   ffn_groups: int = 1
   head_groups: int = 1
   norm_eps: float = 1e-6
-  spans: tuple[Span, ...] | None = None
+  spans: tuple[Span, ...] = ()  # () is the universal model's
 
   # What a kind of model fixes.
   causal: ClassVar[bool]  # a token attends to those before it only
@@ -253,7 +253,7 @@ class MatLMConfig(ModelConfig):
 
   vocab_size: int
   seq_len: int
-  rope_base: float = 10_000.0
+  rope_base: float = 10_000.0  # pyright: ignore[reportIncompatibleMethodOverride]
 
   causal = True
   layer_norm = False
@@ -316,8 +316,8 @@ class MatViTConfig(ModelConfig):
   pooling: str = "cls"
   representation_size: int = 0
   head_bias: float = 0.0
-  dropout: float = 0.0
-  stochastic_depth: float = 0.0
+  dropout: float = 0.0  # pyright: ignore[reportIncompatibleMethodOverride]
+  stochastic_depth: float = 0.0  # pyright: ignore[reportIncompatibleMethodOverride]
 
   causal = False
   layer_norm = True

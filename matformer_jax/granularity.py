@@ -17,7 +17,6 @@ import dataclasses
 import difflib
 import itertools
 import re
-from typing import Union
 
 import numpy as np
 
@@ -49,7 +48,7 @@ class Granularity:
   heads: tuple[int, ...]
 
 
-GranularityLike = Union[str, int, Sequence[int], Granularity]
+GranularityLike = str | int | Sequence[int] | Granularity
 
 
 def names(config: ModelConfig) -> tuple[str, ...]:
@@ -333,22 +332,23 @@ def mix_n_match(
 def _parse_budget(text: str) -> tuple[str, float, bool]:
   """(kind, number, whether it is a share of the largest) of a budget's text."""
   match = _BUDGET.fullmatch(text.strip())
+  parts = match.groupdict() if match else {}
   kinds = [*COSTS, *LATENCIES]
   try:
-    number = float(match["number"])
-  except (TypeError, ValueError):
+    number = float(parts["number"])
+  except (KeyError, ValueError):
     raise UserError(
       f"budget {text!r} does not parse; write 0.6x, 620M, 1.2GFLOP or 15ms, or one "
       f"of {', '.join(k + ':' for k in kinds)} and a number"
     ) from None
-  unit = match["unit"]
+  unit = parts["unit"]
   timed = unit in ("s", "ms", "us")
-  kind = match["kind"] or ("flops" if match["flop"] else "latency" if timed else "params")
+  kind = parts["kind"] or ("flops" if parts["flop"] else "latency" if timed else "params")
   if kind not in kinds:
     raise UserError(f"budget {text!r}: {kind!r} is not one of {', '.join(kinds)}")
   if (
     (timed and kind not in LATENCIES)
-    or (match["flop"] and kind != "flops")
+    or (parts["flop"] and kind != "flops")
     or (kind in LATENCIES and unit not in ("", "x", "s", "ms", "us"))
   ):
     raise UserError(f"budget {text!r}: the unit does not fit {kind!r}")

@@ -32,7 +32,7 @@ def main(argv) -> None:
   profile = latency.Profile(latency.device_name(), costs)
   path = model.workdir / latency.PROFILE_FILE
   path.write_text(json.dumps(profile.to_json(), indent=1))
-  print(latency.report(model.config, profile))
+  print(latency.table(model.config, profile))
   print(
     f"\nwrote {path}; plan with: python -m matformer_jax.describe --workdir={model.workdir} "
     f"--budget=latency:{1.02e3 * profile.predict(gran.trained(model.config)[1]):.3g}ms"

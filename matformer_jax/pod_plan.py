@@ -45,7 +45,7 @@ _GIB = 2**30
 # --------------------------------------------------------------- the slice
 
 
-def topology_devices(topology: str) -> tuple[chips.Tpu, list[jax.Device]]:
+def topology_devices(topology: str) -> tuple[chips.Tpu, list]:
   """The devices of a slice such as `v5e:4x4`, to compile for.
 
   Raises:
@@ -422,7 +422,7 @@ def advice(plan, config) -> list[str]:
   return result
 
 
-def report(plan: dict[str, Any]) -> str:
+def plan_tables(plan: dict[str, Any]) -> str:
   """Tables a person reads."""
   head = (
     f"{plan['topology']}: {plan['chips']} chips, {plan['cores']} cores, mesh {plan['mesh']}, "
@@ -579,7 +579,7 @@ def main(argv) -> None:
     _DECODE_BATCH.value,
     lambda message: print(message, file=sys.stderr, flush=True),
   )
-  print(json.dumps(plan, indent=1) if _JSON.value else "\n" + report(plan))
+  print(json.dumps(plan, indent=1) if _JSON.value else "\n" + plan_tables(plan))
 
 
 if __name__ == "__main__":

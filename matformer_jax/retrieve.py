@@ -206,7 +206,7 @@ def measure(
   )
 
 
-def report(rows: Sequence[Row]) -> str:
+def results_table(rows: Sequence[Row]) -> str:
   """The table a person reads; each row is compared with the corpus's own encoder."""
   ks = list(rows[0].accuracy)
   header = ["query encoder", "corpus", "parameters", "FLOPs/image"] + [f"{k}-NN" for k in ks]
@@ -318,7 +318,7 @@ def main(argv) -> None:
     f"\n{model.workdir}, step {model.step:,}: {queries.size:,} queries ({queries.name}) in "
     f"{corpus_images.size:,} images ({corpus_images.name}), {_METRIC.value}\n"
   )
-  print(report(rows) + "\n")
+  print(results_table(rows) + "\n")
   root.mkdir(parents=True, exist_ok=True)
   flat = [dataclasses.asdict(r) for r in rows]
   for row in flat:

@@ -124,7 +124,7 @@ def test_all_cells_of_the_fine_tuning_grid(calls, tmp_path):
   assert (
     source("nested_plain_S") == "extracted_S" and source("nested_plain_XL") == "pretrained_matvit"
   )
-  assert "nested, plain" in vit_finetune.report(MODEL, cells).splitlines()[0]
+  assert "nested, plain" in vit_finetune.table_7(MODEL, cells).splitlines()[0]
 
 
 def measured(**changes) -> vit.Measured:
@@ -157,7 +157,7 @@ def test_claims_follow_the_numbers(tmp_path):
   )
   held = vit.claims(MODEL, worse)
   assert "NOT hold" in held[0] and "NOT hold" in held[3]
-  text = vit.report(MODEL, found)
+  text = vit.summary(MODEL, found)
   assert "80.50 ±0.71" in text and "400 images: 1.71 points" in text  # sqrt(0.865 * 0.135 / 400)
   for path in vit.draw_plots(MODEL, found, tmp_path, "title"):
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -56,7 +56,7 @@ def _local_checksums(leaves, specs, mesh):
   return jax.lax.with_sharding_constraint(table, jax.sharding.NamedSharding(mesh, PartitionSpec()))
 
 
-def _odd_devices(sums: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> list[jax.Device]:
+def _odd_devices(sums: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> list:
   """Devices whose checksum is not the commonest one among the copies of their shard."""
   used = {axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
   shard_axes = [i for i, axis in enumerate(MESH_AXES) if axis in used]

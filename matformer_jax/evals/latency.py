@@ -232,7 +232,7 @@ def measure(
   return solve(config, fastest(programs, rounds, f"timing {workload}"), batch, tokens)
 
 
-def report(config: MatLMConfig, profile: Profile) -> str:
+def table(config: MatLMConfig, profile: Profile) -> str:
   """The table a person reads."""
   blocks = [f"{profile.device}, milliseconds"]
   for workload, c in profile.costs.items():

@@ -28,7 +28,7 @@ def search(
   k: int,
   metric: str = "cosine",
   backend: str = "jax",
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The k nearest rows of a corpus, nearest first; of equally near ones the first.
 
@@ -134,11 +134,9 @@ def _search_faiss(queries, blocks, k, metric):
     import faiss
   except ImportError:
     raise UserError("backend='faiss' needs faiss: pip install 'matformer_jax[faiss]'") from None
-  index = None
+  kind = faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP
+  index = kind(queries.shape[1])
   for block in blocks:
-    if index is None:
-      kind = faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP
-      index = kind(block.shape[1])
     index.add(block)
   scores, indices = index.search(queries, min(k, index.ntotal))
   return indices, np.sqrt(np.maximum(scores, 0)) if metric == "l2" else scores

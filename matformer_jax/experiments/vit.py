@@ -152,7 +152,7 @@ def on_the_line(model: MatViTConfig, top1: dict[str, list[float]]) -> dict[str, 
   }
 
 
-def report(model: MatViTConfig, found: Measured) -> str:
+def summary(model: MatViTConfig, found: Measured) -> str:
   """The tables a person reads, in percent."""
   names = gran.names(model)
   by_size = lambda name: gran.count(model, name).params
@@ -327,7 +327,7 @@ def main(argv) -> None:
   found = Measured()
   for seed in range(config.seed, config.seed + _SEEDS.value):
     run_seed(config, model, seed, root / f"seed{seed}", _LADDER.value, found)
-  text = report(model, found)
+  text = summary(model, found)
   held = claims(model, found)
   print(f"\n{text}\n\nThe paper's claims here, {_SEEDS.value} seed{'s' * (_SEEDS.value > 1)}:\n")
   print("\n".join(f"- {line}" for line in held))

@@ -82,7 +82,7 @@ def run(
   return cells
 
 
-def report(model: MatViTConfig, cells: dict[str, dict[str, float]]) -> str:
+def table_7(model: MatViTConfig, cells: dict[str, dict[str, float]]) -> str:
   """Table 7: a row per size, a column per cell, in percent."""
   return tables.table(
     ("pretrained, fine-tuned:", "parameters", *CELLS),
@@ -102,7 +102,7 @@ def main(argv) -> None:
   cells = run(config, model, root, pretrain, finetune, steps)
   print(
     f"\n{config.data.source}: pretrained on classes {pretrain}, fine-tuned and measured on "
-    f"{finetune}; top-1 (%), Table 7\n\n{report(model, cells)}"
+    f"{finetune}; top-1 (%), Table 7\n\n{table_7(model, cells)}"
   )
   path = root / "table7.json"
   path.write_text(
