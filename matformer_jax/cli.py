@@ -6,7 +6,7 @@ from collections.abc import Callable
 import errno
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 import warnings
 
 from absl import app, flags, logging
@@ -61,8 +61,8 @@ class _ConfigParser(flags.ArgumentParser):
     return "config"
 
 
-def read_config(flag) -> ml_collections.ConfigDict:
-  """The parsed config. Raises UserError where --config is missing."""
+def read_config(flag) -> Any:
+  """The parsed config, a ConfigDict: Any, because its keys are not types. Raises UserError where --config is missing."""
   if flag.value is None:
     raise UserError("--config is missing; give for example --config=configs/matlm.py:quickstart")
   return flag.value
