@@ -61,7 +61,7 @@ lint: $(LINTABLE)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(DOCUMENTABLE)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/step.py

@@ -2,8 +2,8 @@
 
   python examples/every_size.py [WORKDIR]
 
-Takes less than a minute on a CPU, nearly all of it compiling. With a WORKDIR the run is kept, and used
-again if it is there.
+Takes less than a minute on a CPU, nearly all of it compiling. With a WORKDIR the run is kept, and
+used again if it is there.
 """
 
 import pathlib
