@@ -62,7 +62,11 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 def read_config(flag) -> Any:
-  """The parsed config, a ConfigDict: Any, because its keys are not types. Raises UserError where --config is missing."""
+  """The parsed config, a ConfigDict; Any, since its keys are typed nowhere.
+
+  Raises:
+    UserError: if --config is missing.
+  """
   if flag.value is None:
     raise UserError("--config is missing; give for example --config=configs/matlm.py:quickstart")
   return flag.value

@@ -33,7 +33,7 @@ RUN = {
   "extract": [],
   "generate": ["--max_tokens=4"],
   "latency": ["--rounds=1"],
-  "retrieve": ["--max_queries=8", "--batch_size=512"],
+  "retrieve": ["--ladder=2", "--max_queries=8", "--batch_size=512"],
 }
 # Programs that train, tokenise or compile for minutes: their flags are parsed, and --config loaded.
 # Each is run elsewhere in the tests.
