@@ -26,7 +26,8 @@ DOCUMENTS = [
 ]
 # The quickstart model has four layers, the tests' tiny one has two.
 TINY = {"M*2+L*2": "M*1+L*1", "S*2+M*2": "S*1+M*1"}
-# Programs that run, on a copy of the tests' tiny models, and what makes them short.
+# Programs that run, where they are first mentioned, on a copy of the tests' tiny models, and what
+# makes them short. Where they are mentioned again their flags are parsed.
 RUN = {
   "describe": [],
   "evaluate": ["--batches=1"],
@@ -146,11 +147,12 @@ def commands() -> list[Command]:
 
 
 COMMANDS = commands()
+FIRST = {program: next((c for c in COMMANDS if c.program == program), None) for program in RUN}
 
 
 def parsed(command: Command) -> tuple[str, list[str]] | None:
   """(program or file, flags) of a command whose flags are parsed only."""
-  if command.program in PARSE:
+  if command.program in PARSE or FIRST.get(command.program, command) is not command:
     return command.program, command.args
   if command.argv[0] == "python" and command.argv[1].startswith("benchmarks/"):
     return command.argv[1], list(command.argv[2:])
