@@ -40,12 +40,18 @@ def get_config(spec: str | os.PathLike) -> ml_collections.ConfigDict:
   if not callable(module.get("get_config")):
     raise UserError(f"config {file!r} does not define get_config(row)")
   try:
-    return module["get_config"](*[row] if row else [])
+    config = module["get_config"](*[row] if row else [])
   except Exception as e:
     rows = module.get("ROWS", ())
     if isinstance(e, ValueError) and row not in rows:
       raise UserError(f"{e}{_suggestion(row, rows)}") from e
     raise UserError(f"config {os.fspath(spec)!r} cannot be made: {_reason(e)}") from e
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(
+      f"config {os.fspath(spec)!r} is a {type(config).__name__}; get_config(row) must return an "
+      "ml_collections.ConfigDict"
+    )
+  return config
 
 
 def names() -> list[str]:

@@ -57,8 +57,10 @@ def test_a_shipped_config_from_any_directory(spec, tmp_path, monkeypatch):
 
 def test_an_existing_file_wins_over_a_name(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  (tmp_path / "matlm").write_text("def get_config(row='x'): return {'row': row}")
-  assert matformer_jax.get_config("matlm:mine") == {"row": "mine"}
+  (tmp_path / "matlm").write_text(
+    "import ml_collections\ndef get_config(row): return ml_collections.ConfigDict({'row': row})"
+  )
+  assert matformer_jax.get_config("matlm:mine").row == "mine"
 
 
 @pytest.mark.parametrize("file,rows", [("matlm", None), ("matvit", ["S32_i1k_augreg", "H14_i21k"])])
@@ -80,6 +82,7 @@ CONFIG_MISTAKES = {
   "broken.py": ("SyntaxError", "broken.py"),
   "empty.py": ("get_config",),
   "raises.py:x": ("KeyError: 'k'", "raises.py:2"),
+  "dict.py:x": ("is a dict", "ConfigDict"),
 }
 
 
@@ -88,6 +91,7 @@ def test_config_mistakes(spec, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "broken.py").write_text("def get_config(:")
   (tmp_path / "empty.py").write_text("")
+  (tmp_path / "dict.py").write_text("def get_config(row): return {}")
   (tmp_path / "raises.py").write_text("def get_config(row):\n  return {}['k']\n")
   with pytest.raises(UserError) as e:
     matformer_jax.get_config(spec)
