@@ -1,5 +1,7 @@
 # make quickstart   train a small universal MatLM on real text, measure and plot every size
 # make test         all tests, slow ones included
+# make lint         ruff (lint and format) and pyright
+# make docs         the documents and the API reference as a site, in site/
 # make benchmark    what a step costs, against dense models of the same widths
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,10 +9,13 @@ RUN ?= runs/quickstart
 WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Apart: the tests bring the TPU compiler, which grumbles in every program where there is no TPU.
+# Separate, so that each target installs only what it needs. The tests bring the TPU compiler, which
+# makes every program print warnings where there is no TPU.
 TESTABLE := $(VENV)/.testable
+LINTABLE := $(VENV)/.lintable
+DOCUMENTABLE := $(VENV)/.documentable
 
-.PHONY: quickstart test benchmark install clean
+.PHONY: quickstart test lint docs benchmark install clean
 
 install: $(INSTALLED)
 
@@ -24,6 +29,14 @@ $(INSTALLED): pyproject.toml setup.py
 
 $(TESTABLE): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(LINTABLE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[lint]'
+	@touch $@
+
+$(DOCUMENTABLE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 quickstart: $(INSTALLED)
@@ -42,8 +55,16 @@ quickstart: $(INSTALLED)
 test: $(TESTABLE)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+lint: $(LINTABLE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
+
+docs: $(DOCUMENTABLE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/step.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

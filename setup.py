@@ -1,3 +1,8 @@
-from setuptools import setup
+"""Ships configs/ inside the package; everything else is in pyproject.toml."""
 
-setup()
+from setuptools import find_packages, setup
+
+setup(
+  packages=[*find_packages(include=["matformer_jax*"]), "matformer_jax.configs"],
+  package_dir={"matformer_jax.configs": "configs"},
+)

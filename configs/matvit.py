@@ -17,9 +17,13 @@ folder:DIR with DIR/train/<class>/*.JPEG and DIR/validation/<class>/*.JPEG. Imag
 TFDS builder: folder:DIR, or a builder of your own.
 """
 
+import pathlib
 import re
+import runpy
 
 import ml_collections
+
+common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 
 # d_model, layers, heads: Dosovitskiy et al. 2021, Table 1; Ti and S: Steiner et al. 2021.
 VARIANTS = {
@@ -31,7 +35,6 @@ VARIANTS = {
 }
 PATCHES = (4, 8, 14, 16, 32)
 ROWS = ("B16_i1k_augreg", "L16_i21k", "L16_i1k_finetune", "fashion", "digits")
-GRANULARITIES = 4
 IMAGENET_1K, IMAGENET_21K = 1_281_167, 14_197_122  # training images
 
 
@@ -53,82 +56,37 @@ def get_config(row: str = "fashion") -> ml_collections.ConfigDict:
 
 
 def _base() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(
-    dict(
-      task="matvit",
-      # Directory of a trained or extracted model to start from: its encoder, a fresh
-      # optimizer. Positions are resized to this config's image_size.
-      init_from="",
-      init_head=False,  # take the head over too; else it starts at zero
-      seed=0,
-      steps=0,
-      batch_size=0,  # images per step, over all devices
-      # p_S/p_M/p_L/p_XL: uniform, a row of Table 6 (table6_1 .. table6_5), or numbers;
-      # 0/0/0/1 trains a plain ViT.
-      sampling="uniform",
-      grad_accum=1,
-      dtype="auto",  # compute: float32 on CPU, bfloat16 elsewhere; parameters are float32
-      remat="auto",  # none on CPU, else attn_out; or full, dots_no_batch, attn_out_ffn_pre
-      loss="softmax",  # or sigmoid: a binary cross-entropy per class
-      mixup=0.0,  # alpha; 0 mixes nothing
-      max_nonfinite=10,  # stop after so many skipped updates in a row; 0 never stops
-      log_every=10,
-      replica_check_every=0,
-      hang_timeout_s=1800.0,  # leave when nothing finishes for so long; 0 waits for ever
-      peer_timeout_s=60.0,  # leave when another host is silent for so long
-      mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the remaining devices
-      model=dict(
-        image_size=224,
-        patch_size=16,
-        channels=3,
-        num_classes=1000,
-        num_layers=0,
-        d_model=0,
-        num_heads=0,
-        pooling="cls",  # or mean
-        representation_size=0,
-        head_bias=0.0,
-        dropout=0.0,
-        stochastic_depth=0.0,
-        ffn_ratios=(0.5, 1.0, 2.0, 4.0),  # Section 4.2
-        activation="gelu",
-        gated=False,
-        nested_heads=False,
-        head_ratios=(0.25, 0.5, 0.75, 1.0),  # Appendix F.2
-        ffn_groups=1,
-        head_groups=1,
-        norm_eps=1e-6,
-      ),
-      data=dict(
-        source="tfds:imagenet2012",  # sklearn:digits, idx:DIR, folder:DIR
-        data_dir="",  # where TFDS datasets were prepared
-        train_split="train",
-        validation_split="validation",
-        label="label",  # TFDS feature with the class, or several (real_label)
-        classes=(),  # keep only these, numbered anew; () keeps all
-        # Operations, see matformer_jax/data/augment.py.
-        train_transform="inception_crop(224)|flip",
-        eval_transform="resize_small(256)|center_crop(224)",
-        corrupt="error",  # or skip: images that do not decode are left out and counted
-        workers=0,  # processes that decode; 0: in the training process
-        log_samples=False,  # samples-<process>.jsonl: which images each step trained on
-      ),
-      optim=dict(
-        name="adamw",  # or sgd, adafactor
-        schedule="cosine",
-        peak_lr=1e-3,
-        warmup_steps=10_000,
-        final_lr_ratio=0.0,
-        b1=0.9,
-        b2=0.999,
-        momentum=0.9,  # of sgd
-        eps=1e-8,
-        weight_decay=0.1,  # times the learning rate; matrices only
-        clip_norm=1.0,
-      ),
-      checkpoint=dict(every=0, keep_last=2, keep_best=1),
-      eval=dict(every=0, batches=0, batch_size=0),  # 0 batches: the whole split
-    )
+  return common["base"](
+    task="matvit",
+    # With init_from, the encoder is taken over, and its positions are resized to image_size.
+    init_head=False,  # take the head over too; else it starts at zero
+    loss="softmax",  # or sigmoid: a binary cross-entropy per class
+    mixup=0.0,  # alpha; 0 mixes nothing
+    mesh=dict(data=-1),
+    model=dict(
+      image_size=224,
+      patch_size=16,
+      channels=3,
+      num_classes=1000,
+      pooling="cls",  # or mean
+      representation_size=0,
+      head_bias=0.0,
+      dropout=0.0,
+      stochastic_depth=0.0,
+    ),
+    data=dict(
+      source="tfds:imagenet2012",  # sklearn:digits, idx:DIR, folder:DIR
+      train_split="train",
+      validation_split="validation",
+      label="label",  # TFDS feature with the class, or several (real_label)
+      classes=(),  # keep only these, numbered anew; () keeps all
+      # Operations, see matformer_jax/data/augment.py.
+      train_transform="inception_crop(224)|flip",
+      eval_transform="resize_small(256)|center_crop(224)",
+      corrupt="error",  # or skip: images that do not decode are left out and counted
+      workers=0,  # processes that decode; 0: in the training process
+    ),
+    optim=dict(peak_lr=1e-3, warmup_steps=10_000, b2=0.999),
   )
 
 
@@ -139,7 +97,7 @@ def _i1k_augreg(config) -> None:
   config.mixup = 0.5
   config.batch_size = 4096
   # A universal model gets what g independent ones get together (Appendix B.4).
-  config.steps = GRANULARITIES * 300 * IMAGENET_1K // config.batch_size
+  config.steps = common["GRANULARITIES"] * 300 * IMAGENET_1K // config.batch_size
   config.data.train_transform = "inception_crop(224)|flip|randaugment(2,15)"
   _pod(config, eval_every=5000)
 
@@ -150,7 +108,7 @@ def _i21k(config) -> None:
   config.loss = "sigmoid"
   config.mixup = 0.2
   config.batch_size = 4096
-  config.steps = GRANULARITIES * 90 * IMAGENET_21K // config.batch_size
+  config.steps = common["GRANULARITIES"] * 90 * IMAGENET_21K // config.batch_size
   config.data.update(
     dict(
       source="folder:/data/imagenet21k",

@@ -1,0 +1,81 @@
+"""What the configs of every task share: the loop, checkpoints, the mesh, the optimizer.
+
+Not a config of its own. The files beside it read it by path, since each of them may itself be
+loaded by path, from any directory:
+
+  common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
+"""
+
+import ml_collections
+
+GRANULARITIES = 4
+
+
+def base(task: str, **own) -> ml_collections.ConfigDict:
+  """The keys of every config.
+
+  Args:
+    task: the kind of model and of data.
+    own: what the task adds, or sets differently; dicts are merged key by key.
+  """
+  config = ml_collections.ConfigDict(
+    dict(
+      task=task,
+      # Directory of a trained or extracted model to start from, with a fresh optimizer. An
+      # extracted M*2+L*2 has the sizes S, M and M*2+L*2; sampling=0/0/0/1 trains only the last.
+      init_from="",
+      seed=0,
+      steps=0,
+      batch_size=0,  # sequences or images per step, over all devices
+      # p_S/p_M/p_L/p_XL: uniform, a row of Table 6 (table6_1 .. table6_5), or numbers
+      # such as 0.2/0.22/0.24/0.34; 0/0/0/1 trains a plain Transformer. The paper's main
+      # results use uniform (Section 3.2).
+      sampling="uniform",
+      grad_accum=1,
+      dtype="auto",  # compute: float32 on CPU, bfloat16 elsewhere; parameters are float32
+      remat="auto",  # none on CPU, else attn_out; or full, dots_no_batch, attn_out_ffn_pre
+      max_nonfinite=10,  # stop after so many skipped updates in a row; 0 never stops
+      log_every=10,
+      # Copies of parameters on several devices are compared, bit for bit, before every
+      # checkpoint, and every so many steps.
+      replica_check_every=0,
+      hang_timeout_s=1800.0,  # leave when nothing finishes for so long; 0 waits for ever
+      peer_timeout_s=60.0,  # leave when another host is silent for so long
+      mesh=dict(data=1, fsdp=1, tensor=1),  # -1: the remaining devices
+      model=dict(
+        num_layers=0,
+        d_model=0,
+        num_heads=0,
+        ffn_ratios=(0.5, 1.0, 2.0, 4.0),  # Sections 3.1 and 4.2
+        activation="gelu",  # or relu2; the paper names both
+        gated=False,
+        nested_heads=False,
+        head_ratios=(0.25, 0.5, 0.75, 1.0),  # Appendix F.2
+        ffn_groups=1,
+        head_groups=1,
+        norm_eps=1e-6,
+      ),
+      data=dict(
+        source="",
+        data_dir="",  # where TFDS datasets were prepared
+        log_samples=False,  # samples-<process>.jsonl: what each step trained on
+      ),
+      optim=dict(
+        name="adamw",  # or adafactor, sgd
+        schedule="cosine",
+        peak_lr=0.0,
+        warmup_steps=0,
+        final_lr_ratio=0.0,
+        b1=0.9,
+        b2=0.0,
+        momentum=0.9,  # of sgd
+        eps=1e-8,
+        weight_decay=0.1,  # times the learning rate; matrices only
+        clip_norm=1.0,
+      ),
+      checkpoint=dict(every=0, keep_last=2, keep_best=1),
+      eval=dict(every=0, batches=0, batch_size=0),  # 0 batches: all validation data
+    )
+  )
+  config.update(own)
+  return config
