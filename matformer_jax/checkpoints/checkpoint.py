@@ -104,7 +104,7 @@ def manifest(tree) -> dict[str, dict[str, Any]]:
 
 
 def slice_manifest(params, config: ModelConfig) -> dict[str, list[list[str]]]:
-  """{leaf path: checksums by [layer][segment]}: segment i is what size i adds to size i-1."""
+  """{leaf path: checksums by `[layer][segment]`}: segment i is what size i adds to size i-1."""
   sums = jax.device_get(_slice_checksums(params, _segments(config)))
   return {
     name: [
