@@ -72,16 +72,20 @@ def read_config(flag) -> Any:
   return flag.value
 
 
-def check(argv: list[str], **directories: str | None) -> None:
-  """Raises UserError for stray arguments and for directory flags that are missing."""
+def check(argv: list[str]) -> None:
+  """Raises UserError for stray arguments."""
   if len(argv) > 1:
     raise UserError(
       f"unexpected argument {argv[1]!r}; flags are --name=value, quoted where the "
       "value holds spaces or '*'"
     )
-  for name, value in directories.items():
-    if not value:
-      raise UserError(f"--{name} is missing; give a directory, e.g. --{name}=runs/mine")
+
+
+def required(flag: flags.FlagHolder) -> str:
+  """The value of a directory flag. Raises UserError where it is missing."""
+  if not flag.value:
+    raise UserError(f"--{flag.name} is missing; give a directory, e.g. --{flag.name}=runs/mine")
+  return flag.value
 
 
 def fail(message: str) -> NoReturn:

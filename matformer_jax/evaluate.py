@@ -44,7 +44,7 @@ def evaluate(
       bar.total = total
       bar.update(done - bar.n)
 
-    return task.evaluate(
+    results = task.evaluate(
       model.execution,
       model.params,
       on_this_device,
@@ -54,6 +54,8 @@ def evaluate(
       batch_size=batch_size,
       progress=progress,
     )
+  assert results is not None  # nothing stops it
+  return results
 
 
 # What may be measured -> (column, format); {full} is the largest granularity.
@@ -147,9 +149,10 @@ def only(results: Sequence[Result], metrics: Sequence[str]) -> list[Result]:
 
 
 def main(argv) -> None:
-  cli.check(argv, workdir=_WORKDIR.value)
+  cli.check(argv)
+  workdir = cli.required(_WORKDIR)
   runtime.enable_compilation_cache()
-  model = load(_WORKDIR.value, _STEP.value)
+  model = load(workdir, _STEP.value)
   task = open_task(model)
   metrics = _METRICS.value or task.metrics
   if set(metrics) - set(task.metrics):
@@ -170,9 +173,9 @@ def main(argv) -> None:
   results = evaluate(model, task, chosen, consistency, _BATCHES.value, batch_size)
   results = only(results, metrics)
   baseline = None
-  if _BIGRAM.value:
+  if _BIGRAM.value and isinstance(task, LanguageModeling):
     measured = task.store.tokens["validation"][: results[0].examples + 1]  # the same predictions
-    baseline = bigram_loss(task.store.tokens["train"], measured, model.config.vocab_size)
+    baseline = bigram_loss(task.store.tokens["train"], measured, task.model_config.vocab_size)
   print(
     f"{model.workdir}, step {model.step:,}, {results[0].examples:,} validation "
     f"{model.config.unit}s\n"

@@ -125,18 +125,20 @@ def _read(workdir: pathlib.Path, step: int, config: ModelConfig, g: gran.Granula
 
 
 def main(argv) -> None:
-  cli.check(argv, workdir=_WORKDIR.value, out=_OUT.value)
+  cli.check(argv)
+  workdir = cli.required(_WORKDIR)
+  out = cli.required(_OUT)
   if bool(_GRANULARITY.value) == bool(_BUDGET.value):
     raise UserError("give exactly one of --granularity='M*2+L*2' and --budget=0.6x")
-  config = model_config(cards.read(_WORKDIR.value))
+  config = model_config(cards.read(workdir))
   chosen = _GRANULARITY.value or gran.mix_n_match(
-    config, _BUDGET.value, profile=latency.read(_WORKDIR.value, config)
+    config, _BUDGET.value, profile=latency.read(workdir, config)
   )
   started = time.perf_counter()
-  sub_config = extract(_WORKDIR.value, chosen, _OUT.value, _STEP.value)
+  sub_config = extract(workdir, chosen, out, _STEP.value)
   print(sizes.table(sub_config))
   print(
-    f"\nwrote {gran.to_text(gran.full(sub_config), sub_config)} to {_OUT.value} in "
+    f"\nwrote {gran.to_text(gran.full(sub_config), sub_config)} to {out} in "
     f"{time.perf_counter() - started:.1f} s"
   )
 

@@ -21,7 +21,8 @@ from matformer_jax.loading import LanguageModel, Settings, load
 
 
 def main(argv) -> None:
-  cli.check(argv, workdir=_WORKDIR.value)
+  cli.check(argv)
+  workdir = cli.required(_WORKDIR)
   settings = Settings(
     _GRANULARITY.value,
     _MAX_TOKENS.value,
@@ -32,11 +33,12 @@ def main(argv) -> None:
     _SHARE_CACHE.value,
   )
   runtime.enable_compilation_cache()
-  model = load(_WORKDIR.value, _STEP.value, LanguageModel)
+  model = load(workdir, _STEP.value, LanguageModel)
   prompt = model.tokenizer.encode(_PROMPT.value) or [model.tokenizer.eos_id]
-  shown, first_at, ids, stats = "", None, [], None
+  shown, text, ids, stats = "", "", [], None
+  first_at, first_count = 0.0, 0
   for (ids,), stats in model.stream([prompt], settings):
-    if first_at is None:
+    if not first_count:
       first_at, first_count = time.perf_counter(), len(ids)
     text = model.tokenizer.decode(ids)
     whole = text.rstrip("\ufffd")  # a character may be cut in the middle of its bytes

@@ -19,9 +19,10 @@ from matformer_jax.loading import LanguageModel, load
 
 
 def main(argv) -> None:
-  cli.check(argv, workdir=_WORKDIR.value)
+  cli.check(argv)
+  workdir = cli.required(_WORKDIR)
   runtime.enable_compilation_cache()
-  model = load(_WORKDIR.value, kind=LanguageModel)
+  model = load(workdir, kind=LanguageModel)
   tokens = _TOKENS.value or model.config.seq_len
   costs = {
     w: latency.measure(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
 import os
 import pathlib
 import time
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,14 @@ from matformer_jax import granularity as gran
 from matformer_jax import models, tables
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
-from matformer_jax.config import Execution, ModelConfig, kind_of, model_config
+from matformer_jax.config import (
+  Execution,
+  MatLMConfig,
+  MatViTConfig,
+  ModelConfig,
+  kind_of,
+  model_config,
+)
 from matformer_jax.data.augment import Transform
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from matformer_jax.decoding.decode import Decoder, Sampling
@@ -34,6 +41,8 @@ from matformer_jax.errors import UserError
 from matformer_jax.evals import classification
 from matformer_jax.models import losses, matlm, slicing
 from matformer_jax.tasks import Task, make_task
+from matformer_jax.tasks.classification import ImageClassification
+from matformer_jax.tasks.language import LanguageModeling
 
 CALL_SECONDS = 0.05  # of generation: a program call makes about as many tokens as take this long
 
@@ -104,8 +113,12 @@ class Model:
     text = f"{c.name} from {self.workdir}, step {self.step:,}: {c.summary}\n{sizes}"
     mixes = [g for g in gran.mix_n_match_ladder(c) if g not in gran.trained(c)]
     if mixes:
-      text += f"\nplus {len(mixes)} Mix'n'Match models, such as {gran.to_text(mixes[len(mixes) // 2], c)!r}"
+      example = gran.to_text(mixes[len(mixes) // 2], c)
+      text += f"\nplus {len(mixes)} Mix'n'Match models, such as {example!r}"
     return text
+
+
+M = TypeVar("M", bound=Model)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -116,10 +129,12 @@ class VisionModel(Model):
     transform: from a Pillow image to what the model takes, as in its evaluation.
   """
 
-  transform: Callable
+  config: MatViTConfig
+  transform: Transform
 
   @classmethod
   def read_extras(cls, workdir, card, config):
+    assert isinstance(config, MatViTConfig)
     text = card["config"]["data"]["eval_transform"]
     return {"transform": Transform(text, config.image_size, "data.eval_transform")}
 
@@ -178,6 +193,7 @@ class LanguageModel(Model):
     tokenizer: text to tokens and back.
   """
 
+  config: MatLMConfig
   tokenizer: Tokenizer
 
   @classmethod
@@ -251,7 +267,7 @@ class LanguageModel(Model):
     prompts = [prompt] if isinstance(prompt, str) else prompt
     ids = [self.tokenizer.encode(p) or [self.tokenizer.eos_id] for p in prompts]
     sampling = Sampling(temperature, top_k, top_p)
-    new = []
+    new: list[list[int]] = []
     for new, _ in self.stream(ids, Settings(granularity, sampling=sampling, **settings)):
       pass
     texts = [self.tokenizer.decode(row) for row in new]
@@ -268,7 +284,7 @@ class LanguageModel(Model):
     g = (
       gran.full(self.config) if settings.granularity is None else self._parse(settings.granularity)
     )
-    config = gran.submodel_config(self.config, g)
+    config: Any = gran.submodel_config(self.config, g)
     decoder = Decoder(
       config, self.execution, gran.full(config), settings.sampling, self.tokenizer.eos_id
     )
@@ -277,25 +293,25 @@ class LanguageModel(Model):
     lengths = settings.draft_lengths or tuple(
       k for k in AUTO_DRAFT_LENGTHS if k or settings.share_cache
     )
-    stats, meter = None, CostMeter(lengths)
+    stats, meter, speculative = None, CostMeter(lengths), None
     if settings.draft is None:
       state = decoder.prefill(weights, *request)
     else:
       draft = dataclasses.replace(decoder, granularity=gran.parse(settings.draft, config))
-      decoder = SpeculativeDecoder(decoder, draft, lengths, settings.share_cache)
-      state = decoder.prefill(weights, weights, *request)
-    steps, done = 1, False
+      speculative = SpeculativeDecoder(decoder, draft, lengths, settings.share_cache)
+      state = speculative.prefill(weights, weights, *request)
+    steps, rounds, done = 1, 0.0, False
     while not done:
       started = time.perf_counter()
-      if settings.draft is None:
+      if speculative is None:
         state = decoder.advance(weights, state, steps)
       else:
-        before = 0 if stats is None else float(stats.rounds.max())
-        state, stats = decoder.advance(weights, weights, state, steps, stats, meter.costs())
+        state, stats = speculative.advance(weights, weights, state, steps, stats, meter.costs())
       done = bool(state.done.all())
       elapsed = time.perf_counter() - started
       if stats is not None:
-        meter.record(elapsed, float(stats.rounds.max()) - before)
+        before, rounds = rounds, float(stats.rounds.max())
+        meter.record(elapsed, rounds - before)
       yield [s[len(p) :] for s, p in zip(state.sequences(), prompts)], stats
       steps = max(1, min(2 * steps, int(steps * CALL_SECONDS / elapsed)))
 
@@ -314,8 +330,10 @@ class LanguageModel(Model):
     return jnp.asarray(array, jnp.int32)
 
 
-def load(workdir: str | os.PathLike, step: int | None = None, kind: type[Model] = Model) -> Model:
-  """Loads a trained model: a LanguageModel or a VisionModel. Reads local files only; unpickles nothing.
+def load(workdir: str | os.PathLike, step: int | None = None, kind: type[M] = Model) -> M:
+  """Loads a trained model: a LanguageModel or a VisionModel.
+
+  Reads local files only; unpickles nothing.
 
   Args:
     workdir: directory of a training run.
@@ -356,13 +374,19 @@ def load(workdir: str | os.PathLike, step: int | None = None, kind: type[Model] 
   return loaded(items["params"], config, meta["step"], card, workdir, execution, **extras)
 
 
-def open_task(model: Model) -> Task:
-  """The task that the model was trained on, with its data; made anew from the source if need be.
+@overload
+def open_task(model: LanguageModel) -> LanguageModeling: ...
+@overload
+def open_task(model: VisionModel) -> ImageClassification: ...
+@overload
+def open_task(model: Model) -> Task: ...
+def open_task(model: Model) -> Any:
+  """The task that the model was trained on, with its data, made from the source if need be.
 
   Raises:
     UserError: if the source no longer gives the same data.
   """
-  config = ml_collections.ConfigDict(model.card["config"])
+  config: Any = ml_collections.ConfigDict(model.card["config"])
   config.model = model.config.to_dict()
   config.data.tokenizer = ""  # the one beside the weights
   task = make_task(config, model.workdir)
@@ -392,7 +416,8 @@ def _logits(params, tokens, config, execution, granularity):
 
 @_jit
 def _loss(params, tokens, config, execution, granularity):
-  hidden, embedding = matlm.MatLM(config, execution).apply(
+  model: Any = matlm.MatLM(config, execution)
+  hidden, embedding = model.apply(
     {"params": params}, tokens[:, :-1], granularity=granularity, return_hidden=True
   )
   targets = tokens[:, 1:]

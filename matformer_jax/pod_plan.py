@@ -1,7 +1,8 @@
 """What training will need and cost on a TPU slice, from the real TPU compiler, with no TPU.
 
   python -m matformer_jax.pod_plan --config=configs/matlm.py:850M --topology=v3:16x16
-  python -m matformer_jax.pod_plan --config=configs/matlm.py:78M --topology=v5e:4x4 --mesh=fsdp:4,tensor:2
+  python -m matformer_jax.pod_plan --config=configs/matlm.py:78M --topology=v5e:4x4 \\
+      --mesh=fsdp:4,tensor:2
   python -m matformer_jax.pod_plan --topology=list
 
 Compiles the train step of every granularity ahead of time for the slice, on this CPU,
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 
 from matformer_jax import cli, sharding, tables
 from matformer_jax import granularity as gran
+from matformer_jax.config import MatLMConfig
 from matformer_jax.decoding.decode import Decoder, State
 from matformer_jax.errors import UserError
 from matformer_jax.models import cache as kv
@@ -126,7 +128,7 @@ def _jaxprs(value) -> list:
 
 
 def kernel_flops(trainer: Trainer, granularity: gran.Granularity) -> float:
-  """Per device, of the attention kernel: half where causal, heads padded to the 128 lanes it uses."""
+  """Per device, of the attention kernel: half where causal, heads padded to 128 lanes."""
   config = trainer.task.model_config
   if not trainer.execution.flash_attention or config.num_tokens % 128:
     return 0.0
@@ -250,9 +252,10 @@ def plan_decode(
 ) -> dict[str, Any]:
   """Memory and time of decoding one token of `batch` sequences with a cache of `length`."""
   mesh, config = trainer.mesh, trainer.task.model_config
+  assert isinstance(config, MatLMConfig)
   decoder = Decoder(config, dataclasses.replace(trainer.execution, remat="none"), granularity)
   place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch",)))
-  row = lambda dtype, *shape: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=place)
+  row: Any = lambda dtype, *shape: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=place)
   params = trainer.abstract_state.params
   weights = jax.tree.map(
     lambda s, like: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=like.sharding),
@@ -274,7 +277,7 @@ def plan_decode(
     row(jnp.int32),
     row(jnp.int32),
     row(jnp.bool_),
-    jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=place),
+    row(keys.dtype),
     cache,
     None,
     decoder.heads,
@@ -361,7 +364,7 @@ def make_plan(
     if decode_batch:
       say(f"compiling decoding with {name}")
       plan["granularities"][name]["decode"] = plan_decode(
-        trainer, g, tpu, decode_batch, model_config.seq_len
+        trainer, g, tpu, decode_batch, model_config.num_tokens
       )
   plan["mean"] = _mean(plan, trainer, config.steps, count)
   plan["fits"] = all(row["fits"] for row in plan["granularities"].values())
@@ -387,6 +390,7 @@ def _mean(plan, trainer: Trainer, steps: int, count: int) -> dict[str, float] | 
     return None
   seconds = sum(p * row["step_time_s"] for p, row in rows)
   peak = metrics.peak_flops(trainer.mesh)
+  assert peak  # every chip that can be planned for is known
   row = {
     "step_time_s": seconds,
     "tokens_per_s": plan["tokens_per_step"] / seconds,

@@ -265,7 +265,8 @@ UNIVERSAL = "MatViT"
 
 
 def main(argv) -> None:
-  cli.check(argv, workdir=_WORKDIR.value)
+  cli.check(argv)
+  workdir = cli.required(_WORKDIR)
   try:
     ks = sorted({int(k) for k in _K.value})
   except ValueError:
@@ -273,7 +274,7 @@ def main(argv) -> None:
   if not ks or ks[0] < 1:
     raise UserError(f"--k={','.join(_K.value)!r} must be positive numbers, e.g. 1,20")
   runtime.enable_compilation_cache()
-  model = load(_WORKDIR.value, _STEP.value, VisionModel)
+  model = load(workdir, _STEP.value, VisionModel)
   task = open_task(model)
   config, data = model.config, model.card["config"]["data"]
   chosen = [gran.parse(g, config) for g in _GRANULARITIES.value] or gran.trained(config)

@@ -43,7 +43,8 @@ def enable_compilation_cache() -> str:
   """
   import jax
 
-  path = jax.config.jax_compilation_cache_dir or os.path.join(cache_dir(), "jit")
+  chosen = jax.config.read("jax_compilation_cache_dir")
+  path = chosen or os.path.join(cache_dir(), "jit")
   jax.config.update("jax_compilation_cache_dir", path)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   return path
@@ -97,4 +98,6 @@ def cpu_model() -> str:
 
 def cpu_count() -> int:
   """CPUs this process may run on."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1

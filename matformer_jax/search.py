@@ -129,13 +129,12 @@ def _random_mixes(
   for _ in range(20 * number):
     if len(chosen) == number:
       break
-    layers = np.zeros(config.num_layers, int)
+    layers = [0] * config.num_layers
     # Raise layers at random, by one size, while any fits.
     open_layers = list(range(config.num_layers))
     while open_layers:
       layer = open_layers[rng.integers(len(open_layers))]
-      raised = layers.copy()
-      raised[layer] += 1
+      raised = [size + (i == layer) for i, size in enumerate(layers)]
       if (
         raised[layer] < g
         and raised[layer] <= top.ffn[layer]
@@ -289,9 +288,10 @@ def plot(config: MatLMConfig, scored: Sequence[Scored], title: str, path: pathli
 
 
 def main(argv) -> None:
-  cli.check(argv, workdir=_WORKDIR.value)
+  cli.check(argv)
+  workdir = cli.required(_WORKDIR)
   runtime.enable_compilation_cache()
-  model = load(_WORKDIR.value, _STEP.value, LanguageModel)
+  model = load(workdir, _STEP.value, LanguageModel)
   config = model.config
   found = candidates(
     config,

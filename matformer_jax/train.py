@@ -266,13 +266,14 @@ def _parse_profile(text: str | None) -> range:
 
 
 def main(argv) -> int:
-  cli.check(argv, workdir=_WORKDIR.value)
+  cli.check(argv)
+  workdir = cli.required(_WORKDIR)
   config = cli.read_config(_CONFIG)
   hosts = multihost.join(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, config.peer_timeout_s
   )
   with hosts.together():
-    code = train(config, _WORKDIR.value, hosts, _parse_profile(_PROFILE.value))
+    code = train(config, workdir, hosts, _parse_profile(_PROFILE.value))
   return hosts.finish(code)
 
 

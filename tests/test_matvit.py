@@ -446,11 +446,11 @@ def test_config_mistakes(change, words):
 
 
 def losses_of(workdir) -> list[float]:
-  return [json.loads(l)["loss"] for l in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_training_learns_every_size(digits_run):
-  evals = [json.loads(l) for l in (digits_run / "eval.jsonl").read_text().splitlines()]
+  evals = [json.loads(line) for line in (digits_run / "eval.jsonl").read_text().splitlines()]
   assert all(evals[-1]["accuracy"][name] > 0.8 for name in ("S", "M", "L", "XL"))
 
 

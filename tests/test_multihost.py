@@ -88,7 +88,7 @@ class Job:
 
 
 def rows(workdir) -> list[dict]:
-  return [json.loads(l) for l in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(workdir) -> list[float]:

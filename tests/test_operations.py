@@ -69,7 +69,7 @@ def test_a_run_accounts_for_its_time(tmp_path):
   assert all(
     seconds[k] > 0 for k in ("start-up", "compile", "data", "step", "evaluation", "checkpoint")
   )
-  rows = [json.loads(l) for l in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert all(r["data_wait_s"] >= 0 for r in rows)
 
 

@@ -19,7 +19,7 @@ from matformer_jax.checkpoints import checkpoint
 
 
 def metrics(workdir) -> list[dict]:
-  return [json.loads(l) for l in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def trajectory(workdir) -> list[tuple]:
@@ -216,7 +216,7 @@ def test_sharded_run_through_the_command_line(tiny_run, tmp_path):
 
 def assert_one_line_error(result, *words):
   assert result.returncode == 1, result.stdout + result.stderr
-  errors = [l for l in result.stderr.splitlines() if l.startswith("error: ")]
+  errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
   assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
   for word in words:
     assert word in errors[0], errors[0]

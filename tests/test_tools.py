@@ -184,7 +184,10 @@ def test_extract_evaluate_fine_tune(tiny_run, tmp_path):
     env=OPTIMISED,
   ).stdout.split()[-2:]
   assert mine == [
-    w for l in result.stdout.splitlines() if l.startswith("M*1+L*1") for w in l.split()[3:5]
+    w
+    for line in result.stdout.splitlines()
+    if line.startswith("M*1+L*1")
+    for w in line.split()[3:5]
   ]  # the same loss and perplexity
   result = run_program("describe", f"--workdir={out}")
   assert "M*1+L*1" in result.stdout
@@ -193,7 +196,7 @@ def test_extract_evaluate_fine_tune(tiny_run, tmp_path):
   result = run_program("train", *args)
   assert result.returncode == 0, result.stderr
   assert f"starting from {out}, step 40" in result.stdout
-  evals = [json.loads(l)["loss"] for l in (tuned / "eval.jsonl").read_text().splitlines()]
+  evals = [json.loads(line)["loss"] for line in (tuned / "eval.jsonl").read_text().splitlines()]
   assert set(evals[0]) == {"S", "M", "M*1+L*1"}
   before = float(mine[0])
   assert evals[-1]["M*1+L*1"] < before

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -26,7 +27,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 import tensorstore
@@ -329,15 +329,14 @@ def _reason(e: Exception) -> str:
 
 def _chunks(params, config: ModelConfig):
   """How leaves are cut on disk: layer by layer, and no coarser than the narrowest slice."""
-  narrowest = config.slice_lengths(Span(1, 0, 0))
+  narrowest: Any = config.slice_lengths(Span(1, 0, 0))
 
   def chunk(path, leaf):
     axes = logical_axes(path_names(path))
     if axes[0] != "layers":
       return ocp.SaveArgs()
-    size = leaf.dtype.itemsize * int(
-      np.prod([min(narrowest.get(a, n), n) for a, n in zip(axes[1:], leaf.shape[1:])])
-    )
+    lengths = [min(narrowest.get(a, n), n) for a, n in zip(axes[1:], leaf.shape[1:])]
+    size = leaf.dtype.itemsize * math.prod(lengths)
     return ocp.SaveArgs(chunk_byte_size=max(size, MIN_CHUNK_BYTES), shard_axes=(0,))
 
   return jax.tree_util.tree_map_with_path(chunk, params)
@@ -353,7 +352,7 @@ class _KeepLastAndBest(checkpoint_managers.PreservationPolicy):
 
   def should_preserve(self, checkpoints, *, context):
     numbers = [c.step for c in checkpoints]
-    scored = sorted((s for s in numbers if s in self.metric), key=self.metric.get)
+    scored = sorted((s for s in numbers if s in self.metric), key=self.metric.__getitem__)
     keep = set(numbers[-self.last :]) | set(scored[: self.best])
     return [s in keep for s in numbers]
 

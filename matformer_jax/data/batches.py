@@ -43,7 +43,7 @@ class Windows:
     order = grain.MapDataset.range(self.num_windows)
     if seed is not None:
       order = order.seed(seed).shuffle()
-    self._order = order.repeat()
+    self._order: Any = order.repeat()
 
   def window_ids(self, step: int, rows: range | None = None) -> list[int]:
     """Which windows are in the given rows (all by default) of the batch of `step`."""
@@ -115,7 +115,7 @@ class ImageBatches:
     self._corrupt, self._seed, self._mixup = corrupt, seed, mixup
 
   @functools.cached_property
-  def _order(self) -> grain.MapDataset:
+  def _order(self) -> Any:
     return grain.MapDataset.range(self._images.size).seed(self._seed).shuffle().repeat()
 
   def __getstate__(self):
@@ -198,7 +198,7 @@ def read_ahead(
   Args:
     workers: processes that decode, a step each; 0 decodes in the calling thread.
   """
-  steps = grain.MapDataset.range(first, last + 1).map(_ReadStep(batches, tuple(rows)))
+  steps: Any = grain.MapDataset.range(first, last + 1).map(_ReadStep(batches, tuple(rows)))
   if not workers:
     yield from (steps[i] for i in range(len(steps)))
     return

@@ -157,8 +157,8 @@ class _Arrays:
     return f"image {index}"
 
   def open(self, class_names: Sequence[str]) -> Images:
-    digest = hashlib.sha256(np.ascontiguousarray(self.images))
-    digest.update(np.asarray(self.labels, np.int64))
+    digest = hashlib.sha256(np.ascontiguousarray(self.images).tobytes())
+    digest.update(np.asarray(self.labels, np.int64).tobytes())
     return Images(
       self.name, tuple(class_names), digest.hexdigest()[:20], len(self.labels), self, self.where
     )
@@ -174,7 +174,7 @@ def _sklearn(source: str, rest: str, split: str) -> Images:
       f"data.source={source!r} needs scikit-learn: pip install 'matformer_jax[digits]'"
     ) from None
   _one_of(source, split, ("train", "validation", "test"))
-  digits = datasets.load_digits()
+  digits: Any = datasets.load_digits()
   order = np.random.default_rng(0).permutation(len(digits.target))
   cut = round(0.8 * len(order))
   chosen = order[:cut] if split == "train" else order[cut:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 import queue
 import threading
 from typing import Any
@@ -51,5 +51,5 @@ class Prefetcher:
     """Stops reading, and closes the batches where they are a generator."""
     self._stopped.set()
     self._thread.join()
-    if hasattr(self._batches, "close"):
+    if isinstance(self._batches, Generator):
       self._batches.close()

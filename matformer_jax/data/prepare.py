@@ -2,7 +2,8 @@
 
   python -m matformer_jax.data.prepare --source=tfds:c4/en:text --data_dir=gs://bucket/tfds \\
       --out=/mnt/data/c4 --vocab_size=256000 --workers=64
-  python -m matformer_jax.train --config=configs/matlm.py:850M --config.data.source=tokens:/mnt/data/c4 ...
+  python -m matformer_jax.train --config=configs/matlm.py:850M --workdir=... \\
+      --config.data.source=tokens:/mnt/data/c4
 
 The corpus is cut into parts, which worker processes tokenise independently. Killed, it
 goes on where it was: run the same command again. A tokenizer is trained on a sample
@@ -218,8 +219,8 @@ def _do_part(job: Job, out: pathlib.Path, index: int) -> None:
 
 
 def main(argv) -> None:
-  cli.check(argv, out=_OUT.value)
-  out = pathlib.Path(_OUT.value)
+  cli.check(argv)
+  out = pathlib.Path(cli.required(_OUT))
   if _VERIFY.value:
     store.open_store(out, verify=True)
     print(f"{out}: every checksum is right")
@@ -257,7 +258,7 @@ def main(argv) -> None:
     for split in store.SPLITS
   ]
   print(tables.table(["split", "shards", "documents", "text", "tokens"], rows))
-  print(f"\ntrain on it with --config.data.source=tokens:{_OUT.value}")
+  print(f"\ntrain on it with --config.data.source=tokens:{out}")
 
 
 if __name__ == "__main__":

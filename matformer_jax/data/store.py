@@ -145,7 +145,7 @@ def write_part(
   documents: Iterable[str],
   tokenizer: Tokenizer,
   validation_fraction: float,
-  report: Callable[[int], None] = lambda n: None,
+  report: Callable[[int], Any] = lambda n: None,
 ) -> None:
   """Tokenises one part of a corpus into shards `index`, unless that is done already.
 
@@ -189,12 +189,12 @@ def finish(
   """
   written = [json.loads(_part_file(path, i).read_text()) for i in range(parts)]
   shards = {split: [part[split] for part in written] for split in SPLITS}
+  documents = sum(s["documents"] for parts in shards.values() for s in parts)
   for split in SPLITS:
     if not sum(s["documents"] for s in shards[split]):
       raise UserError(
-        f"source {source!r} has {sum(s['documents'] for v in shards.values() for s in v)} documents, "
-        f"which leaves the {split} split empty at validation_fraction={validation_fraction}; use more "
-        "text or another fraction"
+        f"source {source!r} has {documents:,} documents, which leaves the {split} split empty at "
+        f"validation_fraction={validation_fraction}; use more text or another fraction"
       )
   write_json(
     path / MANIFEST,

@@ -137,23 +137,27 @@ def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
     raise UserError(
       f"data.source={source!r} names no feature; write tfds:NAME:FEATURE, e.g. tfds:c4/en:text"
     )
-  builder = tfds_source.open_builder(source, name, data_dir, "train")
+  builder: Any = tfds_source.open_builder(source, name, data_dir, "train")
   tfds_source.check_feature(source, builder, feature)
   split = builder.info.splits["train"]
-  if tfds_source.file_format(builder) == "array_record":
+  share = lambda items, index, count: range(
+    len(items) * index // count, len(items) * (index + 1) // count
+  )
 
-    def examples(index, count):
-      # The data source keeps its split's examples in order and reads without TensorFlow.
-      source = builder.as_data_source(split="train")
-      for i in range(len(source) * index // count, len(source) * (index + 1) // count):
-        yield source[i]
-  else:
+  def from_array_record(index, count):
+    # The data source keeps its split's examples in order and reads without TensorFlow.
+    records = builder.as_data_source(split="train")
+    for i in share(records, index, count):
+      yield records[i]
 
-    def examples(index, count):
-      paths = list(split.filepaths)
-      for path in paths[len(paths) * index // count : len(paths) * (index + 1) // count]:
-        records = grain.experimental.TFRecordIterDataset(os.fspath(path))
-        yield from records.map(builder.info.features.deserialize_example_np)
+  def from_tfrecord(index, count):
+    paths = list(split.filepaths)
+    for i in share(paths, index, count):
+      records = grain.experimental.TFRecordIterDataset(os.fspath(paths[i]))
+      yield from records.map(builder.info.features.deserialize_example_np)
+
+  is_array_record = tfds_source.file_format(builder) == "array_record"
+  examples: Any = from_array_record if is_array_record else from_tfrecord
 
   def part(index, count):
     for example in examples(index, count):

@@ -19,10 +19,10 @@ def open_builder(source: str, name: str, data_dir: str | None, split: str):
     UserError: if it is not there, or in a file format other than array_record and tfrecord.
   """
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import read_only_builder
 
   try:
-    builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+    builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
   except Exception as e:
     raise UserError(
       f"data.source={source!r}: no prepared dataset {name!r} under data.data_dir="

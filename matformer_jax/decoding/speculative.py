@@ -188,14 +188,13 @@ class SpeculativeDecoder:
     self.verifier.check_heads(state)
     if self.share_cache:
       self.draft.check_heads(state)
-    if stats is None:
-      stats = Stats.zero(state)
+    counts = Stats.zero(state) if stats is None else stats
     if costs is None:
       costs = [k * self.cost_ratio() + 1 for k in self.draft_lengths]
-    state, stats = self._advance(
-      weights, draft_weights, state, stats, jnp.int32(steps), jnp.asarray(costs, jnp.float32)
+    state, counts = self._advance(
+      weights, draft_weights, state, counts, jnp.int32(steps), jnp.asarray(costs, jnp.float32)
     )
-    return dataclasses.replace(state, heads=self.verifier.heads), stats
+    return dataclasses.replace(state, heads=self.verifier.heads), counts
 
   def cost_ratio(self) -> float:
     """c by matmul parameters: a draft step's cost over a verifier step's, when memory-bound."""
@@ -329,9 +328,10 @@ class CostMeter:
 
   def costs(self) -> list[float]:
     """What to pass to the next `advance`."""
-    if None in self._seconds:
+    known = [s for s in self._seconds if s is not None]
+    if len(known) < len(self._seconds):
       return forced(self._seconds.index(None), len(self._seconds))
-    return self._seconds
+    return known
 
   def record(self, seconds: float, rounds: float) -> None:
     """Tells what that call took; the first compiles, and is not counted."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
 def bigram_loss(
-  train: np.ndarray, validation: np.ndarray, vocab_size: int, discount: float = 0.75
+  train: Sequence[int] | np.ndarray,
+  validation: Sequence[int] | np.ndarray,
+  vocab_size: int,
+  discount: float = 0.75,
 ) -> float:
   """Validation cross-entropy of an interpolated Kneser-Ney bigram, nats per token.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +69,8 @@ def evaluate(
 @functools.partial(jax.jit, static_argnums=(2, 3, 4), static_argnames=("features",))
 def logits(params, images, config, execution, granularity, features: bool = False) -> jax.Array:
   """float32 [B, C], or the representation [B, F] that the head is given."""
-  return MatViT(config, execution).apply(
-    {"params": params}, images, granularity=granularity, return_features=features
-  )
+  model: Any = MatViT(config, execution)
+  return model.apply({"params": params}, images, granularity=granularity, return_features=features)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))

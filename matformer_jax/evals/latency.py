@@ -23,7 +23,7 @@ import tqdm
 
 from matformer_jax import granularity as gran
 from matformer_jax import runtime, tables
-from matformer_jax.config import Execution, MatLMConfig
+from matformer_jax.config import Execution, MatLMConfig, ModelConfig
 from matformer_jax.decoding.decode import Decoder
 from matformer_jax.errors import UserError
 from matformer_jax.models import cache as kv
@@ -79,13 +79,13 @@ class Profile:
   @classmethod
   def from_json(cls, values: Mapping[str, Any]) -> Profile:
     costs = {
-      name: Costs(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()})
+      name: Costs(**c | {"attention": tuple(c["attention"]), "ffn": tuple(c["ffn"])})
       for name, c in values["costs"].items()
     }
     return cls(values["device"], costs)
 
 
-def read(workdir, config: MatLMConfig) -> Profile | None:
+def read(workdir, config: ModelConfig) -> Profile | None:
   """The profile stored with a model, or None; warns if another device made it.
 
   Raises:

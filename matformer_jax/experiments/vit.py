@@ -1,4 +1,4 @@
-"""MatViT against independently trained ViTs: accuracy, Mix'n'Match, retrieval (Figures 4, 5; Table 8).
+"""MatViT against independent ViTs: accuracy, Mix'n'Match, retrieval (Figures 4, 5; Table 8).
 
   python -m matformer_jax.experiments.vit --config=configs/matvit.py:fashion --workdir=runs/vit
 
@@ -221,7 +221,7 @@ def claims(model: MatViTConfig, found: Measured) -> list[str]:
   names = gran.names(model)
   verdict = lambda holds: "holds" if holds else "does NOT hold"
   gaps = {n: mean(_difference(found.top1[n], found.independent[n])) for n in names}
-  worst = min(gaps, key=gaps.get)
+  worst = min(gaps, key=gaps.__getitem__)
   line = on_the_line(model, found.top1)
   off = {n: mean(_difference(found.top1[n], line[n])) for n in line}
   furthest = max(off, key=lambda n: abs(off[n]))
@@ -321,9 +321,10 @@ def draw_plots(
 
 
 def main(argv) -> None:
-  cli.check(argv, workdir=_WORKDIR.value)
+  cli.check(argv)
+  workdir = cli.required(_WORKDIR)
   config, model = commands.read_matvit(_CONFIG)
-  root = pathlib.Path(_WORKDIR.value)
+  root = pathlib.Path(workdir)
   found = Measured()
   for seed in range(config.seed, config.seed + _SEEDS.value):
     run_seed(config, model, seed, root / f"seed{seed}", _LADDER.value, found)

@@ -94,9 +94,10 @@ def table_7(model: MatViTConfig, cells: dict[str, dict[str, float]]) -> str:
 
 
 def main(argv) -> None:
-  cli.check(argv, workdir=_WORKDIR.value)
+  cli.check(argv)
+  workdir = cli.required(_WORKDIR)
   config, model = commands.read_matvit(_CONFIG)
-  root = pathlib.Path(_WORKDIR.value)
+  root = pathlib.Path(workdir)
   pretrain, finetune = ",".join(_PRETRAIN.value), ",".join(_FINETUNE.value)
   steps = _STEPS.value or config.steps
   cells = run(config, model, root, pretrain, finetune, steps)

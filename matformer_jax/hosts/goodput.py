@@ -47,7 +47,7 @@ class Ledger:
     self._started = process_start()
     self._phase = "start-up"
     self._since = self._started
-    self._seconds = dict.fromkeys(PHASES, 0.0)
+    self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
 
   def enter(self, phase: str) -> None:
     """Ends the current phase and begins another."""

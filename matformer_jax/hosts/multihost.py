@@ -372,7 +372,7 @@ def join(
   if len(missing) == 3:
     if processes_around() <= 1:
       return Hosts(timeout_s=timeout_s)
-    where = {}
+    where: dict[str, Any] = {}
   elif missing:
     raise UserError(
       f"{' and '.join(missing)} missing: --coordinator, --num_processes and "
@@ -380,6 +380,7 @@ def join(
       "out)"
     )
   else:
+    assert coordinator is not None and num_processes is not None and process_id is not None
     _check_place(coordinator, num_processes, process_id)
     if num_processes == 1:
       return Hosts(timeout_s=timeout_s)
@@ -410,7 +411,7 @@ def join(
     global_state.num_processes,
     timeout_s,
     global_state.client,
-    global_state.coordinator_address,
+    global_state.coordinator_address or "",
   )
 
 

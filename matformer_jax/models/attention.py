@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,15 +131,11 @@ def flash_attention(q, k, v, causal: bool, execution, interpret: bool = False) -
     """[b, n, T, H] of the heads and rows that are here."""
     _, count, length, _ = q.shape
     block = next(b for b in (512, 256, 128) if length % b == 0)
-    sizes = splash.BlockSizes(
-      **{
-        field.name: block
-        for field in dataclasses.fields(splash.BlockSizes)
-        if field.name.startswith("block_")
-      }
-    )
+    fields = [f.name for f in dataclasses.fields(splash.BlockSizes)]
+    blocks: Any = {name: block for name in fields if name.startswith("block_")}
+    sizes = splash.BlockSizes(**blocks)
     mask = (masks.CausalMask if causal else masks.FullMask)((length, length))
-    kernel = splash.make_splash_mha(
+    kernel: Any = splash.make_splash_mha(
       masks.MultiHeadMask([mask] * count),
       block_sizes=sizes,
       head_shards=1,

@@ -260,17 +260,13 @@ def unstack(params: Params) -> list[Params]:
 
 def _rope_at(config: ModelConfig, length: int, start, cache):
   """sin, cos of the positions of `length` tokens, alone or after those in a cache."""
+  assert config.rope_base is not None
+  table = functools.partial(ops.rope_table, head_dim=config.head_dim, base=config.rope_base)
   if start is None:
-    return ops.rope_table(length, config.head_dim, config.rope_base)
-  table = ops.rope_table(cache["k"].shape[-2], config.head_dim, config.rope_base)
+    return table(length)
+  whole = table(cache["k"].shape[-2])
   positions = start[:, None] + jnp.arange(length)
-  return [jnp.take(jnp.asarray(t), positions, axis=0)[:, None, None] for t in table]
-
-
-# Weight gradients on CPU: XLA fuses the transposition of an operand into whatever
-# produced it, and then walks memory with a stride. So the narrow operand (D wide)
-# is transposed, never the wide one, and the product is transposed back.
-# At T=512, D=256, F=1024: 4.5 ms -> 2.7 ms for the gradient of W_out.
+  return [jnp.take(jnp.asarray(t), positions, axis=0)[:, None, None] for t in whole]
 
 
 def _weight(module, parent: str, name: str, init, shape) -> jax.Array:

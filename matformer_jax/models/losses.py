@@ -86,6 +86,7 @@ def _forward(hidden, embedding, targets, chunks, z_loss, with_grad):
   if not with_grad:
     return value, None
   d_embedding = jax.lax.optimization_barrier(d_embedding)
+  assert d_x is not None
   d_hidden = jnp.moveaxis(d_x, 0, 1).reshape(hidden.shape)
   return value, (d_hidden, d_embedding.T.astype(embedding.dtype))
 

@@ -162,6 +162,12 @@ def _rows(x, leading: int) -> jax.Array:
   return x.reshape((-1,) + x.shape[leading:])
 
 
+# Weight gradients on CPU: XLA fuses the transposition of an operand into whatever
+# produced it, and then walks memory with a stride. So the narrow operand (D wide)
+# is transposed, never the wide one, and the product is transposed back.
+# At T=512, D=256, F=1024: 4.5 ms -> 2.7 ms for the gradient of W_out.
+
+
 def _weight_gradient(wide_RxF, narrow_RxD) -> jax.Array:
   """wide.T @ narrow, as (narrow.T @ wide).T."""
   barrier = jax.lax.optimization_barrier

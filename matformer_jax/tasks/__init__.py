@@ -38,23 +38,29 @@ class Task(Protocol):
 
   def batch_shapes(self, batch_size: int) -> Any:
     """A training batch as `jax.ShapeDtypeStruct`s."""
+    ...
 
   def preprocess(self, batch) -> Any:
     """What is done to a whole batch on the device, before devices and micro-batches share it."""
+    ...
 
   def loss(
     self, sub_config: ModelConfig, execution: Execution, sub_params, batch
   ) -> tuple[jax.Array, jax.Array]:
     """(objective to differentiate, loss to report) of a submodel on one batch."""
+    ...
 
   def batch(self, step: int, rows: range | None = None) -> Any:
     """Rows (all by default) of the batch of `step`, in NumPy; a pure function of both."""
+    ...
 
   def batches(self, first: int, last: int, rows: Sequence[range]) -> Iterator[list[Any]]:
     """`[batch(step, r) for r in rows]` for steps first to last, read as fast as may be."""
+    ...
 
   def sample_ids(self, step: int, rows: range | None = None) -> list[int]:
     """What the rows are, for the ledger of samples."""
+    ...
 
   def evaluate(
     self,
@@ -82,12 +88,15 @@ class Task(Protocol):
     Returns:
       One Result per granularity, or None if stopped.
     """
+    ...
 
   def identity(self) -> Mapping[str, Any]:
     """JSON that must not change in the course of a run."""
+    ...
 
   def save_files(self, workdir: pathlib.Path) -> None:
     """Writes what a checkpoint needs beside the weights, such as a tokenizer."""
+    ...
 
 
 def make_task(config, workdir: pathlib.Path | None = None) -> Task:

@@ -28,7 +28,7 @@ class NextToken:
   files = (TOKENIZER_FILE,)
 
   def __init__(self, model_config: MatLMConfig, batch_size: int, z_loss: float = 0.0):
-    self.model_config = model_config
+    self.model_config: MatLMConfig = model_config
     self.examples_per_step = batch_size * model_config.seq_len
     self._z_loss = z_loss
 

@@ -1,4 +1,7 @@
-"""Reads optimized HLO text: collectives and estimated cycles, loops counted as often as they run."""
+"""Reads optimized HLO text: collectives and estimated cycles.
+
+What is in a loop is counted as often as it runs.
+"""
 
 from __future__ import annotations
 

@@ -169,18 +169,18 @@ class Trainer:
     Returns:
       The same tree with arrays [B, ...], sharded over the batch axes.
     """
-    batch_size = batch_size or self.config.batch_size
+    size: int = batch_size or self.config.batch_size
     place = sharding.batch_sharding(self.mesh)
-    parts = {rows: read(rows) for rows in self.local_rows(batch_size)}
+    parts = {rows: read(rows) for rows in self.local_rows(size)}
     leaves = {rows: jax.tree.leaves(part) for rows, part in parts.items()}
     some = next(iter(parts.values()))
     return jax.tree.unflatten(
       jax.tree.structure(some),
       [
         jax.make_array_from_callback(
-          (batch_size, *leaf.shape[1:]),
+          (size, *leaf.shape[1:]),
           place,
-          lambda index, i=i: leaves[range(batch_size)[index[0]]][i],
+          lambda index, i=i: leaves[range(size)[index[0]]][i],
         )
         for i, leaf in enumerate(jax.tree.leaves(some))
       ],
