@@ -175,7 +175,8 @@ def main(argv) -> None:
   rate = lambda times: images * model.num_tokens / statistics.median(times)
   print(
     f"\nJoint masked step of all {len(nested)} sizes: {ms(joint):.1f} ms, "
-    f"{rate(joint.step_times):,.0f} tokens/s\n{len(nested)} sampled steps: {1e3 * statistics.median(sampled):.1f} ms, "
+    f"{rate(joint.step_times):,.0f} tokens/s\n"
+    f"{len(nested)} sampled steps: {1e3 * statistics.median(sampled):.1f} ms, "
     f"{rate(sampled):,.0f} tokens/s, {saved:.2f}x\n"
   )
   print(

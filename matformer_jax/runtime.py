@@ -43,7 +43,7 @@ def enable_compilation_cache() -> str:
   """
   import jax
 
-  chosen = jax.config.read("jax_compilation_cache_dir")
+  chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
   path = chosen or os.path.join(cache_dir(), "jit")
   jax.config.update("jax_compilation_cache_dir", path)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
