@@ -216,9 +216,12 @@ _gather_shards.defvjp(_gather_shards_fwd, _gather_shards_bwd)
 
 
 def on_head_shards(f, execution):
-  """f of arrays [batch, heads, ...], on each device's own rows and heads.
+  """f of two trees, on each device's own rows and heads.
 
   For kernels, which the partitioner cannot split.
+
+  Args:
+    f: (arrays [batch, heads, ...], arrays [batch, ...] or None) -> arrays [batch, heads, ...].
   """
   if execution.mesh is None:
     return f
@@ -228,7 +231,7 @@ def on_head_shards(f, execution):
   return jax.shard_map(
     f,
     mesh=None if execution.per_device else execution.mesh,
-    in_specs=over,
+    in_specs=(over, PartitionSpec(batch)),
     out_specs=over,
     axis_names={TENSOR} if execution.per_device else set(MESH_AXES),
     check_vma=False,

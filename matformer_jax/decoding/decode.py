@@ -98,7 +98,7 @@ def draw(keys, log_p) -> jax.Array:
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=("tokens", "length", "limit", "done", "keys", "cache", "draft_cache"),
+  data_fields=("tokens", "length", "limit", "done", "keys", "cache", "draft_cache", "origin"),
   meta_fields=("heads",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,8 @@ class State:
     cache: of S positions, see models/cache.py.
     draft_cache: a second one, where a speculative draft does not share it; else None.
     heads: attention heads that the cache holds, per layer.
+    origin: [B, 1] int32, the position at which the document being continued begins; None:
+      at 0, each sequence is one document.
   """
 
   tokens: jax.Array
@@ -124,6 +126,7 @@ class State:
   cache: kv.Cache
   draft_cache: kv.Cache | None
   heads: tuple[int, ...]
+  origin: jax.Array | None = None
 
   def last(self, count: int = 1) -> jax.Array:
     """[B, count] the last tokens of each sequence."""
@@ -193,6 +196,7 @@ class Decoder:
     max_tokens: int,
     seeds: Sequence[int],
     spare: int = 1,
+    segments: Sequence[Sequence[int]] | None = None,
   ) -> State:
     """A state of these prompts, their cache filled in one pass.
 
@@ -202,10 +206,13 @@ class Decoder:
       max_tokens: how many tokens to add to each.
       seeds: one per prompt.
       spare: most tokens that one model call writes.
+      segments: for each prompt the number of the document that each token belongs to, never
+        falling. Documents do not see each other, and the last one is continued. None: each
+        prompt is one document.
 
     Raises:
-      UserError: for an empty prompt, ids outside the vocabulary, or a batch that does
-        not divide over the mesh.
+      UserError: for an empty prompt, ids outside the vocabulary, segments that do not fit
+        their prompt, or a batch that does not divide over the mesh.
     """
     for prompt in prompts:
       if not len(prompt) or min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
@@ -224,12 +231,15 @@ class Decoder:
       row[: len(prompt)] = prompt
     keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
     done = np.zeros(len(prompts), bool)
+    origins = prompt_origins(prompts, segments)
+    origin = None if origins is None else origins[:, -1:]
     # Placed like later states, so that the first call of a program is not a special case.
-    tokens, length, limit, done, keys = jax.device_put(
-      (tokens, length, length + np.int32(max_tokens), done, keys), self._placement(weights, prompts)
+    tokens, length, limit, done, keys, origins, origin = jax.device_put(
+      (tokens, length, length + np.int32(max_tokens), done, keys, origins, origin),
+      self._placement(weights, prompts),
     )
-    cache = self.fill(weights, tokens, width)
-    return State(tokens, length, limit, done, keys, cache, None, self.heads)
+    cache = self.fill(weights, tokens, width, origins)
+    return State(tokens, length, limit, done, keys, cache, None, self.heads, origin)
 
   def _placement(self, weights, prompts):
     mesh = self.execution.mesh
@@ -244,10 +254,14 @@ class Decoder:
     return jax.sharding.NamedSharding(mesh, sharding.spec(("batch",)))
 
   @functools.partial(jax.jit, static_argnums=(0, 3))
-  def fill(self, weights, tokens, width: int) -> kv.Cache:
-    """A cache for tokens [B, S], filled from the first `width` of each row."""
+  def fill(self, weights, tokens, width: int, origin=None) -> kv.Cache:
+    """A cache for tokens [B, S], filled from the first `width` of each row.
+
+    Args:
+      origin: [B, width] from `prompt_origins`.
+    """
     cache = kv.init_cache(self.config, self.execution, *tokens.shape)
-    return self.extend(self.submodel(weights), tokens[:, :width], cache, None)[1]
+    return self.extend(self.submodel(weights), tokens[:, :width], cache, None, origin)[1]
 
   def advance(self, weights, state: State, steps: int) -> State:
     """Adds up to `steps` tokens to every sequence that is not done.
@@ -276,7 +290,9 @@ class Decoder:
 
     def step(carry):
       i, state = carry
-      hidden, cache = self.extend(weights, state.last(), state.cache, state.length - 1)
+      hidden, cache = self.extend(
+        weights, state.last(), state.cache, state.length - 1, state.origin
+      )
       token = self.choose(self.logits(weights, hidden)[:, 0], state)
       return i + 1, state.append(token[:, None], jnp.ones_like(token), self.eos_id, cache=cache)
 
@@ -290,16 +306,20 @@ class Decoder:
     blocks = slicing.slice_blocks(weights["blocks"], self.config, self.granularity)
     return {**weights, "blocks": blocks}
 
-  def extend(self, weights, tokens, cache, start):
-    """Runs T tokens [B, T] from positions `start`: (hidden [B, T, D], cache)."""
+  def extend(self, weights, tokens, cache, start, origin=None):
+    """Runs T tokens [B, T] from positions `start`: (hidden [B, T, D], cache).
+
+    Args:
+      origin: [B, T] or [B, 1], where documents begin, as in models/cache.py.
+    """
     x = matlm.embed(weights["embedding"], tokens)
-    x, cache = self.run_layers(weights, x, cache, start)
+    x, cache = self.run_layers(weights, x, cache, start, origin)
     return ops.rms_norm(x, weights["final_norm"]["scale"], self.config.norm_eps), cache
 
-  def run_layers(self, weights, x, cache, start):
+  def run_layers(self, weights, x, cache, start, origin):
     """The layers' share of `extend`."""
     return kv.extend(
-      weights["blocks"], self.config, self.execution, x, cache, start, self.block_class
+      weights["blocks"], self.config, self.execution, x, cache, start, self.block_class, origin
     )
 
   def logits(self, weights, hidden) -> jax.Array:
@@ -315,6 +335,37 @@ class Decoder:
     if self.sampling.temperature == 0:
       return jnp.argmax(logits, -1).astype(jnp.int32)
     return draw(token_keys(state.keys, state.length, 0), log_probs(logits, self.sampling))
+
+
+def prompt_origins(prompts, segments) -> np.ndarray | None:
+  """[B, width] int32: where the document of each token of `prompts` begins; see `prefill`.
+
+  Padding continues the last document. None where `segments` is None.
+
+  Raises:
+    UserError: for segments that do not fit their prompt.
+  """
+  if segments is None:
+    return None
+  if len(segments) != len(prompts):
+    raise UserError(
+      f"segments has {len(segments)} lists for {len(prompts)} prompts; give one for each"
+    )
+  origins = np.zeros((len(prompts), bucket(max(map(len, prompts)))), np.int32)
+  for i, (row, prompt, numbers) in enumerate(zip(origins, prompts, segments)):
+    numbers = np.asarray(numbers)
+    if numbers.shape != (len(prompt),):
+      raise UserError(
+        f"segments[{i}] has {numbers.size} numbers for a prompt of {len(prompt)} tokens; "
+        "give one for each token"
+      )
+    if np.any(numbers[1:] < numbers[:-1]):
+      raise UserError(
+        f"segments[{i}] = {numbers.tolist()[:8]} falls; number a prompt's documents in order"
+      )
+    for place in np.flatnonzero(numbers[1:] != numbers[:-1]) + 1:
+      row[place:] = place
+  return origins
 
 
 def bucket(n: int) -> int:

@@ -153,17 +153,18 @@ class SpeculativeDecoder:
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     seeds: Sequence[int],
+    segments: Sequence[Sequence[int]] | None = None,
   ) -> State:
     """As Decoder.prefill; fills the draft's cache too where it has its own."""
     state = self.verifier.prefill(
-      weights, prompts, max_tokens, seeds, spare=max(self.draft_lengths) + 2
+      weights, prompts, max_tokens, seeds, max(self.draft_lengths) + 2, segments
     )
     if self.share_cache:
       return state
     width = decode.bucket(max(map(len, prompts)))
-    return dataclasses.replace(
-      state, draft_cache=self.draft.fill(draft_weights, state.tokens, width)
-    )
+    origins = decode.prompt_origins(prompts, segments)
+    draft_cache = self.draft.fill(draft_weights, state.tokens, width, origins)
+    return dataclasses.replace(state, draft_cache=draft_cache)
 
   def advance(
     self,
@@ -244,7 +245,7 @@ class SpeculativeDecoder:
     start = state.length - 1  # the last token is in no cache yet
     drafted, draft_logits, cache, draft_cache = self._draft(draft_weights, k, state)
     tokens = jnp.concatenate([state.last(), drafted], axis=1)
-    hidden, cache = self.verifier.extend(weights, tokens, cache, start)
+    hidden, cache = self.verifier.extend(weights, tokens, cache, start, state.origin)
     logits = self.verifier.logits(weights, hidden)
     if self.verifier.sampling.temperature == 0:
       accepted, own = accept_greedy(drafted, logits)
@@ -285,9 +286,10 @@ class SpeculativeDecoder:
     cache, tokens = carry
     length = state.length + i
     # After a prompt of one token, two tokens start at -1: what is written there is
-    # dropped, and the prompt's own entry is in the cache from the prefill.
+    # dropped, and the prompt's own entry is in the cache from the prefill. After a last
+    # document of one token the first of the two is another document's: nothing reads it.
     start = length - tokens.shape[1]
-    hidden, cache = self.draft.extend(weights, tokens, cache, start)
+    hidden, cache = self.draft.extend(weights, tokens, cache, start, state.origin)
     logits = self._draft_logits(weights, hidden[:, -1:])[:, 0]
     chosen = self.draft.choose(logits, dataclasses.replace(state, length=length))
     if self.draft_vocab is not None:

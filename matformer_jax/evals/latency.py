@@ -139,7 +139,7 @@ class _AttentionOnly(Decoder):
 class _NoLayers(Decoder):
   """A decoder without layers."""
 
-  def run_layers(self, weights, x, cache, start):
+  def run_layers(self, weights, x, cache, start, origin):
     return x, cache
 
 

@@ -20,26 +20,28 @@ import jax.numpy as jnp
 from matformer_jax import sharding
 
 
-def self_attention(q, k, v, causal: bool, execution) -> jax.Array:
-  """Attention of [B, A, N, T, H] to itself, by what suits the device."""
+def self_attention(q, k, v, causal: bool, execution, origin_BxT=None) -> jax.Array:
+  """Attention of [B, A, N, T, H] to itself, by what suits the device; see `blocked_attention`."""
   if execution.flash_attention and q.shape[3] % 128 == 0:
-    return flash_attention(q, k, v, causal, execution)
-  return blocked_attention(q, k, v, causal, execution.attention_block)
+    return flash_attention(q, k, v, causal, execution, origin_BxT)
+  return blocked_attention(q, k, v, causal, execution.attention_block, origin_BxT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def blocked_attention(q, k, v, causal: bool, block: int) -> jax.Array:
+def blocked_attention(q, k, v, causal: bool, block: int, origin_BxT=None) -> jax.Array:
   """softmax(q k^T) v, softmax in float32.
 
   Args:
     q, k, v: [B, A, N, T, H]; q already scaled by H**-0.5.
     causal: query t attends to keys 0..t only.
     block: queries taken at a time.
+    origin_BxT: int32, where the document of each token begins in its row, from
+      `ops.document_origins`; tokens see their own document only. None: one document a row.
 
   Returns:
     [B, A, N, T, H] in v's dtype.
   """
-  return _forward(q, k, v, causal, block)[0]
+  return _forward(q, k, v, causal, block, origin_BxT)[0]
 
 
 def _blocks(length: int, causal: bool, block: int) -> list[tuple[int, int, int]]:
@@ -48,23 +50,29 @@ def _blocks(length: int, causal: bool, block: int) -> list[tuple[int, int, int]]
   return [(start, stop, stop if causal else length) for start, stop in stops]
 
 
-def _scores(q, k, causal: bool, start: int, stop: int, seen: int) -> jax.Array:
+def _scores(q, k, origin_BxT, causal: bool, start: int, stop: int, seen: int) -> jax.Array:
   scores = jnp.einsum(
     "banth,bansh->bants",
     q[..., start:stop, :],
     k[..., :seen, :],
     preferred_element_type=jnp.float32,
   )
-  if not causal:
+  visible = None
+  if causal:
+    visible = jnp.arange(start, stop)[:, None] >= jnp.arange(seen)
+  if origin_BxT is not None:
+    own_BxTxS = origin_BxT[:, start:stop, None] == origin_BxT[:, None, :seen]
+    own_Bx1x1xTxS = own_BxTxS[:, None, None]
+    visible = own_Bx1x1xTxS if visible is None else visible & own_Bx1x1xTxS
+  if visible is None:
     return scores
-  visible = jnp.arange(start, stop)[:, None] >= jnp.arange(seen)
   return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
 
-def _forward(q, k, v, causal, block):
+def _forward(q, k, v, causal, block, origin_BxT):
   outs, lses = [], []
   for start, stop, seen in _blocks(q.shape[3], causal, block):
-    scores = _scores(q, k, causal, start, stop, seen)
+    scores = _scores(q, k, origin_BxT, causal, start, stop, seen)
     top = jnp.max(scores, -1, keepdims=True)
     exp = jnp.exp(scores - top)
     total = jnp.sum(exp, -1, keepdims=True)
@@ -83,13 +91,13 @@ def _join(pieces):
   return jnp.concatenate(pieces, axis=3) if len(pieces) > 1 else pieces[0]
 
 
-def _attention_fwd(q, k, v, causal, block):
-  out, lse = _forward(q, k, v, causal, block)
-  return out, (q, k, v, out, lse)
+def _attention_fwd(q, k, v, causal, block, origin_BxT):
+  out, lse = _forward(q, k, v, causal, block, origin_BxT)
+  return out, (q, k, v, origin_BxT, out, lse)
 
 
 def _attention_bwd(causal, block, residuals, d_out):
-  q, k, v, out, lse = residuals
+  q, k, v, origin_BxT, out, lse = residuals
   d_out = jax.lax.optimization_barrier(d_out)  # transpose to head-major once, before use
   # A product with ones: on CPU 10x faster than a fused row sum.
   dot = jnp.matmul(
@@ -101,7 +109,7 @@ def _attention_bwd(causal, block, residuals, d_out):
   d_k_HxS = d_v_HxS = jnp.zeros(k.shape[:3] + (k.shape[4], k.shape[3]), jnp.float32)
   for start, stop, seen in _blocks(q.shape[3], causal, block):
     rows = lambda x: x[..., start:stop, :]
-    p = jnp.exp(_scores(q, k, causal, start, stop, seen) - rows(lse))
+    p = jnp.exp(_scores(q, k, origin_BxT, causal, start, stop, seen) - rows(lse))
     d_p = jnp.einsum(
       "banth,bansh->bants", rows(d_out), v[..., :seen, :], preferred_element_type=jnp.float32
     )
@@ -112,13 +120,16 @@ def _attention_bwd(causal, block, residuals, d_out):
       jnp.einsum("banth,bants->banhs", rows(d_out), p.astype(d_out.dtype))
     )
   swap = lambda x, like: jnp.swapaxes(x, -1, -2).astype(like.dtype)
-  return jax.lax.optimization_barrier((_join(d_q), swap(d_k_HxS, k), swap(d_v_HxS, v)))
+  grads = jax.lax.optimization_barrier((_join(d_q), swap(d_k_HxS, k), swap(d_v_HxS, v)))
+  return *grads, None
 
 
 blocked_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def flash_attention(q, k, v, causal: bool, execution, interpret: bool = False) -> jax.Array:
+def flash_attention(
+  q, k, v, causal: bool, execution, origin_BxT=None, interpret: bool = False
+) -> jax.Array:
   """As `blocked_attention`, by JAX's Pallas kernel for TPU v4 and later: no scores in HBM.
 
   At 78M, 64 x 1024 tokens on a TPU v5e core, XLA's own estimate of a step's cycles is 54%
@@ -127,8 +138,9 @@ def flash_attention(q, k, v, causal: bool, execution, interpret: bool = False) -
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-  def heads(q, k, v):
+  def heads(qkv, origin_bxT):
     """[b, n, T, H] of the heads and rows that are here."""
+    q = qkv[0]
     _, count, length, _ = q.shape
     block = next(b for b in (512, 256, 128) if length % b == 0)
     fields = [f.name for f in dataclasses.fields(splash.BlockSizes)]
@@ -142,20 +154,25 @@ def flash_attention(q, k, v, causal: bool, execution, interpret: bool = False) -
       q_seq_shards=1,
       interpret=interpret,
     )
-    return jax.vmap(kernel)(q, k, v)
+    if origin_bxT is None:
+      return jax.vmap(kernel)(*qkv)
+    # An origin is as good a number for a document as any.
+    return jax.vmap(kernel)(*qkv, segment_ids=splash.SegmentIds(origin_bxT, origin_bxT))
 
   heads = sharding.on_head_shards(heads, execution)
   merged = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
-  return heads(merged(q), merged(k), merged(v)).reshape(q.shape).astype(v.dtype)
+  out = heads((merged(q), merged(k), merged(v)), origin_BxT)
+  return out.reshape(q.shape).astype(v.dtype)
 
 
-def cached_attention(q, k, v, start) -> jax.Array:
+def cached_attention(q, k, v, start, origin_BxT=None) -> jax.Array:
   """Attention of T new tokens to a cache that already holds their keys and values.
 
   Args:
     q: [B, A, N, T, H] of the new tokens, already scaled by H**-0.5.
     k, v: [B, A, N, S, H]; query t of row b attends to positions 0 to start[b] + t.
     start: [B] int32.
+    origin_BxT: int32 [B, T] or [B, 1], the first position that a query may see; None: 0.
 
   Returns:
     [B, A, N, T, H] in v's dtype.
@@ -163,6 +180,8 @@ def cached_attention(q, k, v, start) -> jax.Array:
   scores = jnp.einsum("banth,bansh->bants", q, k, preferred_element_type=jnp.float32)
   position = start[:, None] + jnp.arange(q.shape[3])
   visible = position[:, None, None, :, None] >= jnp.arange(k.shape[3])
+  if origin_BxT is not None:
+    visible &= origin_BxT[:, None, None, :, None] <= jnp.arange(k.shape[3])
   weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min))
   return jnp.einsum("bants,bansh->banth", weights.astype(v.dtype), v)
 

@@ -55,6 +55,7 @@ def extend(
   cache: Cache,
   start,
   block_class=layers.Block,
+  origin_BxT=None,
 ):
   """Runs a submodel's layers on T new tokens and adds them to the cache.
 
@@ -65,6 +66,8 @@ def extend(
     start: [B] int32, their first position; rows below it must be in the cache. None:
       the tokens are positions 0 to T-1, and the cache is not read.
     block_class: what a layer is.
+    origin_BxT: int32 [B, T] or [B, 1], the position at which the document of each token
+      begins, as in layers.Attention; keys are cached rotated by their place in it.
 
   Returns:
     ([B, T, D], cache).
@@ -77,14 +80,17 @@ def extend(
 
       def step(carry, xs, block=block):
         layer_params, layer = xs
-        return block.apply({"params": layer_params}, *carry, start, layer), None
+        out = block.apply({"params": layer_params}, *carry, start, layer, origin_BxT=origin_BxT)
+        return out, None
 
       (x_BxTxD, cache[part.source]), _ = jax.lax.scan(
         step, (x_BxTxD, cache[part.source]), (params, jnp.arange(part.start, part.stop))
       )
     else:
       for layer_params in params:
-        x_BxTxD, cache[first] = block.apply({"params": layer_params}, x_BxTxD, cache[first], start)
+        x_BxTxD, cache[first] = block.apply(
+          {"params": layer_params}, x_BxTxD, cache[first], start, origin_BxT=origin_BxT
+        )
         first += 1
   return x_BxTxD, cache
 

@@ -26,6 +26,7 @@ def apply_dynamic(
   config: MatLMConfig,
   execution: Execution = Execution(),
   return_hidden: bool = False,
+  segments_BxT=None,
 ):
   """As MatLM, with the granularity traced: one program for all g^L submodels.
 
@@ -40,12 +41,14 @@ def apply_dynamic(
       heads are nested they follow. An index above a layer's stored width is cut to it.
     config: of the stored model.
     return_hidden: return what the chunked loss needs instead of logits.
+    segments_BxT: int32, the document of each token, as for MatLM.
 
   Returns:
     float32 logits [B, T, V], or (hidden [B, T, D], embedding [V, D]) in the compute dtype.
   """
   embedding_VxD = params["embedding"].astype(execution.dtype)
   x_BxTxD = matlm.embed(embedding_VxD, tokens_BxT)
+  origin_BxT = None if segments_BxT is None else ops.document_origins(segments_BxT)
   first = 0
   for i, span in enumerate(config.spans):
     sizes = range(max(span.ffn, span.heads) + 1)
@@ -53,7 +56,7 @@ def apply_dynamic(
 
     def layer(x, xs, branches=branches):
       layer_params, index = xs
-      return jax.lax.switch(index, branches, x, layer_params), None
+      return jax.lax.switch(index, branches, x, layer_params, origin_BxT), None
 
     indices = layer_indices[first : first + span.num_layers]
     x_BxTxD, _ = jax.lax.scan(layer, x_BxTxD, (params["blocks"][str(i)], indices))
@@ -71,8 +74,9 @@ def _branch(config: MatLMConfig, execution: Execution, stored: Span, size: int):
 
   # Inside the branch: outside, every branch's intermediate values would be kept.
   @functools.partial(jax.checkpoint, policy=layers.REMAT["full"], prevent_cse=False)
-  def apply(x, layer_params):
-    return block.apply({"params": slicing.slice_widths(layer_params, config, span)}, x)[0]
+  def apply(x, layer_params, origin_BxT):
+    sliced = slicing.slice_widths(layer_params, config, span)
+    return block.apply({"params": sliced}, x, origin_BxT=origin_BxT)[0]
 
   return apply
 

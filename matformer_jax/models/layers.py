@@ -93,7 +93,7 @@ class Attention(nn.Module):
   heads: int
 
   @nn.compact
-  def __call__(self, x_BxTxD, cache=None, start=None, layer=None):
+  def __call__(self, x_BxTxD, cache=None, start=None, layer=None, origin_BxT=None):
     """Runs T tokens, alone or after those in a cache.
 
     Args:
@@ -101,6 +101,9 @@ class Attention(nn.Module):
       start: [B] first position of the tokens, up to which the cache is filled; None:
         they are positions 0 to T-1.
       layer: which layer of a stacked cache this is.
+      origin_BxT: int32 [B, T] or, with `start`, [B, 1]: the position at which the document
+        of each token begins. Attention stays within a document, and rotary positions count
+        from there. None: at 0.
 
     Returns:
       ([B, T, D], cache).
@@ -118,7 +121,7 @@ class Attention(nn.Module):
       tuple(jnp.squeeze(part, 2).transpose(0, 2, 3, 1, 4) for part in qkv)
     )
     if cfg.rope_base:
-      sin_cos = _rope_at(cfg, q.shape[3], start, cache)
+      sin_cos = _rope_at(cfg, q.shape[3], start, cache, origin_BxT)
       q, k = ops.apply_rope(q, *sin_cos), ops.apply_rope(k, *sin_cos)
     q = q * jnp.asarray(cfg.head_dim**-0.5, q.dtype)
     if cache is not None:
@@ -127,11 +130,11 @@ class Attention(nn.Module):
         {name: write_cache(cache[name], new, start, layer) for name, new in (("k", k), ("v", v))}
       )
     if start is None:
-      out_BxAxNxTxH = self_attention(q, k, v, cfg.causal, exe)
+      out_BxAxNxTxH = self_attention(q, k, v, cfg.causal, exe, origin_BxT)
     else:
       mine = cache if layer is None else jax.tree.map(lambda leaf: leaf[layer], cache)
       k, v = (mine[name][:, :, : self.heads // cfg.head_groups] for name in ("k", "v"))
-      out_BxAxNxTxH = cached_attention(q, k, v, start)
+      out_BxAxNxTxH = cached_attention(q, k, v, start, origin_BxT)
     out = ops.project_out(out_BxAxNxTxH.transpose(0, 3, 1, 2, 4), w_out, exe)
     return _add_bias(self, "attention", "out", out), cache
 
@@ -144,28 +147,29 @@ class Block(nn.Module):
   span: Span
 
   @nn.compact
-  def __call__(self, x_BxTxD, cache=None, start=None, layer=None, seeds_B=None):
+  def __call__(self, x_BxTxD, cache=None, start=None, layer=None, seeds_B=None, origin_BxT=None):
     """Runs one layer.
 
     Args:
-      cache, start: as in Attention.
+      cache, start, origin_BxT: as in Attention.
       layer: index of this layer, in a stacked cache or for stochastic depth.
       seeds_B: uint32, one per row and of this layer only, when something is to be dropped.
 
     Returns:
       ([B, T, D], cache).
     """
-    x_BxTxD, cache = self.attend(x_BxTxD, cache, start, layer, seeds_B)
+    x_BxTxD, cache = self.attend(x_BxTxD, cache, start, layer, seeds_B, origin_BxT)
     x_BxTxD = self.feed_forward(x_BxTxD, layer, seeds_B)
     return sharding.constrain(x_BxTxD, ("batch", "length", "d"), self.execution), cache
 
   # The halves, apart so that latency.py can time one without the other.
 
-  def attend(self, x_BxTxD, cache, start, layer, seeds_B):
+  def attend(self, x_BxTxD, cache, start, layer, seeds_B, origin_BxT):
     """x plus attention of its norm: ([B, T, D], cache)."""
     cfg = self.config
     attention = Attention(cfg, self.execution, cfg.head_counts[self.span.heads], name="attention")
-    y, cache = attention(Norm(cfg, name="attention_norm")(x_BxTxD), cache, start, layer)
+    y_BxTxD = Norm(cfg, name="attention_norm")(x_BxTxD)
+    y, cache = attention(y_BxTxD, cache, start, layer, origin_BxT)
     return x_BxTxD + self._dropped(checkpoint_name(y, "attn_out"), layer, seeds_B, 0), cache
 
   def feed_forward(self, x_BxTxD, layer, seeds_B):
@@ -197,13 +201,13 @@ class Stack(nn.Module):
   execution: Execution
 
   @nn.compact
-  def __call__(self, x_BxTxD, granularity: gran.Granularity, seeds_B=None):
+  def __call__(self, x_BxTxD, granularity: gran.Granularity, seeds_B=None, origin_BxT=None):
     cfg, exe = self.config, self.execution
     stored = {str(i): self.param(str(i), self._init_span, span) for i, span in enumerate(cfg.spans)}
     first = 0
     for part, params in slicing.slice_blocks(stored, cfg, granularity):
       block = Block(cfg, exe, part.span, parent=None)
-      x_BxTxD = run_layers(block, params, x_BxTxD, first, seeds_B)
+      x_BxTxD = run_layers(block, params, x_BxTxD, first, seeds_B, origin_BxT)
       first += part.span.num_layers
     return x_BxTxD
 
@@ -223,21 +227,23 @@ class Stack(nn.Module):
 
 
 def run_layers(
-  block: Block, params: Params, x: jax.Array, first: int = 0, seeds_B=None
+  block: Block, params: Params, x: jax.Array, first: int = 0, seeds_B=None, origin_BxT=None
 ) -> jax.Array:
   """Applies a stack of equal blocks: scanned, or unrolled over per-layer arrays.
 
   Args:
     first: index of the first of them in the model.
     seeds_B: uint32, one per row of x, when something is to be dropped.
+    origin_BxT: as in Attention.
   """
   exe = block.execution
 
   def layer(x, layer_params, index):
     if seeds_B is None:
-      return block.apply({"params": layer_params}, x)[0]
+      return block.apply({"params": layer_params}, x, origin_BxT=origin_BxT)[0]
+    seeds = ops.fold_seeds(seeds_B, index)
     return block.apply(
-      {"params": layer_params}, x, layer=index, seeds_B=ops.fold_seeds(seeds_B, index)
+      {"params": layer_params}, x, layer=index, seeds_B=seeds, origin_BxT=origin_BxT
     )[0]
 
   if exe.remat != "none":
@@ -258,15 +264,17 @@ def unstack(params: Params) -> list[Params]:
   return [treedef.unflatten([jnp.squeeze(s[i], 0) for s in split]) for i in range(length)]
 
 
-def _rope_at(config: ModelConfig, length: int, start, cache):
+def _rope_at(config: ModelConfig, length: int, start, cache, origin_BxT):
   """sin, cos of the positions of `length` tokens, alone or after those in a cache."""
   assert config.rope_base is not None
-  table = functools.partial(ops.rope_table, head_dim=config.head_dim, base=config.rope_base)
-  if start is None:
-    return table(length)
-  whole = table(cache["k"].shape[-2])
-  positions = start[:, None] + jnp.arange(length)
-  return [jnp.take(jnp.asarray(t), positions, axis=0)[:, None, None] for t in whole]
+  longest = length if start is None else cache["k"].shape[-2]
+  table = ops.rope_table(longest, config.head_dim, config.rope_base)
+  if start is None and origin_BxT is None:
+    return table
+  positions = (0 if start is None else start[:, None]) + jnp.arange(length)
+  if origin_BxT is not None:
+    positions = positions - origin_BxT
+  return [jnp.take(jnp.asarray(t), positions, axis=0)[:, None, None] for t in table]
 
 
 def _weight(module, parent: str, name: str, init, shape) -> jax.Array:

@@ -27,7 +27,12 @@ class MatLM(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens_BxT, *, granularity: gran.Granularity | None = None, return_hidden: bool = False
+    self,
+    tokens_BxT,
+    *,
+    granularity: gran.Granularity | None = None,
+    return_hidden: bool = False,
+    segments_BxT=None,
   ):
     """Runs the submodel `granularity` (default: everything stored).
 
@@ -35,6 +40,9 @@ class MatLM(nn.Module):
       tokens_BxT: int32 token ids in [0, V).
       granularity: static; every value compiles its own program.
       return_hidden: return what the chunked loss needs instead of logits.
+      segments_BxT: int32, the number of the document that each token belongs to; a document
+        is a run of one number. Attention stays within a document, and positions restart at
+        its first token: it is run as if it were alone. None: a row is one document.
 
     Returns:
       float32 logits [B, T, V], or (hidden [B, T, D], embedding [V, D]) in the
@@ -42,12 +50,13 @@ class MatLM(nn.Module):
     """
     cfg, exe = self.config, self.execution
     granularity = granularity or gran.full(cfg)
+    origin_BxT = None if segments_BxT is None else ops.document_origins(segments_BxT)
     embedding_VxD = layers.declare(
       self, "embedding", (cfg.vocab_size, cfg.d_model), ops.scaled_normal(cfg.d_model)
     )
     x_BxTxD = embed(embedding_VxD, tokens_BxT)
     x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe)
-    x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity)
+    x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity, origin_BxT=origin_BxT)
     x_BxTxD = layers.Norm(cfg, name="final_norm")(x_BxTxD)
     if return_hidden:
       return x_BxTxD, embedding_VxD

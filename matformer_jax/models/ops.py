@@ -130,6 +130,17 @@ def rope_table(length: int, head_dim: int, base: float):
   return np.sin(angle_TxH).astype(np.float32), np.cos(angle_TxH).astype(np.float32)
 
 
+def document_origins(segments_BxT) -> jax.Array:
+  """[B, T] int32: the place in its row of the first token of each token's document.
+
+  Args:
+    segments_BxT: the number of the document of each token; a document is a run of one number.
+  """
+  new_BxT = jnp.pad(segments_BxT[:, 1:] != segments_BxT[:, :-1], ((0, 0), (1, 0)))
+  place_T = jnp.arange(segments_BxT.shape[1], dtype=jnp.int32)
+  return jax.lax.cummax(jnp.where(new_BxT, place_T, 0), axis=1)
+
+
 def apply_rope(x, sin, cos):
   """Rotates the two halves of the last axis of [..., T, H] by position."""
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
