@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from matformer_jax.hosts.multihost import Hosts
+from matformer_jax.hosts.multihost import Hosts, Rounds
 
 
 class Watchdog:
@@ -34,12 +34,11 @@ class Watchdog:
     self._what, self._when = what, time.monotonic()
 
   def _run(self) -> None:
-    last_round = time.monotonic()
+    rounds = Rounds(self._timeout_s / 2)
     while not self._stopped.wait(min(self._timeout_s / 4, 5.0)):
       now = time.monotonic()
-      if now - last_round > self._timeout_s / 2:  # the process itself was stopped
+      if rounds.suspended():
         self.alive(self._what)
-      last_round = now
       if now - self._when > self._timeout_s:
         self._hosts.give_up(
           f"nothing finished for {now - self._when:.0f} s after {self._what} "
