@@ -18,6 +18,9 @@ def xla_flags(devices: int) -> str:
 
 
 PROGRAM_ENV = {**os.environ, "XLA_FLAGS": xla_flags(1)}
+# Seconds after which a test gives up on what it waits for. No test may fail on a busy machine:
+# it waits for what it is about, and asserts causes and orders, not seconds.
+BACKSTOP_S = 1800
 OPTIMISED = {"XLA_FLAGS": ""}  # for programs, as users run them
 os.environ["XLA_FLAGS"] = xla_flags(8)
 
@@ -42,7 +45,9 @@ def command(module: str, *args) -> list[str]:
   return [sys.executable, "-u", "-m", f"matformer_jax.{module}", *map(str, args)]
 
 
-def run_program(module: str, *args, timeout: int = 300, env=None) -> subprocess.CompletedProcess:
+def run_program(
+  module: str, *args, timeout: int = BACKSTOP_S, env=None
+) -> subprocess.CompletedProcess:
   """Runs a command-line program from the repository root, as a user would."""
   return subprocess.run(
     command(module, *args),

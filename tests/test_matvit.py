@@ -459,7 +459,7 @@ def test_stopped_and_resumed_is_the_same_run(digits_run, tmp_path):
   process = start(*digits_args(tmp_path, log_every=1))
   wait_for_line(process, "step 33/")
   process.send_signal(signal.SIGTERM)
-  rest = process.communicate(timeout=60)[0]
+  rest = process.communicate(timeout=conftest.BACKSTOP_S)[0]
   assert process.returncode == 143, rest
   assert 33 <= checkpoint.steps(tmp_path)[-1] < len(losses_of(digits_run))
   again = run_program("train", *digits_args(tmp_path))

@@ -48,14 +48,15 @@ class Rounds:
 
   Args:
     longest_s: a round that takes longer shows that this process itself was suspended.
+    clock: seconds.
   """
 
-  def __init__(self, longest_s: float):
-    self._longest_s, self._last = longest_s, time.monotonic()
+  def __init__(self, longest_s: float, clock: Callable[[], float] = time.monotonic):
+    self._longest_s, self._clock, self._last = longest_s, clock, clock()
 
   def suspended(self) -> bool:
     """To be called once a round: whether this process was suspended since the last one."""
-    now = time.monotonic()
+    now = self._clock()
     took, self._last = now - self._last, now
     return took > self._longest_s
 
