@@ -49,8 +49,24 @@ def run_program(
   module: str, *args, timeout: int = BACKSTOP_S, env=None
 ) -> subprocess.CompletedProcess:
   """Runs a command-line program from the repository root, as a user would."""
+  return _run(command(module, *args), timeout, env)
+
+
+def train_until_signal(step: int, signum: int, *args) -> subprocess.CompletedProcess:
+  """Runs the train program, which is sent a signal once it has recorded `step`."""
+  program = [sys.executable, "-u", *signalled(0, step, signum)]
+  return _run([*program, *map(str, args)], BACKSTOP_S, None)
+
+
+def signalled(process: int, step: int, signum: int) -> list[str]:
+  """Arguments of Python: the train program, one process of which gets a signal at `step`."""
+  path = ROOT / "tests" / "signalled_train.py"
+  return [str(path), f"{process}:{step}:{int(signum)}"]
+
+
+def _run(command: list[str], timeout: int, env) -> subprocess.CompletedProcess:
   return subprocess.run(
-    command(module, *args),
+    command,
     cwd=ROOT,
     env={**PROGRAM_ENV, **(env or {})},
     capture_output=True,
