@@ -53,7 +53,7 @@ def run_program(
 
 
 def train_until_signal(step: int, signum: int, *args) -> subprocess.CompletedProcess:
-  """Runs the train program, which is sent a signal once it has recorded `step`."""
+  """Runs the train program, which gets a signal once it has recorded `step` (0: compiling)."""
   program = [sys.executable, "-u", *signalled(0, step, signum)]
   return _run([*program, *map(str, args)], BACKSTOP_S, None)
 

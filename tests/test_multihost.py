@@ -246,9 +246,7 @@ def test_a_lost_peer_is_named_and_nobody_hangs(count, victim, signum, after, tmp
 @pytest.mark.slow
 def test_sigterm_while_compiling_and_while_evaluating(tmp_path):
   workdir = tmp_path / "compiling"
-  job = Job(workdir, 2, model__num_layers=5, steps=30)
-  job.wait_for(0, "one universal model")
-  job.processes[1].send_signal(signal.SIGTERM)
+  job = Job(workdir, 2, program=conftest.signalled(1, 0, signal.SIGTERM))
   assert job.wait() == [143, 143], job.logs()
   assert "before the first step" in job.log(0)
 
