@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from matformer_jax import UserError, sharding
+from matformer_jax import train as train_program
 from matformer_jax.checkpoints import replicas
 from matformer_jax.data.prefetch import Prefetcher
 from matformer_jax.hosts import goodput, multihost
@@ -58,23 +59,31 @@ def test_phases_add_up_to_the_wall_clock(tmp_path):
   assert "goodput 23.3% over 2 starts" in second.report()
 
 
-def test_a_run_accounts_for_its_time(tmp_path):
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+  """(workdir, result, unix time before and after) of a run that traces some steps."""
+  workdir = tmp_path_factory.mktemp("profiled")
   before = time.time()
-  result = run_program("train", *train_args(tmp_path, steps=30, sampling=ONE_SIZE))
-  after = time.time()
+  args = train_args(workdir, steps=12, eval__batches=1, sampling=ONE_SIZE)
+  result = run_program("train", *args, "--profile=4:7")
+  return workdir, result, before, time.time()
+
+
+def test_a_run_accounts_for_its_time(profiled):
+  workdir, result, before, after = profiled
   assert result.returncode == 0 and "goodput" in result.stdout and "wall-clock" in result.stdout
-  (attempt,) = json.loads((tmp_path / goodput.GOODPUT_FILE).read_text())
+  (attempt,) = json.loads((workdir / goodput.GOODPUT_FILE).read_text())
   seconds = attempt["seconds"]
   assert sum(seconds.values()) == pytest.approx(attempt["ended"] - attempt["started"], rel=0.01)
   # From before the program's first line until all it wrote was written. The kernel's clock ticks.
-  written = max(p.stat().st_mtime for p in (tmp_path / "checkpoints").iterdir())
-  first_write = min(p.stat().st_mtime for p in tmp_path.iterdir())
+  written = max(p.stat().st_mtime for p in (workdir / "checkpoints").iterdir())
+  first_write = min(p.stat().st_mtime for p in workdir.iterdir())
   assert before - 0.1 <= attempt["started"] < first_write
   assert written - 0.1 <= attempt["ended"] <= after
   assert all(
     seconds[k] > 0 for k in ("start-up", "compile", "data", "step", "evaluation", "checkpoint")
   )
-  rows = [json.loads(l) for l in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  rows = [json.loads(l) for l in (workdir / "metrics.jsonl").read_text().splitlines()]
   assert all(r["data_wait_s"] >= 0 for r in rows)
 
 
@@ -168,15 +177,15 @@ def test_a_hang_is_left_with_stacks():
   assert 'File "<string>", line 6' in result.stderr  # where it hangs
 
 
-def test_a_profile_of_some_steps(tiny_run, tmp_path):
-  args = train_args(tmp_path, steps=12, eval__every=0, eval__batches=1, sampling=ONE_SIZE)
-  result = run_program("train", *args, "--profile=4:7")
+def test_a_profile_of_some_steps(profiled):
+  workdir, result, *_ = profiled
   assert result.returncode == 0 and "wrote a profile of steps 4 to 6" in result.stdout, (
     result.stderr
   )
-  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-  result = run_program("train", *args, "--profile=7")
-  assert result.returncode == 1 and "--profile='7' is not FIRST:LAST" in result.stderr
+  assert list((workdir / "profile").rglob("*.xplane.pb"))
+  assert train_program._parse_profile("4:7") == range(4, 7)
+  with pytest.raises(UserError, match="--profile='7' is not FIRST:LAST"):
+    train_program._parse_profile("7")
 
 
 # --------------------------------------------------------------------- joining
