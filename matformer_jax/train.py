@@ -6,8 +6,8 @@ Running the same command again resumes bit-exactly. On a TPU slice, under Slurm'
 and Open MPI's mpirun the processes find each other; elsewhere start one per machine
 with --coordinator, --num_processes and --process_id.
 
-Exit codes: 0 done; 1 an error to fix first (config, data, divergence); 143 stopped by
-SIGTERM, 130 by Ctrl-C, 42 lost a peer, hung or a hardware fault: run again to go on.
+Exit codes: 0 done; 1 an error to fix first (config, data, divergence, a workdir in use); 143
+stopped by SIGTERM, 130 by Ctrl-C, 42 lost a peer, hung or a hardware fault: run again to go on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import kind_of, model_config
 from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError
-from matformer_jax.hosts import goodput, multihost
+from matformer_jax.hosts import goodput, lock, multihost
 from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.hosts.watchdog import Watchdog
 from matformer_jax.runtime import say
@@ -47,18 +47,25 @@ def train(
   Args:
     config: an `ml_collections.ConfigDict`, see configs/matlm.py.
     workdir: gets config.json, tokenizer.model, checkpoints/, metrics.jsonl,
-      eval.jsonl, goodput.json, tensorboard/. With several hosts, a directory they share.
+      eval.jsonl, goodput.json, tensorboard/; train.lock while it is in use. With several
+      hosts, a directory they share.
     hosts: the processes that train together.
     profile: steps to trace with JAX's profiler, into profile/.
 
   Raises:
-    UserError: for a mistake in the config, corpus or workdir, or divergence.
+    UserError: for a mistake in the config, corpus or workdir, divergence, or a workdir that
+      another training is using.
   """
   workdir = pathlib.Path(workdir)
   stop = StopSignal(hosts)
   runtime.enable_compilation_cache()
   _check_config(config)
   workdir.mkdir(parents=True, exist_ok=True)
+  with lock.hold(workdir, hosts):
+    return _train(config, workdir, hosts, stop, profile)
+
+
+def _train(config, workdir: pathlib.Path, hosts: Hosts, stop: StopSignal, profile: range) -> int:
   old_card = cards.read_existing(workdir)
   if hosts.first:
     _recover_tokenizer(workdir, old_card)

@@ -18,6 +18,9 @@ def xla_flags(devices: int) -> str:
 
 
 PROGRAM_ENV = {**os.environ, "XLA_FLAGS": xla_flags(1)}
+# Seconds after which a test gives up on what it waits for. No test may fail on a busy machine:
+# it waits for what it is about, and asserts causes and orders, not seconds.
+BACKSTOP_S = 1800
 OPTIMISED = {"XLA_FLAGS": ""}  # for programs, as users run them
 os.environ["XLA_FLAGS"] = xla_flags(8)
 
@@ -42,10 +45,28 @@ def command(module: str, *args) -> list[str]:
   return [sys.executable, "-u", "-m", f"matformer_jax.{module}", *map(str, args)]
 
 
-def run_program(module: str, *args, timeout: int = 300, env=None) -> subprocess.CompletedProcess:
+def run_program(
+  module: str, *args, timeout: int = BACKSTOP_S, env=None
+) -> subprocess.CompletedProcess:
   """Runs a command-line program from the repository root, as a user would."""
+  return _run(command(module, *args), timeout, env)
+
+
+def train_until_signal(step: int, signum: int, *args) -> subprocess.CompletedProcess:
+  """Runs the train program, which gets a signal once it has recorded `step` (0: compiling)."""
+  program = [sys.executable, "-u", *signalled(0, step, signum)]
+  return _run([*program, *map(str, args)], BACKSTOP_S, None)
+
+
+def signalled(process: int, step: int, signum: int) -> list[str]:
+  """Arguments of Python: the train program, one process of which gets a signal at `step`."""
+  path = ROOT / "tests" / "signalled_train.py"
+  return [str(path), f"{process}:{step}:{int(signum)}"]
+
+
+def _run(command: list[str], timeout: int, env) -> subprocess.CompletedProcess:
   return subprocess.run(
-    command(module, *args),
+    command,
     cwd=ROOT,
     env={**PROGRAM_ENV, **(env or {})},
     capture_output=True,

@@ -236,6 +236,37 @@ def test_a_full_disk_is_one_clear_error(saved, tmp_path, monkeypatch):
     writer.save(1, states[1].params, states[1].opt_state, {"step": 1})
 
 
+@pytest.mark.parametrize(
+  "error,words",
+  [
+    (OSError(122, "Disk quota exceeded"), "Disk quota exceeded"),
+    (OSError(30, "Read-only file system"), "Read-only file system"),
+    (ValueError("PERMISSION_DENIED: Error opening x [OS error 13: Permission denied]"), "denied"),
+    (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed"), None),
+    (jax.errors.JaxRuntimeError("ABORTED: peer said No space left on device"), None),
+    (ConnectionResetError(104, "Connection reset by peer"), None),
+    (TypeError("a bug"), None),
+  ],
+)
+@pytest.mark.parametrize("method", ["save", "wait_until_finished", "check_for_errors"])
+def test_only_the_file_system_is_blamed_for_a_failed_save(
+  error, words, method, saved, tmp_path, monkeypatch
+):
+  _, _, states = saved
+  writer = checkpoint.Writer(tmp_path, 1, 1, CARD)
+
+  def fail(*args, **kwargs):
+    raise error
+
+  monkeypatch.setattr(writer._manager, method, fail)
+  with pytest.raises(UserError if words else type(error), match=words) as raised:
+    if method == "save":
+      writer.save(1, states[1].params, states[1].opt_state, {"step": 1})
+    else:
+      writer.wait()
+  assert words or raised.value is error
+
+
 # ------------------------------------------------------------------- loading
 
 

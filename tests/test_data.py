@@ -218,7 +218,7 @@ def test_two_processes_make_one_store(corpus, tmp_path):
   for w in workers:
     w.start()
   for w in workers:
-    w.join(timeout=120)
+    w.join(timeout=conftest.BACKSTOP_S)
     assert w.exitcode == 0
   found = {results.get() for _ in workers}
   assert len(found) == 1
@@ -236,7 +236,7 @@ def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
   process = subprocess.Popen(
     [sys.executable, "-c", program], cwd=conftest.ROOT, stderr=subprocess.DEVNULL
   )
-  deadline = time.time() + 120
+  deadline = time.time() + conftest.BACKSTOP_S
   while not [p for p in cache.glob("tokens-*.tmp*/train-00000.bin") if p.stat().st_size > 0]:
     assert time.time() < deadline and process.poll() is None
     time.sleep(0.005)
@@ -327,7 +327,7 @@ def test_preparation_goes_on_after_a_kill(prepared, tmp_path):
     stderr=subprocess.DEVNULL,
     start_new_session=True,
   )
-  deadline = time.time() + 120
+  deadline = time.time() + conftest.BACKSTOP_S
   while len(store_format.written_parts(out, 6)) < 2:
     assert time.time() < deadline and process.poll() is None
     time.sleep(0.01)

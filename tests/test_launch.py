@@ -63,7 +63,9 @@ class Cloud:
     (self.root / "states").write_text("".join(f"{s}\n" for s in states))
     (self.root / "codes").write_text("".join(f"{c}\n" for c in codes))
 
-  def run(self, script: str, *args, timeout=60, **env) -> subprocess.CompletedProcess:
+  def run(
+    self, script: str, *args, timeout=conftest.BACKSTOP_S, **env
+  ) -> subprocess.CompletedProcess:
     return subprocess.run(
       [LAUNCH / script, *args],
       env={**self.env, **env},
@@ -212,7 +214,7 @@ def test_babysit_passes_sigterm_on_and_stops(cloud):
   script.write_text(
     "import signal, sys, time\n"
     "signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))\n"
-    "print('ready', flush=True)\ntime.sleep(60)\n"
+    "print('ready', flush=True)\ntime.sleep(1800)\n"
   )
   process = subprocess.Popen(
     [LAUNCH / "babysit.sh", "--", sys.executable, script],
@@ -223,7 +225,7 @@ def test_babysit_passes_sigterm_on_and_stops(cloud):
   )
   assert process.stdout.readline() == "ready\n"
   process.send_signal(signal.SIGTERM)
-  _, errors = process.communicate(timeout=20)
+  _, errors = process.communicate(timeout=conftest.BACKSTOP_S)
   assert process.returncode == 143 and "after 0 restarts" in errors
 
 
@@ -237,7 +239,8 @@ def test_babysit_backs_off(cloud):
     "false_42.sh",
     PATH=f"{_exits(cloud, 42)}:{cloud.env['PATH']}",
   )
-  assert result.returncode == 42 and time.time() - started >= 3
+  assert result.returncode == 42
+  assert time.time() - started >= 3  # a lower bound: it did pause
   assert "in 1 s" in result.stderr and "in 2 s" in result.stderr
 
 
@@ -388,7 +391,7 @@ def test_two_local_processes(tmp_path, cloud):
   result = subprocess.run(
     [LAUNCH / "local_multiprocess.sh", "2", *args],
     env=cloud.env,
-    timeout=300,
+    timeout=conftest.BACKSTOP_S,
     capture_output=True,
     text=True,
   )

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from matformer_jax.checkpoints import checkpoint
+from matformer_jax.hosts.lock import LOCK_FILE
 
 PEER_TIMEOUT = 15
 TWO_SIZES = "0.5/0/0/0.5"
@@ -65,13 +67,13 @@ class Job:
   def log(self, index: int) -> str:
     return (self._logs / str(index)).read_text()
 
-  def wait_for(self, index: int, words: str, timeout: float = 180) -> None:
+  def wait_for(self, index: int, words: str, timeout: float = conftest.BACKSTOP_S) -> None:
     deadline = time.time() + timeout
     while words not in self.log(index):
       assert self.processes[index].poll() is None and time.time() < deadline, self.log(index)
       time.sleep(0.05)
 
-  def wait(self, timeout: float = 180, but: int | None = None) -> list[int | None]:
+  def wait(self, timeout: float = conftest.BACKSTOP_S, but: int | None = None) -> list[int | None]:
     """Exit codes of all processes (`but` one, which is None); what remains is killed."""
     deadline = time.time() + timeout
     waited = [p for i, p in enumerate(self.processes) if i != but]
@@ -127,26 +129,19 @@ def one_process(tmp_path_factory) -> pathlib.Path:
 def test_kills_and_other_numbers_of_processes_change_nothing(one_process, tmp_path):
   """4 processes until SIGTERM, 2 until SIGKILL, then 1: the same run as 1 process throughout."""
   workdir = tmp_path / "run"
-  job = Job(workdir, 4, data__log_samples=True, sampling=TWO_SIZES)
-  job.wait_for(0, "step 12/40")
-  job.processes[2].send_signal(signal.SIGTERM)
-  asked = time.time()
+  changes = dict(data__log_samples=True, sampling=TWO_SIZES)
+  job = Job(workdir, 4, program=conftest.signalled(2, 12, signal.SIGTERM), **changes)
   assert job.wait() == [143] * 4, job.logs()
-  assert time.time() - asked < 30
   stopped = checkpoint.steps(workdir)[-1]
-  assert 12 <= stopped < 40 and f"saved step {stopped}" in job.log(0)
+  assert 12 <= stopped <= 15 and f"saved step {stopped}" in job.log(0)
 
-  job = Job(workdir, 2, data__log_samples=True, sampling=TWO_SIZES)
-  job.wait_for(0, f"step {stopped + 13}/40")
-  job.processes[1].kill()
+  job = Job(workdir, 2, program=conftest.signalled(1, stopped + 13, signal.SIGKILL), **changes)
   assert job.wait()[0] == 42, job.logs()
   assert "lost process 1" in job.log(0)
   saved = checkpoint.steps(workdir)[-1]
   assert saved >= stopped
 
-  result = run_program(
-    "train", *train_args(workdir, data__log_samples=True, sampling=TWO_SIZES), env=environment(1)
-  )
+  result = run_program("train", *train_args(workdir, **changes), env=environment(1))
   assert result.returncode == 0 and f"at step {saved}" in result.stdout, result.stderr
   np.testing.assert_allclose(losses(workdir), losses(one_process), rtol=1e-5)
   assert [r["draw_hash"] for r in rows(workdir)] == [r["draw_hash"] for r in rows(one_process)]
@@ -212,48 +207,55 @@ def one_tokenizer(tmp_path) -> pathlib.Path:
 
 
 @pytest.mark.parametrize(
-  "count,victim,signum,words",
+  "count,victim,signum,after",
   [
-    (2, 1, signal.SIGKILL, "lost process 1"),
-    (2, 0, signal.SIGKILL, "lost process 0, the coordinator"),
-    (4, 2, signal.SIGSTOP, "lost process 2"),
+    (2, 1, signal.SIGKILL, "one universal model"),  # compiling
+    (2, 1, signal.SIGKILL, "step 6/"),
+    (2, 0, signal.SIGKILL, "step 6/"),
+    (4, 2, signal.SIGSTOP, "step 6/"),
+    (4, 0, signal.SIGKILL, "step 6/"),
   ],
 )
 @pytest.mark.slow
-def test_a_lost_peer_is_named_and_nobody_hangs(count, victim, signum, words, tmp_path):
-  job = Job(tmp_path / "run", count, steps=10**6, eval__every=0)
-  job.wait_for(0, "step 15/")
+def test_a_lost_peer_is_named_and_nobody_hangs(count, victim, signum, after, tmp_path):
+  """At any moment: steps, saves, comparisons of replicas and evaluations take turns."""
+  workdir = tmp_path / "run"
+  job = Job(
+    workdir,
+    count,
+    steps=10**6,
+    eval__every=3,
+    eval__batches=2,
+    checkpoint__every=2,
+    replica_check_every=1,
+  )
+  job.wait_for(0, after)
+  time.sleep(random.Random(f"{count} {victim} {after}").random())
   job.processes[victim].send_signal(signum)
-  asked = time.time()
-  codes = job.wait(timeout=2 * PEER_TIMEOUT + 30, but=victim)
-  took = time.time() - asked
+  codes = job.wait(but=victim)
   survivors = [i for i in range(count) if i != victim]
   assert all(codes[i] == 42 for i in survivors), job.logs()
-  assert took < PEER_TIMEOUT + 15, job.logs()
+  words = f"lost process {victim}" + (", the coordinator" if victim == 0 else "")
   for i in survivors:
     log = job.log(i)
     assert words in log and "Thread 0x" in log and "Traceback" not in log, log
-  assert checkpoint.steps(tmp_path / "run")
+  assert checkpoint.steps(workdir) or not after.startswith("step")
+  assert (workdir / LOCK_FILE).exists() == (victim == 0)  # who was killed gives nothing back
 
 
 @pytest.mark.slow
 def test_sigterm_while_compiling_and_while_evaluating(tmp_path):
   workdir = tmp_path / "compiling"
-  job = Job(workdir, 2, model__num_layers=5, steps=30)
-  job.wait_for(0, "one universal model")
-  job.processes[1].send_signal(signal.SIGTERM)
-  asked = time.time()
+  job = Job(workdir, 2, program=conftest.signalled(1, 0, signal.SIGTERM))
   assert job.wait() == [143, 143], job.logs()
-  assert time.time() - asked < 30 and "before the first step" in job.log(0)
+  assert "before the first step" in job.log(0)
 
   workdir = tmp_path / "evaluating"
   job = Job(workdir, 2, eval__every=5, eval__batches=10**6)
   job.wait_for(0, "step 5/40")
-  time.sleep(3)
+  time.sleep(1)
   job.processes[1].send_signal(signal.SIGTERM)
-  asked = time.time()
   assert job.wait() == [143, 143], job.logs()
-  assert time.time() - asked < 30
   assert checkpoint.steps(workdir) == [5] and "saved step 5" in job.log(0)
 
 
@@ -303,11 +305,12 @@ def test_a_flipped_bit_in_one_replica_is_caught(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_four_processes_restores_in_two_and_in_one(tmp_path):
+  """Checksums of what four wrote are compared while restoring."""
   workdir = tmp_path / "run"
   job = Job(workdir, 4, steps=2, eval__every=0, eval__batches=1)
   assert job.wait() == [0] * 4, job.logs()
   found = []
-  for count in (4, 2, 1):
+  for count in (2, 1):
     out = tmp_path / str(count)
     out.mkdir()
     job = Job(workdir, count, program=[WORKER, "dump", out])
@@ -318,4 +321,4 @@ def test_a_checkpoint_of_four_processes_restores_in_two_and_in_one(tmp_path):
         assert key not in leaves or leaves[key].tobytes() == value.tobytes()
         leaves[key] = value
     found.append({key: value.tobytes() for key, value in leaves.items()})
-  assert found[0] == found[1] == found[2] and len(found[0]) > 60
+  assert found[0] == found[1] and len(found[0]) > 60

@@ -17,7 +17,11 @@ def test_notebook_runs(path: pathlib.Path, tiny_run, digits_run, monkeypatch):
   monkeypatch.delenv("XLA_FLAGS")
   notebook = nbformat.read(path, as_version=4)
   client = nbclient.NotebookClient(
-    notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    notebook,
+    timeout=conftest.BACKSTOP_S,
+    startup_timeout=conftest.BACKSTOP_S,
+    kernel_name="python3",
+    resources={"metadata": {"path": str(path.parent)}},
   )
   client.execute()  # raises at the first cell that fails
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -316,12 +316,24 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
 
 def _reason(e: Exception) -> str:
   """The reason in a tensorstore or Orbax error, which can be pages long."""
-  known = re.search(
-    "No space left on device|Disk quota exceeded|Read-only file system|"
-    "Permission denied|File too large",
-    str(e),
+  return _file_system_reason(e) or f"{type(e).__name__}: {first_line(e)}"
+
+
+# What a file system may refuse a writer; tensorstore tells it in the text of other exceptions.
+_FILE_SYSTEM_ERRORS = tuple(
+  os.strerror(getattr(errno, name))
+  for name in (
+    *("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO", "ENOENT", "ENOTDIR"),
+    *("EEXIST", "EISDIR", "ENAMETOOLONG", "EMFILE", "ENFILE", "ESTALE", "ENODEV", "ENXIO"),
   )
-  return known.group() if known else f"{type(e).__name__}: {first_line(e)}"
+)
+
+
+def _file_system_reason(e: BaseException) -> str | None:
+  """What the file system refused, where that is what an exception is about; else None."""
+  if isinstance(e, jax.errors.JaxRuntimeError):
+    return None  # a collective that failed may quote anything
+  return next((words for words in _FILE_SYSTEM_ERRORS if words in str(e)), None)
 
 
 # ------------------------------------------------------------------- writing
@@ -382,7 +394,8 @@ class Writer:
         ),
       )
     except OSError as e:
-      raise self._failed(e) from e
+      self._explain(e)
+      raise
 
   def save(
     self,
@@ -433,7 +446,8 @@ class Writer:
         ),
       )
     except Exception as e:
-      raise self._failed(e) from e
+      self._explain(e)
+      raise
     if not saved:
       raise UserError(
         f"checkpoint of step {step} was refused: {self._root} already holds "
@@ -446,15 +460,19 @@ class Writer:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
     except Exception as e:
-      raise self._failed(e) from e
+      self._explain(e)
+      raise
 
   def close(self) -> None:
     """Waits for the last save and releases Orbax's threads."""
     self.wait()
     self._manager.close()
 
-  def _failed(self, e: Exception) -> UserError:
-    return UserError(
-      f"cannot write checkpoints under {self._root} ({_reason(e)}); free "
-      "space or choose another --workdir. Checkpoints saved before are intact"
-    )
+  def _explain(self, e: Exception) -> None:
+    """Raises UserError if the file system is to blame; a lost peer or a bug is no user's matter."""
+    reason = _file_system_reason(e)
+    if reason:
+      raise UserError(
+        f"cannot write checkpoints under {self._root} ({reason}); free "
+        "space or choose another --workdir. Checkpoints saved before are intact"
+      ) from e

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import json
@@ -34,9 +34,18 @@ class Ledger:
     path: `goodput.json` of the run, with the attempts before this one; None keeps
       the account in memory only (processes other than the first).
     steps_lost_s: seconds of steps that the last attempt did and this one repeats.
+    clock: unix time.
+    started: by that clock, when this attempt began; None: with this process.
   """
 
-  def __init__(self, path: pathlib.Path | None, steps_lost_s: float = 0.0):
+  def __init__(
+    self,
+    path: pathlib.Path | None,
+    steps_lost_s: float = 0.0,
+    clock: Callable[[], float] = time.time,
+    started: float | None = None,
+  ):
+    self._clock = clock
     self._path = path
     self._earlier = _read(path) if path else []
     if self._earlier:
@@ -44,14 +53,14 @@ class Ledger:
       lost = min(steps_lost_s, seconds["step"])
       seconds["step"] -= lost
       seconds["lost"] += lost
-    self._started = process_start()
+    self._started = process_start() if started is None else started
     self._phase = "start-up"
     self._since = self._started
     self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
 
   def enter(self, phase: str) -> None:
     """Ends the current phase and begins another."""
-    now = time.time()
+    now = self._clock()
     self._seconds[self._phase] += max(0.0, now - self._since)
     self._phase, self._since = phase, now
 

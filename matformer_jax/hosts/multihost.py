@@ -11,7 +11,7 @@ which process 0 serves: a beat counter and, once it leaves, its exit code and wh
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import ctypes
 import faulthandler
@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from typing import Any, NoReturn
 
 import jax
@@ -38,6 +39,28 @@ _ENTRY = "matformer/peers/"
 _GATHER = "matformer/gather/"
 
 
+# What the status of a JaxRuntimeError says where the program is at fault, and would be again.
+_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "OUT_OF_RANGE")
+
+
+class Rounds:
+  """The rounds of a loop that watches others, which are not to blame while it stands still.
+
+  Args:
+    longest_s: a round that takes longer shows that this process itself was suspended.
+    clock: seconds.
+  """
+
+  def __init__(self, longest_s: float, clock: Callable[[], float] = time.monotonic):
+    self._longest_s, self._clock, self._last = longest_s, clock, clock()
+
+  def suspended(self) -> bool:
+    """To be called once a round: whether this process was suspended since the last one."""
+    now = self._clock()
+    took, self._last = now - self._last, now
+    return took > self._longest_s
+
+
 class Hosts:
   """The processes of a job. With one process every method is trivial.
 
@@ -45,6 +68,7 @@ class Hosts:
     index: this process, 0 to count - 1.
     count: processes in the job.
     timeout_s: how long a silent peer is waited for.
+    before_leaving: what to do before this process exits at once, without unwinding its stack.
   """
 
   def __init__(
@@ -62,6 +86,7 @@ class Hosts:
     self._peer_hosts: dict[int, str] = {}
     self._state: dict[str, Any] = {"host": socket.gethostname()}
     self._exit_code: int | None = None
+    self.before_leaving: list[Callable[[], None]] = []
     self._watching = False
     self._answered = time.monotonic()
     self._publishing = threading.RLock()  # a signal handler may interrupt its holder
@@ -122,13 +147,18 @@ class Hosts:
 
   @contextlib.contextmanager
   def together(self) -> Iterator[None]:
-    """What ends the block in this process ends the job in all of them."""
+    """What ends the block in this process ends the job in all of them.
+
+    With EXIT_RETRY where a collective or the coordination service failed, which is what a lost
+    peer looks like; else the exception goes on, and the other processes leave with EXIT_ERROR.
+    """
     try:
       yield
-    except (UserError, OSError) as e:
-      self._announce(EXIT_ERROR, str(e))
-      raise
     except Exception as e:
+      peers_failed = self.count > 1 and is_failure_of_peers(e)
+      if isinstance(e, (UserError, OSError)) and not peers_failed:
+        self._announce(EXIT_ERROR, str(e))
+        raise
       if self.count > 1:
         # A collective fails at once where a peer dies; who it was shows in the missing beats.
         say_here(
@@ -138,6 +168,11 @@ class Hosts:
         time.sleep(self.timeout_s + 3 * self._interval)
         while self._exit_code is not None:  # another thread knows better, and is leaving
           time.sleep(1)
+      if peers_failed:
+        lost = self._who_is_lost()
+        if not lost:
+          traceback.print_exc()
+        self.give_up(lost or f"a collective failed: {first_line(e)}")
       self._announce(EXIT_ERROR, f"{type(e).__name__}: {first_line(e)}")
       raise
 
@@ -152,9 +187,7 @@ class Hosts:
   def leave(self, code: int, why: str) -> NoReturn:
     """Tells the others and exits at once, from any thread, without any shutdown."""
     self._announce(code, why)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    self._quit(code)
 
   def give_up(self, why: str) -> NoReturn:
     """Dumps the stacks of all threads and leaves with EXIT_RETRY."""
@@ -164,7 +197,7 @@ class Hosts:
   def _announce(self, code: int, why: str) -> None:
     if self.count > 1 and self._exit_code is None:
       self._exit_code = code
-      self._publish(code=code, why=why, lost=[i for i in self._silent if self._is_lost(i)])
+      self._publish(code=code, why=why, lost=[i for i in list(self._silent) if self._is_lost(i)])
       self._linger()
 
   def _linger(self) -> None:
@@ -180,9 +213,18 @@ class Hosts:
 
   def _exit(self) -> None:
     if self._exit_code is not None:
-      sys.stdout.flush()
-      sys.stderr.flush()
-      os._exit(self._exit_code)
+      self._quit(self._exit_code)
+
+  def _quit(self, code: int) -> NoReturn:
+    """Exits at once: the actions of `before_leaving` get a second, as a file system may hang."""
+    actions = [threading.Thread(target=a, daemon=True) for a in self.before_leaving]
+    for action in actions:
+      action.start()
+    for action in actions:
+      action.join(1.0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
   # ----------------------------------------------------------------- watching
 
@@ -214,13 +256,11 @@ class Hosts:
   def _watch(self) -> None:
     """Publishes beats; leaves when a peer has left, or has been silent for too long."""
     last_seen: dict[int, tuple[int, float]] = {}
-    last_round = time.monotonic()
+    rounds = Rounds(self.timeout_s / 2)
     while True:
       self._publish()
       peers = self._peers()
-      now = time.monotonic()
-      suspended = now - last_round > self.timeout_s / 2  # this process itself was stopped
-      last_round = now
+      now, suspended = time.monotonic(), rounds.suspended()
       for index, peer in peers.items():
         if peer.get("done"):
           continue
@@ -241,7 +281,7 @@ class Hosts:
     return "; ".join(
       f"lost process {index} ({self._peer_hosts[index]}): no sign of life for "
       f"{self._silent[index]:.0f} s"
-      for index in self._silent
+      for index in list(self._silent)  # which other threads add to
       if self._is_lost(index)
     )
 
@@ -257,17 +297,16 @@ class Hosts:
         faulthandler.dump_traceback(all_threads=True)
       self.leave(peer["code"], peer["why"])
     time.sleep(self.timeout_s)
-    os._exit(self._exit_code)
+    self._quit(self._exit_code)
 
   def _watch_coordinator(self) -> None:
     """Leaves when the store has not answered for too long; its calls may hang."""
-    last_round = time.monotonic()
+    rounds = Rounds(self.timeout_s / 2)
     while True:
       time.sleep(self._interval)
       now = time.monotonic()
-      if now - last_round > self.timeout_s / 2:
-        self._answered = now  # this process itself was stopped
-      last_round = now
+      if rounds.suspended():
+        self._answered = now
       if now - self._answered > self.timeout_s and self._exit_code is None:
         self._give_up_alone(
           f"{self._lost_coordinator()}: no answer for {now - self._answered:.0f} s"
@@ -276,7 +315,7 @@ class Hosts:
   def _aborted(self) -> None:
     """JAX's client aborts the process when the coordinator goes away, or reports a lost peer."""
     if self._exit_code is not None:
-      os._exit(self._exit_code)
+      self._quit(self._exit_code)
     if not _reachable(self._coordinator):
       self._give_up_alone(self._lost_coordinator())
     elif self._who_is_lost():
@@ -288,7 +327,7 @@ class Hosts:
   def _give_up_alone(self, why: str) -> NoReturn:
     """As `give_up`, where the others cannot be told."""
     self._dump(why)
-    os._exit(EXIT_RETRY)
+    self._quit(EXIT_RETRY)
 
   def _dump(self, why: str) -> None:
     say_here(
@@ -447,6 +486,22 @@ def processes_around(env=os.environ) -> int:
 
 
 # ----------------------------------------------------------------- utilities
+
+
+def is_failure_of_peers(e: BaseException | None) -> bool:
+  """Whether an exception, or one that led to it, is what a lost peer or network looks like.
+
+  That is JAX's own error of a collective or of the coordination service, but not where its
+  status says that the program itself is at fault: out of memory, say. It may be wrapped: Orbax
+  raises others from it.
+  """
+  while e is not None and not isinstance(e, UserError):
+    if isinstance(e, jax.errors.JaxRuntimeError):
+      return not str(e).startswith(_OWN_FAULTS)
+    if isinstance(e, ConnectionError):
+      return True
+    e = e.__cause__ or e.__context__
+  return False
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
