@@ -197,7 +197,7 @@ class _Lock:
 def _holder(content: bytes | None) -> _Holder | None:
   """None for a lock that does not say: made a moment ago, or by a process that died just then."""
   try:
-    entries = json.loads(content)
+    entries = json.loads(content or b"")
     entries.pop("beat")
     return _Holder(**entries)
   except (ValueError, TypeError, KeyError, AttributeError):
