@@ -92,6 +92,7 @@ def _base() -> ml_collections.ConfigDict:
         tokenizer_type="bpe",
         tokenizer_sample_bytes=50_000_000,
         validation_fraction=0.05,
+        attend="across",  # or within: attention and positions start anew with every document
         cache_dir="",  # default ~/.cache/matformer_jax/data
         log_samples=False,  # samples-<process>.jsonl: which windows each step trained on
       ),
