@@ -214,7 +214,8 @@ class Split:
     """Says so where that is the case."""
     if self.holds_out_ends:
       runtime.say(
-        f"note: {source} has {self.num_documents:,} documents, fewer than 1 / "
+        f"note: {source} has {self.num_documents:,} document{'s' * (self.num_documents != 1)}, "
+        "fewer than 1 / "
         f"validation_fraction = {self.every:,}: the last {self.fraction:.2%} of each is held out "
         "for validation, instead of whole documents"
       )
