@@ -1,5 +1,6 @@
 """Sources, tokenizer, token store, windows."""
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -16,11 +17,17 @@ import pytest
 from tfds_files import write_tfds
 
 from matformer_jax import UserError
+from matformer_jax import granularity as gran
+from matformer_jax.checkpoints import card
+from matformer_jax.config import Execution
 from matformer_jax.data import prepare, text_sources
 from matformer_jax.data import store as store_format
 from matformer_jax.data.batches import ValidationWindows, Windows
 from matformer_jax.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_jax.evals import lm
+from matformer_jax.models.matlm import MatLM
 from matformer_jax.tasks import make_task
+from matformer_jax.tasks.language import ATTEND, NextToken
 
 SAMPLE = [
   p.read_text(encoding="utf-8", errors="replace")
@@ -553,11 +560,36 @@ def test_attention_across_or_within_documents(tmp_path):
   }
   np.testing.assert_array_equal(batch["tokens"], across.batch(0))
   assert within.validation.read(range(3))["segments"].shape == (3, 32)
+  cards = [card.make_card(config, task) for task in (across, within)]
+  with pytest.raises(UserError, match="holds another run: identity.attend .* 'within' here"):
+    card.check_same_run(tmp_path, *cards)
   del config.data.attend  # the card of a run from before there was a choice
   assert make_task(config).identity() == across.identity()
   config.data.attend = "withn"
   with pytest.raises(UserError, match="data.attend='withn' is unknown; did you mean 'within'"):
     make_task(config)
+
+
+@pytest.mark.skipif(
+  "segments_BxT" not in inspect.signature(MatLM.__call__).parameters,
+  reason="this MatLM does not attend within documents",
+)
+def test_losses_within_documents(small, small_params):
+  """One document is as across documents; two are not."""
+  tokens = np.random.default_rng(0).integers(0, 64, (2, 17)).astype(np.int32)
+  across, within = (NextToken(small, 2, attend=attend) for attend in ATTEND)
+  _, want = across.loss(small, Execution(), small_params, tokens)
+  one = np.zeros((2, 16), np.int32)
+  two = one + (np.arange(16) >= 5)
+  for segments, same in ((one, True), (two, False)):
+    batch = {"tokens": tokens, "segments": segments}
+    _, have = within.loss(small, Execution(), small_params, batch)
+    assert (abs(float(have - want)) < 1e-5) == same
+    weights = {"bytes": np.ones(2, np.int32), "weight": np.ones(2, np.float32)}
+    (measured,) = lm.evaluate(
+      small, Execution(), small_params, [gran.full(small)], [batch | weights], False
+    )
+    assert measured.metrics["loss"] == pytest.approx(float(have), abs=1e-5)
 
 
 def test_too_little_text_for_one_window():

@@ -193,6 +193,8 @@ def test_divergence_stops_with_a_clear_error_and_saves_nothing_bad(tiny_run, tmp
   assert "Traceback" not in result.stderr
   skipped = [r for r in metrics(workdir) if r.get("skipped")]
   assert len(skipped) >= 3 and all(r["granularity"] in ("S", "M", "L", "XL") for r in skipped)
+  # What is logged is what would have been applied: the schedule follows the updates made.
+  assert len({r["learning_rate"] for r in skipped[-3:]}) == 1
   model = matformer_jax.load(workdir)
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(model.params))
 

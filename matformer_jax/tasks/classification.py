@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from matformer_jax.config import MatViTConfig
 from matformer_jax.data import image_sources
+from matformer_jax.data.augment import Transform
 from matformer_jax.data.batches import (
   Corrupt,
   ImageBatches,
@@ -103,7 +104,7 @@ class ImageClassification(Classification):
         f"{self.train_images.num_classes} classes; set --config.model.num_classes="
         f"{self.train_images.num_classes}"
       )
-    transform = functools.partial(image_sources.Transform, size=model.image_size)
+    transform = functools.partial(Transform, size=model.image_size)
     self._corrupt = Corrupt(data.corrupt, workdir)
     self._train = ImageBatches(
       self.train_images,
