@@ -336,13 +336,12 @@ def main(argv) -> None:
   if windows < 2:
     raise UserError("one validation window has no standard error; raise --batches or --batch_size")
   tokens = windows * config.seq_len
-  text_bytes = sum(int(b["bytes"] @ b["weight"]) for b in batches)
   rows = dict(zip(distinct, score(config, model.execution, model.params, distinct, batches)))
   scored = summarize(
     config,
     found,
     np.stack([rows[c.granularity] for c in found]),
-    tokens / text_bytes / math.log(2),
+    bits_per_nat(batches),
   )
   out = pathlib.Path(_OUT.value or model.workdir / "search")
   out.mkdir(parents=True, exist_ok=True)
@@ -370,6 +369,12 @@ def main(argv) -> None:
   if _BUDGETS.value:
     print(report(config, scored) + "\n")
   print(f"wrote {out / 'search.csv'}, search.json, search.png")
+
+
+def bits_per_nat(batches: Sequence[Mapping[str, np.ndarray]]) -> float:
+  """Bits per byte of the batches' text for each nat per token."""
+  tokens = sum(float(b["weight"].sum()) * (b["tokens"].shape[1] - 1) for b in batches)
+  return tokens / sum(float(b["bytes"] @ b["weight"]) for b in batches) / math.log(2)
 
 
 def validation_batches(
