@@ -38,6 +38,7 @@ def fastest(f, reps: int) -> float:
 def main(argv) -> None:
   corpus = text_sources.open_corpus("stdlib")
   documents = list(corpus.documents())
+  split = store.Split(0.05, len(documents))
   size = sum(len(d.encode("utf-8", "replace")) for d in documents)
   result = {"tokenise_MB_per_s": {}, "read_tokens_per_s": {}}
   rows = []
@@ -49,7 +50,8 @@ def main(argv) -> None:
         path.mkdir()
         part = iter(range(_REPS.value))
         seconds = fastest(
-          lambda: store.write_part(path, next(part), documents, tokenizer, 0.05), _REPS.value
+          lambda: store.write_part(path, next(part), enumerate(documents), tokenizer, split),
+          _REPS.value,
         )
         rate = size / seconds
         result["tokenise_MB_per_s"][f"{kind} {vocab}"] = rate / 1e6

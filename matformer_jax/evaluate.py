@@ -17,8 +17,8 @@ import tqdm
 from matformer_jax import cli, plots, runtime, tables
 from matformer_jax import granularity as gran
 from matformer_jax.errors import UserError
-from matformer_jax.evals import Result
-from matformer_jax.evals.bigram import bigram_loss
+from matformer_jax.evals import Result, lm
+from matformer_jax.evals.bigram import bigram_losses
 from matformer_jax.loading import Model, load, open_task
 from matformer_jax.tasks import Task
 from matformer_jax.tasks.language import LanguageModeling
@@ -29,13 +29,13 @@ def evaluate(
   task: Task,
   granularities: Sequence[gran.Granularity],
   consistency: bool,
-  max_batches: int = 0,
-  batch_size: int = 16,
+  batches: int | None = None,
+  batch_size: int | None = None,
 ) -> list[Result]:
-  """Measures `granularities` on validation data, in order.
+  """Measures `granularities` on a sample of the validation data.
 
   Args:
-    max_batches: 0 measures everything.
+    batches, batch_size: see `Task.evaluate`; by default what training measures.
   """
   on_this_device = lambda read, size: read(range(size))
   with tqdm.tqdm(desc="evaluating", unit="batch", mininterval=1.0) as bar:
@@ -50,7 +50,7 @@ def evaluate(
       on_this_device,
       granularities,
       consistency=consistency,
-      batches=max_batches,
+      batches=batches,
       batch_size=batch_size,
       progress=progress,
     )
@@ -62,13 +62,14 @@ def evaluate(
 COLUMNS = {
   "loss": ("loss", ".4f"),
   "perplexity": ("perplexity", ".2f"),
+  "bits_per_byte": ("bits/byte", ".4f"),
   "accuracy": ("top-1", ".2%"),
   "agreement": ("agrees with {full}", ".1%"),
   "kl": ("KL from {full}", ".4f"),
 }
 
 
-def plot(model: Model, results: Sequence[Result], path: str, baseline: float | None) -> None:
+def plot(model: Model, results: Sequence[Result], path: str, baseline: Result | None) -> None:
   """Accuracy, or else loss, against parameters: explicit sizes, Mix'n'Match, a baseline."""
   sizes = [gran.count(model.config, r.granularity).params / 1e6 for r in results]
   explicit = {gran.to_text(g, model.config) for g in gran.trained(model.config)}
@@ -77,10 +78,16 @@ def plot(model: Model, results: Sequence[Result], path: str, baseline: float | N
     if "accuracy" in results[0].metrics
     else ("loss", "validation loss (nats per token)")
   )
-  values = [r.metrics[metric] * (100 if metric == "accuracy" else 1) for r in results]
+  scale = 100 if metric == "accuracy" else 1
+  values = [r.metrics[metric] * scale for r in results]
+  errors = [r.metrics.get(f"{metric}_stderr", 0.0) * scale for r in results]
   with plots.figure(path) as axes:
-    curve = sorted(zip(sizes, values))
-    axes.plot(*zip(*curve), color="0.75", zorder=1)
+    curve = sorted(zip(sizes, values, errors))
+    x, y, error = zip(*curve)
+    axes.errorbar(x, y, error, color="0.75", capsize=2, zorder=1)
+    if metric == "loss":
+      first = results[0].metrics
+      plots.bits_per_byte_axis(axes, first["bits_per_byte"] / first["loss"])
     for names, marker, size, kind in (
       (explicit, "o", 70, "trained granularity"),
       (None, "D", 30, "Mix'n'Match, never trained"),
@@ -110,7 +117,7 @@ def plot(model: Model, results: Sequence[Result], path: str, baseline: float | N
       axes.text(
         0.99,
         0.97,
-        f"bigram baseline: {baseline:.3f}",
+        f"bigram baseline: {baseline.metrics['loss']:.3f}",
         transform=axes.transAxes,
         ha="right",
         va="top",
@@ -120,7 +127,7 @@ def plot(model: Model, results: Sequence[Result], path: str, baseline: float | N
     axes.legend(loc="lower right" if metric == "accuracy" else "lower left")
 
 
-def report(model: Model, results: Sequence[Result], baseline: float | None) -> str:
+def report(model: Model, results: Sequence[Result], baseline: Result | None) -> str:
   """The table a person reads."""
   full = gran.to_text(gran.full(model.config), model.config)
   shown = [name for name in COLUMNS if name in results[0].metrics]
@@ -130,18 +137,34 @@ def report(model: Model, results: Sequence[Result], baseline: float | None) -> s
   for r in results:
     n = gran.count(model.config, r.granularity)
     rows.append(
-      [r.granularity, f"{n.params:,}", tables.si(n.flops)]
-      + [format(r.metrics[name], COLUMNS[name][1]) for name in shown]
+      [r.granularity, f"{n.params:,}", tables.si(n.flops)] + [_cell(r, name) for name in shown]
     )
   if baseline is not None:
-    row = ["bigram baseline", "", "", f"{baseline:.4f}", f"{np.exp(baseline):.2f}"]
-    rows.append(row + [""] * (len(header) - len(row)))
+    rows.append([baseline.granularity, "", ""] + [_cell(baseline, name) for name in shown])
   return tables.table(header, rows)
 
 
+def _cell(result: Result, name: str) -> str:
+  """A number with its standard error, where known; empty where not measured."""
+  if name not in result.metrics:
+    return ""
+  numbers = [result.metrics[n] for n in (name, f"{name}_stderr") if n in result.metrics]
+  return " ± ".join(format(x, COLUMNS[name][1]) for x in numbers)
+
+
+def bigram_baseline(task: LanguageModeling, batches: int | None, batch_size: int | None) -> Result:
+  """A bigram table of the training text, on the predictions that `evaluate` measures."""
+  windows = task.validation.read(task.sample(batches, batch_size)[0])
+  train = np.asarray(task.store.tokens["train"])
+  nll = bigram_losses(train, windows["tokens"], task.model_config.vocab_size)
+  metrics = lm.of_text(nll, windows["bytes"], task.model_config.seq_len)
+  return Result("bigram baseline", windows["tokens"][:, 1:].size, metrics)
+
+
 def only(results: Sequence[Result], metrics: Sequence[str]) -> list[Result]:
-  """Results with these metrics; perplexity goes with the loss."""
-  wanted = {*metrics, *(["perplexity"] if "loss" in metrics else [])}
+  """Results with these metrics and their errors; perplexity and bits go with the loss."""
+  wanted = {*metrics, *(f"{name}_stderr" for name in metrics)}
+  wanted |= {"perplexity", "bits_per_byte"} if "loss" in metrics else set()
   return [
     dataclasses.replace(r, metrics={k: v for k, v in r.metrics.items() if k in wanted})
     for r in results
@@ -169,13 +192,9 @@ def main(argv) -> None:
     chosen += gran.ladder_points(model.config, _LADDER.value)
   chosen = sorted(dict.fromkeys(chosen), key=lambda g: gran.count(model.config, g).params)
   consistency = bool({"agreement", "kl"} & set(metrics))
-  batch_size = _BATCH_SIZE.value or task.evaluation_batch
-  results = evaluate(model, task, chosen, consistency, _BATCHES.value, batch_size)
+  results = evaluate(model, task, chosen, consistency, _BATCHES.value, _BATCH_SIZE.value)
   results = only(results, metrics)
-  baseline = None
-  if _BIGRAM.value and isinstance(task, LanguageModeling):
-    measured = task.store.tokens["validation"][: results[0].examples + 1]  # the same predictions
-    baseline = bigram_loss(task.store.tokens["train"], measured, task.model_config.vocab_size)
+  baseline = bigram_baseline(task, _BATCHES.value, _BATCH_SIZE.value) if _BIGRAM.value else None
   print(
     f"{model.workdir}, step {model.step:,}, {results[0].examples:,} validation "
     f"{model.config.unit}s\n"
@@ -189,7 +208,7 @@ def main(argv) -> None:
     print(f"wrote {_JSON.value}")
 
 
-def as_json(model: Model, results: Sequence[Result], baseline: float | None) -> dict:
+def as_json(model: Model, results: Sequence[Result], baseline: Result | None) -> dict:
   """{"granularities": {"S": {"params", "flops_per_token", "loss", ...}}, ...}."""
   rows = {}
   for r in results:
@@ -204,7 +223,7 @@ def as_json(model: Model, results: Sequence[Result], baseline: float | None) -> 
     "workdir": str(model.workdir),
     "step": model.step,
     f"{model.config.unit}s": results[0].examples,
-    "bigram_loss": baseline,
+    "bigram": None if baseline is None else baseline.metrics,
     "granularities": rows,
   }
 
@@ -224,9 +243,14 @@ if __name__ == "__main__":
     "Any of loss, agreement, kl and, of images, "
     "accuracy; default all. Agreement and KL are against the full model.",
   )
-  _BATCHES = flags.DEFINE_integer("batches", 0, "Validation batches; 0 is all.", lower_bound=0)
+  _BATCHES = flags.DEFINE_integer(
+    "batches",
+    None,
+    "Validation batches; 0 is the whole split; default the sample that training measures.",
+    lower_bound=0,
+  )
   _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Per batch; default 16 windows or 256 images.", lower_bound=1
+    "batch_size", None, "Windows or images at a time; default as in training.", lower_bound=1
   )
   _BIGRAM = flags.DEFINE_bool("bigram", False, "Also show a bigram baseline.")
   _PLOT = flags.DEFINE_string("plot", None, "Write a PNG of loss or accuracy against parameters.")

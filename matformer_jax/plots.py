@@ -27,3 +27,13 @@ def figure(path: str | os.PathLike, size: tuple[float, float] = (7, 4.5)) -> Ite
     fig.savefig(path, dpi=140)
   finally:
     plt.close(fig)
+
+
+def bits_per_byte_axis(axes, bits_per_nat: float) -> None:
+  """A second scale at the right of a plot of losses: bits per byte of the same text.
+
+  Args:
+    bits_per_nat: bits per byte for each nat per token; one number for one text.
+  """
+  scale = (lambda loss: loss * bits_per_nat, lambda bits: bits / bits_per_nat)
+  axes.secondary_yaxis("right", functions=scale).set_ylabel("bits per byte")

@@ -9,11 +9,12 @@ errors. Writes search.csv, search.json and search.png.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import csv
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 
 from absl import flags
@@ -24,11 +25,11 @@ import tqdm
 from matformer_jax import cli, plots, runtime, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, MatLMConfig
-from matformer_jax.data.batches import Windows
 from matformer_jax.errors import UserError
-from matformer_jax.evals import latency
+from matformer_jax.evals import latency, stderr
 from matformer_jax.loading import LanguageModel, load, open_task
 from matformer_jax.models import dynamic, losses
+from matformer_jax.tasks.language import LanguageModeling
 
 CONFIGS_PER_CALL = 16
 MIX_N_MATCH = gran.SHAPES[0]  # "increasing"
@@ -54,14 +55,15 @@ def score(
   execution: Execution,
   params,
   granularities: Sequence[gran.Granularity],
-  batches: Sequence[np.ndarray],
+  batches: Sequence[Mapping[str, np.ndarray]],
 ) -> np.ndarray:
   """Losses [configurations, windows] in nats per token, with one program for all.
 
   Args:
     params: the stored parameters.
-    batches: [B, T+1] int32 token windows, all of one shape.
+    batches: as `ValidationWindows.read` gives them, all of one shape.
   """
+  counted = np.concatenate([batch["weight"] for batch in batches]) > 0
   indices = np.stack([dynamic.layer_indices(g) for g in granularities])
   padding = -len(indices) % CONFIGS_PER_CALL
   padded = np.concatenate([indices, np.repeat(indices[-1:], padding, axis=0)])
@@ -79,18 +81,25 @@ def score(
         rows.append(np.asarray(_window_losses(params, batch, call, config, execution)))
         bar.update()
       result.append(np.concatenate(rows, axis=1))
-  return np.concatenate(result)[: len(indices)]
+  return np.concatenate(result)[: len(indices), counted]
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _window_losses(params, batch, indices, config: MatLMConfig, execution: Execution):
   """[C, B] mean loss of every window under every configuration."""
-  targets = batch[:, 1:]
+  targets = batch["tokens"][:, 1:]
+  segments = {"segments_BxT": batch["segments"]} if "segments" in batch else {}
   chunks = losses.num_chunks((1, targets.shape[1]), config.vocab_size, execution)
 
   def one(layer_indices):
     hidden, embedding = dynamic.apply_dynamic(
-      params, batch[:, :-1], layer_indices, config=config, execution=execution, return_hidden=True
+      params,
+      batch["tokens"][:, :-1],
+      layer_indices,
+      config=config,
+      execution=execution,
+      return_hidden=True,
+      **segments,
     )
     window = lambda xy: losses.chunked_cross_entropy(xy[0][None], embedding, xy[1][None], chunks)[1]
     return jax.lax.map(window, (hidden, targets))
@@ -153,6 +162,7 @@ class Scored:
 
   Attributes:
     loss, stderr: mean over windows and its standard error, nats per token.
+    bits_per_byte: the loss in bits, per byte of the windows' text.
     difference, difference_stderr: loss minus the budget's Mix'n'Match loss, window by
       window; None without a budget.
     pareto: no scored configuration has both fewer parameters and a lower loss.
@@ -163,18 +173,26 @@ class Scored:
   flops_per_token: int
   loss: float
   stderr: float
+  bits_per_byte: float
   difference: float | None
   difference_stderr: float | None
   pareto: bool
 
 
 def summarize(
-  config: MatLMConfig, found: Sequence[Candidate], window_losses: np.ndarray
+  config: MatLMConfig,
+  found: Sequence[Candidate],
+  window_losses: np.ndarray,
+  bits_per_nat: float,
 ) -> list[Scored]:
-  """Means, standard errors and the Pareto front."""
+  """Means, standard errors and the Pareto front.
+
+  Args:
+    window_losses: [configurations, windows], nats per token.
+    bits_per_nat: bits per byte of text for each nat per token.
+  """
   sizes = [gran.count(config, c.granularity) for c in found]
   means = window_losses.mean(1)
-  error = lambda x: float(x.std(ddof=1) / np.sqrt(len(x)))
   reference = {c.budget: row for c, row in zip(found, window_losses) if c.kind == MIX_N_MATCH}
   result = []
   for c, n, row, mean in zip(found, sizes, window_losses, means):
@@ -189,9 +207,10 @@ def summarize(
         n.params,
         n.flops,
         float(mean),
-        error(row),
+        stderr(row),
+        float(mean * bits_per_nat),
         None if paired is None else float(paired.mean()),
-        None if paired is None else error(paired),
+        None if paired is None else stderr(paired),
         pareto,
       )
     )
@@ -203,7 +222,15 @@ def summarize(
 
 def report(config: MatLMConfig, scored: Sequence[Scored]) -> str:
   """Per budget: Mix'n'Match, and how much worse or better the others are."""
-  header = ("budget", "configuration", "granularity", "parameters", "loss", "minus Mix'n'Match")
+  header = (
+    "budget",
+    "configuration",
+    "granularity",
+    "parameters",
+    "loss",
+    "bits/byte",
+    "minus Mix'n'Match",
+  )
   rows = []
   for budget in dict.fromkeys(s.candidate.budget for s in scored if s.candidate.budget):
     mine = [s for s in scored if s.candidate.budget == budget]
@@ -222,6 +249,7 @@ def report(config: MatLMConfig, scored: Sequence[Scored]) -> str:
           gran.to_text(s.candidate.granularity, config),
           f"{s.params:,}",
           f"{s.loss:.4f} ± {s.stderr:.4f}",
+          f"{s.bits_per_byte:.4f}",
           ""
           if s.candidate.kind == MIX_N_MATCH
           else f"{s.difference:+.4f} ± {s.difference_stderr:.4f}",
@@ -283,6 +311,7 @@ def plot(config: MatLMConfig, scored: Sequence[Scored], title: str, path: pathli
     front = sorted((s.params / 1e6, s.loss) for s in scored if s.pareto)
     axes.step(*zip(*front), where="post", color="0.3", linewidth=1, zorder=1, label="Pareto front")
     axes.set(xlabel="parameters (million)", ylabel="validation loss (nats per token)", title=title)
+    plots.bits_per_byte_axis(axes, scored[0].bits_per_byte / scored[0].loss)
     axes.margins(0.06, 0.08)
     axes.legend()
 
@@ -302,17 +331,18 @@ def main(argv) -> None:
     latency.read(model.workdir, config),
   )
   distinct = list(dict.fromkeys(c.granularity for c in found))
-  windows = validation_windows(model, _BATCH_SIZE.value)
-  batches = [
-    windows.batch(i) for i in range(min(_BATCHES.value, windows.num_windows // _BATCH_SIZE.value))
-  ]
-  if not batches:
-    raise UserError(
-      f"--batch_size={_BATCH_SIZE.value} is larger than the {windows.num_windows} "
-      "validation windows; lower it"
-    )
+  batches = validation_batches(open_task(model), _BATCHES.value, _BATCH_SIZE.value)
+  windows = int(sum(b["weight"].sum() for b in batches))
+  if windows < 2:
+    raise UserError("one validation window has no standard error; raise --batches or --batch_size")
+  tokens = windows * config.seq_len
   rows = dict(zip(distinct, score(config, model.execution, model.params, distinct, batches)))
-  scored = summarize(config, found, np.stack([rows[c.granularity] for c in found]))
+  scored = summarize(
+    config,
+    found,
+    np.stack([rows[c.granularity] for c in found]),
+    bits_per_nat(batches),
+  )
   out = pathlib.Path(_OUT.value or model.workdir / "search")
   out.mkdir(parents=True, exist_ok=True)
   flat = as_rows(config, scored)
@@ -320,7 +350,6 @@ def main(argv) -> None:
     writer = csv.DictWriter(f, flat[0].keys())
     writer.writeheader()
     writer.writerows(flat)
-  tokens = sum(b.shape[0] * (b.shape[1] - 1) for b in batches)
   (out / "search.json").write_text(
     json.dumps(
       {"workdir": str(model.workdir), "step": model.step, "tokens": tokens, "rows": flat}, indent=1
@@ -342,10 +371,19 @@ def main(argv) -> None:
   print(f"wrote {out / 'search.csv'}, search.json, search.png")
 
 
-def validation_windows(model: LanguageModel, batch_size: int) -> Windows:
-  """The model's validation data, shuffled: a few batches of it stand for the whole."""
-  store = open_task(model).store
-  return Windows(store.tokens["validation"], model.config.seq_len, batch_size, seed=0)
+def bits_per_nat(batches: Sequence[Mapping[str, np.ndarray]]) -> float:
+  """Bits per byte of the batches' text for each nat per token."""
+  tokens = sum(float(b["weight"].sum()) * (b["tokens"].shape[1] - 1) for b in batches)
+  return tokens / sum(float(b["bytes"] @ b["weight"]) for b in batches) / math.log(2)
+
+
+def validation_batches(
+  task: LanguageModeling, batches: int | None = None, batch_size: int | None = None
+) -> list[dict[str, np.ndarray]]:
+  """The windows that training and `evaluate` measure, in batches."""
+  sample, batch_size = task.sample(batches, batch_size)
+  starts = range(0, len(sample), batch_size)
+  return [task.validation.read(range(s, s + batch_size), len(sample)) for s in starts]
 
 
 if __name__ == "__main__":
@@ -361,8 +399,15 @@ if __name__ == "__main__":
   _RUNGS = flags.DEFINE_integer(
     "rungs", 25, "About how many models of the Mix'n'Match ladder.", lower_bound=2
   )
-  _BATCHES = flags.DEFINE_integer("batches", 4, "Validation batches.", lower_bound=1)
-  _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows per batch.", lower_bound=1)
+  _BATCHES = flags.DEFINE_integer(
+    "batches",
+    None,
+    "Validation batches; 0 is the whole split; default the sample that training measures.",
+    lower_bound=0,
+  )
+  _BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Windows at a time; default as in training.", lower_bound=1
+  )
   _SEED = flags.DEFINE_integer("seed", 0, "Of the random mixes.", lower_bound=0)
   _OUT = flags.DEFINE_string("out", None, "Directory for the results; default WORKDIR/search.")
   cli.run(main)

@@ -149,6 +149,13 @@ def constrain(x: jax.Array, axes: tuple[str, ...], execution) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(execution.mesh, spec(axes)))
 
 
+def replicate(x: jax.Array, execution) -> jax.Array:
+  """Gives every device, hence every host, all of a small result."""
+  if execution.mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(execution.mesh, PartitionSpec()))
+
+
 def stored_shape(shape: tuple[int, ...], axes: tuple[str, ...], execution) -> tuple[int, ...]:
   """The shape in which a program sees a stored weight: of its fsdp shard, if per device."""
   if not execution.per_device:

@@ -184,6 +184,7 @@ def test_images_are_the_same_on_two_processes(tmp_path):
     mixup=0.5,
     model__dropout=0.1,
     eval__every=0,
+    eval__batches=2,
     data__train_transform="pad_crop(1)",
     sampling=ONE_SIZE,
   )
@@ -194,6 +195,11 @@ def test_images_are_the_same_on_two_processes(tmp_path):
   np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
   assert samples(tmp_path / "two") == samples(tmp_path / "one")
   assert len(samples(tmp_path / "two")) == 25
+  # Both measured the same sample of the validation images, and all of it.
+  two, one = (json.loads((tmp_path / run / "eval.jsonl").read_text()) for run in ("two", "one"))
+  assert two["examples"] == one["examples"] == 2 * 72
+  for metric in ("loss", "accuracy", "loss_stderr", "accuracy_stderr"):
+    assert two[metric] == pytest.approx(one[metric], rel=1e-4), metric
 
 
 def one_tokenizer(tmp_path) -> pathlib.Path:

@@ -185,6 +185,8 @@ def test_divergence_stops_with_a_clear_error_and_saves_nothing_bad(tiny_run, tmp
   assert "Traceback" not in result.stderr
   skipped = [r for r in metrics(workdir) if r.get("skipped")]
   assert len(skipped) >= 3 and all(r["granularity"] in ("S", "M", "L", "XL") for r in skipped)
+  # What is logged is what would have been applied: the schedule follows the updates made.
+  assert len({r["learning_rate"] for r in skipped[-3:]}) == 1
   model = matformer_jax.load(workdir)
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(model.params))
 
@@ -316,8 +318,27 @@ def test_evaluate(tiny_run, tmp_path):
     assert rows[name]["perplexity"] == pytest.approx(np.exp(rows[name]["loss"]))
     assert rows[name]["params"] < rows["XL"]["params"]
     assert f"{rows[name]['loss']:.4f}" in result.stdout
-  assert "bigram baseline" in result.stdout and report["bigram_loss"] < np.log(512)
+  assert "bigram baseline" in result.stdout and report["bigram"]["loss"] < np.log(512)
   assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_repeats_the_last_validation_of_the_run(tiny_run, tmp_path):
+  """The same windows of the whole split, digit for digit, with standard errors."""
+  out = tmp_path / "out.json"
+  result = run_program(
+    "evaluate", f"--workdir={tiny_run}", "--metrics=loss", "--bigram", f"--json={out}"
+  )
+  assert result.returncode == 0, result.stderr
+  report = json.loads(out.read_text())
+  last = json.loads((tiny_run / "eval.jsonl").read_text().splitlines()[-1])
+  assert report["tokens"] == last["examples"] == 2 * 8 * 32
+  for name, row in report["granularities"].items():
+    for metric in ("loss", "loss_stderr", "perplexity", "bits_per_byte"):
+      assert row[metric] == last[metric][name], (name, metric)
+    assert 0 < row["loss_stderr"] < 0.5
+    assert f"{row['loss']:.4f} ± {row['loss_stderr']:.4f}" in result.stdout
+    ratio = report["bigram"]["bits_per_byte"] / report["bigram"]["loss"]  # of the same text
+    assert row["bits_per_byte"] / row["loss"] == pytest.approx(ratio)
 
 
 def test_evaluate_only_loss_with_a_ladder(tiny_run):

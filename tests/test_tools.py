@@ -113,6 +113,7 @@ def test_search(tiny_run, tmp_path):
   )
   assert result.returncode == 0, result.stderr
   assert "minus Mix'n'Match" in result.stdout and "±" in result.stdout
+  assert "bits/byte" in result.stdout
   rows = json.loads((out / "search.json").read_text())["rows"]
   table = list(csv.DictReader(open(out / "search.csv")))
   assert [r["granularity"] for r in table] == [r["granularity"] for r in rows]
@@ -128,11 +129,14 @@ def test_scores_are_the_losses_of_the_static_programs(tiny_run):
   from matformer_jax.evals import lm
 
   model = matformer_jax.load(tiny_run)
-  batches = [np.random.default_rng(i).integers(0, 512, (4, 33)).astype(np.int32) for i in (0, 1)]
+  tokens = [np.random.default_rng(i).integers(0, 512, (4, 33)).astype(np.int32) for i in (0, 1)]
+  ones = np.ones(4, np.float32)
+  batches = [{"tokens": t, "bytes": np.full(4, 64, np.int32), "weight": ones} for t in tokens]
+  batches[1]["weight"] = np.array([1, 1, 1, 0], np.float32)  # the last row only fills the batch
   chosen = [gran.parse(t, model.config) for t in ("S", "M+L", "XL+S", "XL")]
   have = score(model.config, model.execution, model.params, chosen, batches)
   want = lm.evaluate(model.config, model.execution, model.params, chosen, batches, False)
-  assert have.shape == (4, 8)
+  assert have.shape == (4, 7)
   np.testing.assert_allclose(have.mean(1), [r.metrics["loss"] for r in want], rtol=1e-5)
 
 
@@ -145,7 +149,8 @@ def test_front_and_paired_differences(small):
     Candidate(parse("XL"), "trained", ""),
   ]
   windows = np.array([[5.0, 3.0], [4.0, 2.0], [4.5, 2.5], [3.0, 1.0]])
-  scored = summarize(small, found, windows)
+  scored = summarize(small, found, windows, bits_per_nat=0.5)
+  assert scored[0].bits_per_byte == pytest.approx(2.0)
   assert [s.pareto for s in scored] == [True, True, False, True]
   assert scored[2].difference == 0.5 and scored[2].difference_stderr == 0
   assert scored[0].difference is None and scored[0].stderr == pytest.approx(1.0)
@@ -182,13 +187,10 @@ def test_extract_evaluate_fine_tune(tiny_run, tmp_path):
     "--granularities=M*1+L*1",
     "--metrics=loss",
     env=OPTIMISED,
-  ).stdout.split()[-2:]
+  ).stdout.split()[-5:]
   assert mine == [
-    w
-    for line in result.stdout.splitlines()
-    if line.startswith("M*1+L*1")
-    for w in line.split()[3:5]
-  ]  # the same loss and perplexity
+    w for l in result.stdout.splitlines() if l.startswith("M*1+L*1") for w in l.split()[3:8]
+  ]  # the same loss, error, perplexity and bits per byte
   result = run_program("describe", f"--workdir={out}")
   assert "M*1+L*1" in result.stdout
   tuned = tmp_path / "tuned"

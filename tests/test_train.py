@@ -233,9 +233,12 @@ def test_schedules(schedule):
   config = conftest.get_config("tiny").optim
   config.update(dict(schedule=schedule, peak_lr=1.0, warmup_steps=10, final_lr_ratio=0.1))
   f = optim.make_schedule(config, 100)
-  assert f(0) == 0 and f(5) == pytest.approx(0.5) and f(10) == pytest.approx(1.0)
+  # The first update has 1/warmup of the peak, the 10th all of it, the 100th is the last.
+  assert [float(f(made)) for made in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+  after = {"cosine": 0.99973, "rsqrt": (10 / 11) ** 0.5, "constant": 1.0}[schedule]
+  assert f(10) == pytest.approx(after, rel=1e-4)
   end = {"cosine": 0.1, "rsqrt": 10**-0.5, "constant": 1.0}[schedule]
-  assert f(100) == pytest.approx(end, rel=1e-4)
+  assert f(99) == pytest.approx(end, rel=1e-4)
 
 
 def test_adafactor_trains_with_factored_moments_on_a_mesh():
@@ -272,6 +275,8 @@ def test_a_run_records_every_step(tiny_run):
     r["loss"] > 0 and r["grad_norm"] > 0 and r["step_time_s"] > 0 and r["tokens_per_s"] > 0
     for r in rows
   )
+  rates = [r["learning_rate"] for r in rows[:5]]
+  assert rates == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])  # none of them is 0
   assert np.mean([r["loss"] for r in rows[-8:]]) < np.mean([r["loss"] for r in rows[:8]]) - 0.5
   evals = [json.loads(line) for line in (tiny_run / "eval.jsonl").read_text().splitlines()]
   assert [e["step"] for e in evals] == [20, 40] and set(evals[0]["loss"]) == set(names)

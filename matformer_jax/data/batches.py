@@ -1,4 +1,4 @@
-"""ImageBatches addressed by step: windows of tokens, and images decoded and augmented.
+"""Batches addressed by step: windows of tokens, and images decoded and augmented.
 
 A batch is a pure function of (seed, step), so the state of a data source is the step number.
 Image i of epoch e is augmented by a generator seeded with (seed, e, i), on whatever host
@@ -18,6 +18,7 @@ from absl import flags
 import grain
 import numpy as np
 
+from matformer_jax.data import store
 from matformer_jax.data.augment import Transform
 from matformer_jax.data.image_sources import CorruptImage, Images
 from matformer_jax.errors import UserError
@@ -25,38 +26,125 @@ from matformer_jax.errors import UserError
 # ---------------------------------------------------------------------- tokens
 
 
-class Windows:
-  """ImageBatches of [B, T+1] token windows, a pure function of the step.
+def sample_order(size: int) -> Sequence[int]:
+  """Numbers below `size` in the one shuffled order in which validation reads them, each once.
 
-  Window i is tokens[i*T : i*T + T+1], so every token is predicted once. Epochs are
-  shuffled anew by `seed`; with seed None windows come in order.
+  Of any first n it is a sample of the whole, the same in every run, program, mesh and host.
   """
+  return grain.MapDataset.range(size).seed(0).shuffle()
 
-  def __init__(self, tokens: Sequence[int], seq_len: int, batch_size: int, seed: int | None):
+
+class _Reader:
+  """Windows of a split by number: window i is tokens[i*T : i*T + T+1]."""
+
+  def __init__(self, tokens: Sequence[int], seq_len: int, documents: store.Documents | None):
+    self._tokens, self._seq_len, self._documents = tokens, seq_len, documents
     self.num_windows = (len(tokens) - 1) // seq_len
     if self.num_windows < 1:
       raise UserError(
         f"the corpus has {len(tokens)} tokens in this split, fewer than one window "
         f"of model.seq_len={seq_len} + 1; use more text or a shorter seq_len"
       )
-    self._tokens, self._seq_len, self._batch_size = tokens, seq_len, batch_size
-    order = grain.MapDataset.range(self.num_windows)
-    if seed is not None:
-      order = order.seed(seed).shuffle()
-    self._order: Any = order.repeat()
+
+  def tokens(self, ids: Sequence[int]) -> np.ndarray:
+    """int32 [len(ids), T+1]."""
+    length = self._seq_len
+    windows = [self._tokens[i * length : i * length + length + 1] for i in ids]
+    return np.stack(windows).astype(np.int32)
+
+  def segments(self, ids: Sequence[int]) -> dict[str, np.ndarray]:
+    """{"segments": int32 [len(ids), T]}, or {} where documents are not told apart."""
+    if self._documents is None:
+      return {}
+    length = self._seq_len
+    return {
+      "segments": np.stack([self._documents.segments(i * length, (i + 1) * length) for i in ids])
+    }
+
+
+class Windows:
+  """Training batches of token windows, a pure function of the step.
+
+  Every token is predicted once in an epoch. Epochs are shuffled anew by `seed`.
+
+  Args:
+    documents: told apart within windows, where given.
+  """
+
+  def __init__(
+    self,
+    tokens: Sequence[int],
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    documents: store.Documents | None = None,
+  ):
+    self._reader = _Reader(tokens, seq_len, documents)
+    self.num_windows = self._reader.num_windows
+    self._batch_size = batch_size
+    self._order = grain.MapDataset.range(self.num_windows).seed(seed).shuffle().repeat()
 
   def window_ids(self, step: int, rows: range | None = None) -> list[int]:
     """Which windows are in the given rows (all by default) of the batch of `step`."""
     first = step * self._batch_size
     return [int(self._order[first + i]) for i in rows or range(self._batch_size)]
 
-  def batch(self, step: int, rows: range | None = None) -> np.ndarray:
-    """int32 [rows, T+1]: rows of the batch of `step`."""
-    length = self._seq_len
-    windows = [
-      self._tokens[i * length : i * length + length + 1] for i in self.window_ids(step, rows)
-    ]
-    return np.stack(windows).astype(np.int32)
+  def batch(self, step: int, rows: range | None = None) -> np.ndarray | dict[str, np.ndarray]:
+    """Rows of the batch of `step`.
+
+    Returns:
+      int32 [rows, T+1]; where documents are told apart {"tokens": that, "segments": int32
+      [rows, T]}: the document of each input token, numbered from 0 within its window.
+    """
+    ids = self.window_ids(step, rows)
+    tokens, segments = self._reader.tokens(ids), self._reader.segments(ids)
+    return {"tokens": tokens, **segments} if segments else tokens
+
+
+class ValidationWindows:
+  """Batches of a fixed sample of a split's windows, each once.
+
+  Args:
+    byte_lengths: [V], of the tokenizer.
+    documents: told apart within windows, where given.
+
+  Attributes:
+    num_windows: in the split.
+  """
+
+  def __init__(
+    self,
+    tokens: Sequence[int],
+    seq_len: int,
+    byte_lengths: np.ndarray,
+    documents: store.Documents | None = None,
+  ):
+    self._reader = _Reader(tokens, seq_len, documents)
+    self.num_windows = self._reader.num_windows
+    self._byte_lengths = byte_lengths
+    self._order = sample_order(self.num_windows)
+
+  def sample(self, limit: int = 0) -> range:
+    """Places in the sample's order of its first `limit` windows; 0 is all."""
+    return range(min(limit, self.num_windows) if limit else self.num_windows)
+
+  def read(self, places: Sequence[int], counted: int | None = None) -> dict[str, np.ndarray]:
+    """Windows at places of the sample's order, as many of them counted as are below `counted`.
+
+    Returns:
+      {"tokens": int32 [n, T+1], "bytes": int32 [n], "weight": float32 [n]} and, where documents
+      are told apart, "segments" int32 [n, T]. `bytes` is how long the text of the T predicted
+      tokens is. A place that is not counted repeats a window with weight 0.
+    """
+    counted = self.num_windows if counted is None else counted
+    ids = [int(self._order[place % counted]) for place in places]
+    tokens = self._reader.tokens(ids)
+    return {
+      "tokens": tokens,
+      "bytes": self._byte_lengths[tokens[:, 1:]].sum(1).astype(np.int32),
+      "weight": np.array([place < counted for place in places], np.float32),
+      **self._reader.segments(ids),
+    }
 
 
 # ---------------------------------------------------------------------- images
@@ -158,12 +246,24 @@ class ImageBatches:
 
 
 class LabelledBatches:
-  """All images of a split in order; the last batch is filled with images without label."""
+  """Images of a split, each once; the last batch is filled with images without label.
 
-  def __init__(self, images: Images, batch_size: int, transform: Transform, corrupt: Corrupt):
+  Args:
+    order: which images; by default all, in order.
+  """
+
+  def __init__(
+    self,
+    images: Images,
+    batch_size: int,
+    transform: Transform,
+    corrupt: Corrupt,
+    order: Sequence[int] | None = None,
+  ):
     self._images, self._batch_size = images, batch_size
     self._transform, self._corrupt = transform, corrupt
-    self.num_batches = -(-images.size // batch_size)
+    self._order = range(images.size) if order is None else order
+    self.num_batches = -(-len(self._order) // batch_size)
 
   def batch(self, step: int, rows: range | None = None) -> dict[str, np.ndarray]:
     """{"image": uint8 [rows, S, S, channels], "labels": int32 [rows, R], -1 where none}."""
@@ -172,11 +272,11 @@ class LabelledBatches:
     pictures: list[np.ndarray | None] = [None] * len(rows)
     rng = np.random.default_rng(0)  # transforms for evaluation draw nothing
     for i, row in enumerate(rows):
-      index = step * self._batch_size + row
-      if index >= self._images.size:
+      place = step * self._batch_size + row
+      if place >= len(self._order):
         continue
       try:
-        image, found = self._images.decode(index)
+        image, found = self._images.decode(int(self._order[place]))
         pictures[i] = self._transform(image, rng)
         labels[i, : len(found)] = found
       except CorruptImage as e:

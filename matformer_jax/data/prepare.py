@@ -43,6 +43,7 @@ class Job:
     parts: pieces of work, and shards per split.
     validation_fraction: share of the documents held out.
     tokenizer: sha256 of a given model, or how one is trained.
+    version: of the store's format.
   """
 
   source: str
@@ -51,6 +52,7 @@ class Job:
   parts: int
   validation_fraction: float
   tokenizer: str
+  version: int = store.STORE_VERSION
 
 
 def prepare(
@@ -70,6 +72,7 @@ def prepare(
   """
   out.mkdir(parents=True, exist_ok=True)
   _check_same_job(out, job)
+  store.Split(job.validation_fraction, corpus.num_documents).say(job.source)
   if (out / store.MANIFEST).exists():
     print(f"{out} is already prepared")
     return store.open_store(out)
@@ -143,12 +146,12 @@ def _tokenizer(
 
 
 def spread(corpus: text_sources.Corpus, limit: int, places: int = 64) -> Iterator[str]:
-  """About `limit` bytes of documents, from evenly spread places; no more is read or kept."""
+  """About `limit` bytes of text, from evenly spread places; no more is read or kept."""
   for place in range(places):
     left = limit // places
-    for document in corpus.part(place, places):
-      yield document
-      left -= len(document.encode("utf-8", "replace"))
+    for piece in corpus.pieces(place, places):
+      yield piece
+      left -= len(piece.encode("utf-8", "replace"))
       if left <= 0:
         break
 
@@ -212,9 +215,8 @@ def _do_part(job: Job, out: pathlib.Path, index: int) -> None:
       _COUNTER.value += pending
     pending = 0
 
-  store.write_part(
-    out, index, corpus.part(index, job.parts), tokenizer, job.validation_fraction, report
-  )
+  split = store.Split(job.validation_fraction, corpus.num_documents)
+  store.write_part(out, index, corpus.part(index, job.parts), tokenizer, split, report)
   flush()
 
 

@@ -3,6 +3,7 @@
   DIR/manifest.json            what it holds; written last, so a directory with it is whole
   DIR/tokenizer.model          in prepared stores
   DIR/train-00000.bin ...      documents one after the other, each closed by end-of-text
+  DIR/train-00000.documents.bin ...  uint64: at which of that shard's tokens each begins
   DIR/validation-00000.bin ...
 
 Parts of the corpus are written independently, each a shard per split, in any order and by
@@ -12,7 +13,7 @@ any process; `finish` joins them.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -28,11 +29,14 @@ from matformer_jax import runtime
 from matformer_jax.data.tokenizer import Tokenizer
 from matformer_jax.errors import UserError
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 VERIFIED_BYTES = 4 * 2**30  # a larger store is checked for size when opened, not read whole
-_BATCH = 64  # documents tokenised at a time
+PIECE_CHARS = 16_384  # a document is tokenised in pieces of this size, cut at line ends
+_BATCH = 64  # pieces tokenised at a time
+_START = np.dtype(np.uint64)
+_STARTS_END = ".documents.bin"
 
 
 class Tokens(Sequence):
@@ -69,24 +73,59 @@ class Tokens(Sequence):
     return np.asarray(self[:], dtype)
 
 
+class Documents:
+  """Where the documents of a split begin, by offsets: end-of-text may occur in a text literally.
+
+  Args:
+    shards: per shard, its first token's place in the split, and uint64 places within the shard.
+  """
+
+  def __init__(self, shards: Sequence[tuple[int, np.ndarray]]):
+    self._shards = [(first, starts) for first, starts in shards if len(starts)]
+    self._firsts = [first for first, _ in self._shards]
+
+  def __len__(self) -> int:
+    return sum(len(starts) for _, starts in self._shards)
+
+  def starts(self, start: int, stop: int) -> np.ndarray:
+    """int64: which tokens of `range(start, stop)` of the split are the first of a document."""
+    found = [np.zeros(0, np.int64)]
+    for i in range(max(bisect.bisect_right(self._firsts, start) - 1, 0), len(self._shards)):
+      first, starts = self._shards[i]
+      if first >= stop:
+        break
+      places = np.array([max(start - first, 0), stop - first], _START)
+      low, high = np.searchsorted(starts, places)
+      found.append(starts[low:high].astype(np.int64) + first)
+    return np.concatenate(found)
+
+  def segments(self, start: int, stop: int) -> np.ndarray:
+    """int32 [stop - start]: the document of each token, numbered from 0 within the range."""
+    inner = self.starts(start + 1, stop)
+    return np.searchsorted(inner, np.arange(start, stop), side="right").astype(np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
   """Tokens of both splits.
 
   Attributes:
     tokens: split -> Tokens.
+    documents: split -> Documents.
     manifest: version, source, tokenizer hash, dtype, shards with counts and checksums.
     path: the store's directory.
   """
 
   tokens: dict[str, Tokens]
+  documents: dict[str, Documents]
   manifest: dict[str, Any]
   path: pathlib.Path
 
   @property
   def fingerprint(self) -> str:
-    """Changes when any token does; equal on every machine with the same shards."""
-    sums = "".join(s["sha256"] for split in SPLITS for s in self.manifest["shards"][split])
+    """Changes when any token or document does; equal on every machine with the same shards."""
+    shards = [s for split in SPLITS for s in self.manifest["shards"][split]]
+    sums = "".join(s["sha256"] + s["starts"]["sha256"] for s in shards)
     return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
   def total(self, split: str, what: str) -> int:
@@ -109,74 +148,184 @@ def open_store(path: str | os.PathLike, verify: bool | None = None) -> TokenStor
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["version"] != STORE_VERSION:
       raise UserError(
-        f"token store {path} has version {manifest['version']}, this program writes {STORE_VERSION}"
+        f"token store {path} has format version {manifest['version']}, this program reads "
+        f"{STORE_VERSION}: prepare it again, with `python -m matformer_jax.data.prepare` and "
+        "another --out"
       )
     dtype = np.dtype(manifest["dtype"])
     size = sum(s["tokens"] for split in SPLITS for s in manifest["shards"][split]) * dtype.itemsize
-    tokens = {}
+    verify = size <= VERIFIED_BYTES if verify is None else verify
+    tokens, documents = {}, {}
     for split in SPLITS:
-      shards = []
+      shards, starts, first = [], [], 0
       for shard in manifest["shards"][split]:
-        _check_shard(path, shard, dtype, size <= VERIFIED_BYTES if verify is None else verify)
-        if shard["tokens"]:
-          shards.append(np.memmap(path / shard["file"], dtype, "r", shape=(shard["tokens"],)))
-      tokens[split] = Tokens(shards, dtype)
+        shards.append(_read(path, shard, dtype, shard["tokens"], verify))
+        starts.append((first, _read(path, shard["starts"], _START, shard["documents"], verify)))
+        first += shard["tokens"]
+      tokens[split], documents[split] = Tokens(shards, dtype), Documents(starts)
   except (OSError, ValueError, KeyError, TypeError) as e:
     if isinstance(e, UserError):
       raise
     raise UserError(f"token store {path} is incomplete ({e}); prepare it again") from e
-  return TokenStore(tokens, manifest, path)
+  return TokenStore(tokens, documents, manifest, path)
 
 
-def _check_shard(path: pathlib.Path, shard: dict[str, Any], dtype, verify: bool) -> None:
-  file = path / shard["file"]
-  if file.stat().st_size != shard["tokens"] * dtype.itemsize:
+def _read(
+  path: pathlib.Path, entry: dict[str, Any], dtype: np.dtype, length: int, verify: bool
+) -> np.ndarray:
+  """A file of the store as an array [length]; its size is checked, its content if `verify`."""
+  file = path / entry["file"]
+  if file.stat().st_size != length * dtype.itemsize:
     raise UserError(
       f"token store file {file} has {file.stat().st_size} bytes, its manifest says "
-      f"{shard['tokens'] * dtype.itemsize}; prepare it again"
+      f"{length * dtype.itemsize}; prepare it again"
     )
-  if verify and _sha256(file) != shard["sha256"]:
+  if verify and _sha256(file) != entry["sha256"]:
     raise UserError(f"token store file {file} fails its checksum; prepare it again")
+  return np.memmap(file, dtype, "r", shape=(length,)) if length else np.zeros(0, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Which text is held out for validation: every 1/fraction-th document.
+
+  A corpus of fewer documents than that holds out the last lines of each, about `fraction` of
+  its text: whole documents would be none, or far too much.
+
+  Attributes:
+    fraction: of the documents.
+    num_documents: of the corpus.
+  """
+
+  fraction: float
+  num_documents: int
+
+  @property
+  def every(self) -> int:
+    """One document of how many is held out."""
+    return max(2, round(1 / self.fraction))
+
+  @property
+  def holds_out_ends(self) -> bool:
+    """Whether the corpus has too few documents to hold out whole ones."""
+    return self.num_documents < self.every
+
+  def say(self, source: str) -> None:
+    """Says so where that is the case."""
+    if self.holds_out_ends:
+      runtime.say(
+        f"note: {source} has {self.num_documents:,} document{'s' * (self.num_documents != 1)}, "
+        "fewer than 1 / "
+        f"validation_fraction = {self.every:,}: the last {self.fraction:.2%} of each is held out "
+        "for validation, instead of whole documents"
+      )
+
+  def share(self, number: int, text: str) -> list[tuple[str, str]]:
+    """[(split, its share of document `number`)], in the text's order."""
+    if not self.holds_out_ends:
+      return [("validation" if number % self.every == self.every // 2 else "train", text)]
+    end = len(text) - round(len(text) * self.fraction)
+    end = text.rfind("\n", 0, end) + 1 or end
+    return [("train", text[:end]), ("validation", text[end:])]
+
+
+def cut(text: str) -> Iterator[str]:
+  """Pieces of at most about PIECE_CHARS, cut after a newline; joined they are `text`."""
+  start = 0
+  while start < len(text):
+    stop = len(text)
+    if stop - start > PIECE_CHARS:
+      stop = text.rfind("\n", start, start + PIECE_CHARS) + 1 or start + PIECE_CHARS
+    yield text[start:stop]
+    start = stop
 
 
 def write_part(
   path: pathlib.Path,
   index: int,
-  documents: Iterable[str],
+  documents: Iterable[tuple[int, str]],
   tokenizer: Tokenizer,
-  validation_fraction: float,
-  report: Callable[[int], Any] = lambda n: None,
+  split: Split,
+  report: Callable[[int], None] = lambda n: None,
 ) -> None:
   """Tokenises one part of a corpus into shards `index`, unless that is done already.
 
-  Every 1/validation_fraction-th document is held out. `report` gets bytes of text done.
+  Args:
+    documents: each with its number in the corpus, on which the split depends; not on parts.
+    report: gets bytes of text done.
   """
   done = _part_file(path, index)
   if done.exists():
     return
   dtype = token_dtype(tokenizer)
-  every = max(2, round(1 / validation_fraction))
-  counts = {
-    split: {"file": f"{split}-{index:05d}.bin", "documents": 0, "bytes": 0, "tokens": 0}
-    for split in SPLITS
-  }
-  sums = {split: hashlib.sha256() for split in SPLITS}
   with contextlib.ExitStack() as stack:
-    out = {s: stack.enter_context(open(path / counts[s]["file"], "wb")) for s in SPLITS}
-    numbered = enumerate(documents)
-    while batch := list(itertools.islice(numbered, _BATCH)):
-      for (number, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch])):
-        split = "validation" if number % every == every // 2 else "train"
-        data = np.asarray(ids + [tokenizer.eos_id], dtype).tobytes()
-        out[split].write(data)
-        sums[split].update(data)
-        size = len(text.encode("utf-8", "replace"))
-        for name, amount in (("documents", 1), ("bytes", size), ("tokens", len(ids) + 1)):
-          counts[split][name] += amount
+    shards = {name: stack.enter_context(_Shard(path, f"{name}-{index:05d}")) for name in SPLITS}
+    pieces = _pieces(documents, split)
+    while batch := list(itertools.islice(pieces, _BATCH)):
+      encoded = tokenizer.encode_batch([piece.text for piece in batch])
+      for piece, ids in zip(batch, encoded):
+        ids = ids + [tokenizer.eos_id] if piece.ends else ids
+        size = len(piece.text.encode("utf-8", "replace"))
+        shards[piece.split].add(np.asarray(ids, dtype), piece.begins, size)
         report(size)
-  for split in SPLITS:
-    counts[split]["sha256"] = sums[split].hexdigest()
-  write_json(done, counts)
+  write_json(done, {name: shard.entry() for name, shard in shards.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+  """What is tokenised at once; whether a document begins (in its split) or ends with it."""
+
+  split: str
+  text: str
+  begins: bool
+  ends: bool
+
+
+def _pieces(documents: Iterable[tuple[int, str]], split: Split) -> Iterator[_Piece]:
+  for number, text in documents:
+    pieces = [
+      (name, piece, i == 0)
+      for name, share in split.share(number, text)
+      for i, piece in enumerate(cut(share))
+    ]
+    for i, (name, piece, begins) in enumerate(pieces, 1):
+      yield _Piece(name, piece, begins, i == len(pieces))
+
+
+class _Shard:
+  """A shard being written: its tokens, and where its documents begin."""
+
+  def __init__(self, path: pathlib.Path, name: str):
+    self._files = {key: f"{name}{end}" for key, end in (("ids", ".bin"), ("starts", _STARTS_END))}
+    self._out = {key: open(path / file, "wb") for key, file in self._files.items()}
+    self._sums = {key: hashlib.sha256() for key in self._files}
+    self._counts = {"documents": 0, "bytes": 0, "tokens": 0}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for file in self._out.values():
+      file.close()
+
+  def add(self, ids: np.ndarray, begins: bool, size: int) -> None:
+    """Appends a piece of `size` bytes."""
+    if begins:
+      self._write("starts", np.array([self._counts["tokens"]], _START))
+    self._write("ids", ids)
+    for name, amount in (("documents", begins), ("bytes", size), ("tokens", len(ids))):
+      self._counts[name] += amount
+
+  def _write(self, key: str, values: np.ndarray) -> None:
+    self._out[key].write(values.tobytes())
+    self._sums[key].update(values.tobytes())
+
+  def entry(self) -> dict[str, Any]:
+    """What the manifest says of it."""
+    entries = {
+      key: {"file": f, "sha256": self._sums[key].hexdigest()} for key, f in self._files.items()
+    }
+    return {**entries["ids"], **self._counts, "starts": entries["starts"]}
 
 
 def finish(
@@ -193,8 +342,8 @@ def finish(
   for split in SPLITS:
     if not sum(s["documents"] for s in shards[split]):
       raise UserError(
-        f"source {source!r} has {documents:,} documents, which leaves the {split} split empty at "
-        f"validation_fraction={validation_fraction}; use more text or another fraction"
+        f"source {source!r} is too small: validation_fraction={validation_fraction} leaves its "
+        f"{split} split empty; use more text or another fraction"
       )
   write_json(
     path / MANIFEST,

@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -32,7 +33,6 @@ from matformer_jax.data import store, tfds_source
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer
 from matformer_jax.errors import UserError
 
-DOCUMENT_CHARS = 16_384  # longer files are cut at line ends into documents of this size
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -46,19 +46,26 @@ class Corpus:
   Attributes:
     name: the source as the user wrote it.
     identity: what changes when the corpus does; part of the store's key.
-    part: (index, count) -> a fresh iterator of a contiguous share of the documents; one
-      after the other the parts are the corpus.
+    part: (index, count) -> a fresh iterator of a contiguous share of the documents, each with
+      its number in the whole corpus; one after the other the parts are the corpus.
+    num_documents: in the corpus, empty ones too.
     size: bytes, for the progress bar; 0 where unknown.
   """
 
   name: str
   identity: str
-  part: Callable[[int, int], Iterator[str]]
+  part: Callable[[int, int], Iterator[tuple[int, str]]]
+  num_documents: int
   size: int = 0
 
   def documents(self) -> Iterator[str]:
-    """All documents."""
-    return self.part(0, 1)
+    """All documents: a file each, or an example of a dataset."""
+    return (text for _, text in self.part(0, 1))
+
+  def pieces(self, index: int = 0, count: int = 1) -> Iterator[str]:
+    """The text of a part (by default of all) in pieces of bounded size, for a sample of it."""
+    for _, text in self.part(index, count):
+      yield from store.cut(text)
 
 
 def open_corpus(source: str, data_dir: str | None = None) -> Corpus:
@@ -110,25 +117,13 @@ def _file_corpus(name: str, files: list[pathlib.Path], root: pathlib.Path) -> Co
   def part(index, count):
     # By bytes, so that parts take equally long.
     sizes = [s for _, s, _ in stats]
-    starts = [sum(sizes[:i]) * count // size for i in range(len(files))]
-    for path, start in zip(files, starts):
-      if start != index:
-        continue
-      # Undecodable bytes (some test data in real corpora) become U+FFFD.
-      yield from _cut(path.read_text(encoding="utf-8", errors="replace"))
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    for number, (path, start) in enumerate(zip(files, starts)):
+      if start * count // size == index:
+        # Undecodable bytes (some test data in real corpora) become U+FFFD.
+        yield number, path.read_text(encoding="utf-8", errors="replace")
 
-  return Corpus(name, json.dumps(stats), part, size)
-
-
-def _cut(text: str) -> Iterator[str]:
-  """Documents of at most about DOCUMENT_CHARS, cut after a newline; joined they are `text`."""
-  start = 0
-  while len(text) - start > DOCUMENT_CHARS:
-    stop = text.rfind("\n", start, start + DOCUMENT_CHARS) + 1 or start + DOCUMENT_CHARS
-    yield text[start:stop]
-    start = stop
-  if start < len(text):
-    yield text[start:]
+  return Corpus(name, json.dumps(stats), part, len(files), size)
 
 
 def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
@@ -144,30 +139,30 @@ def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
     len(items) * index // count, len(items) * (index + 1) // count
   )
 
-  def from_array_record(index, count):
-    # The data source keeps its split's examples in order and reads without TensorFlow.
-    records = builder.as_data_source(split="train")
-    for i in share(records, index, count):
-      yield records[i]
+    def examples(index, count):
+      # The data source keeps its split's examples in order and reads without TensorFlow.
+      source = builder.as_data_source(split="train")
+      for i in range(len(source) * index // count, len(source) * (index + 1) // count):
+        yield i, source[i]
+  else:
 
-  def from_tfrecord(index, count):
-    paths = list(split.filepaths)
-    for i in share(paths, index, count):
-      records = grain.experimental.TFRecordIterDataset(os.fspath(paths[i]))
-      yield from records.map(builder.info.features.deserialize_example_np)
-
-  is_array_record = tfds_source.file_format(builder) == "array_record"
-  examples: Any = from_array_record if is_array_record else from_tfrecord
+    def examples(index, count):
+      paths = list(split.filepaths)
+      firsts = list(itertools.accumulate(split.shard_lengths, initial=0))
+      for i in range(len(paths) * index // count, len(paths) * (index + 1) // count):
+        records = grain.experimental.TFRecordIterDataset(os.fspath(paths[i]))
+        decoded = records.map(builder.info.features.deserialize_example_np)
+        yield from enumerate(decoded, firsts[i])
 
   def part(index, count):
-    for example in examples(index, count):
+    for number, example in examples(index, count):
       text = example[feature]
       if isinstance(text, np.ndarray):
         text = text.item()
-      yield from _cut(text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text))
+      yield number, text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
 
   identity = tfds_source.identity(builder, "train")
-  return Corpus(source, identity, part, int(split.num_bytes or 0))
+  return Corpus(source, identity, part, int(split.num_examples), int(split.num_bytes or 0))
 
 
 # -------------------------------------------------------------------- cache
@@ -218,7 +213,7 @@ def get_tokenizer(
         path.unlink()  # a cache entry, remade below
     started = time.perf_counter()
     runtime.say(f"training a {model_type} tokenizer of {vocab_size:,} pieces on {corpus.name}")
-    tokenizer = train_tokenizer(corpus.documents(), vocab_size, model_type, sample_bytes)
+    tokenizer = train_tokenizer(corpus.pieces(), vocab_size, model_type, sample_bytes)
     runtime.say(f"tokenizer trained in {time.perf_counter() - started:.1f} s")
     runtime.replace_file(path, tokenizer.model)
   return tokenizer
@@ -250,6 +245,8 @@ def get_store(
         shutil.rmtree(path)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     temporary.mkdir()
+    split = store.Split(validation_fraction, corpus.num_documents)
+    split.say(corpus.name)
     with tqdm.tqdm(
       total=corpus.size or None,
       unit="B",
@@ -258,7 +255,7 @@ def get_store(
       desc=f"tokenising {corpus.name}",
       mininterval=1.0,
     ) as bar:
-      store.write_part(temporary, 0, corpus.documents(), tokenizer, validation_fraction, bar.update)
+      store.write_part(temporary, 0, corpus.part(0, 1), tokenizer, split, bar.update)
     store.finish(temporary, 1, corpus.name, tokenizer, validation_fraction)
     temporary.rename(path)
   return store.open_store(path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+import functools
 import hashlib
 import io
 import os
 import re
 
+import numpy as np
 import sentencepiece
 
 from matformer_jax.errors import UserError
@@ -71,6 +73,20 @@ class Tokenizer:
           ids = ids + self._space_ids + part
         result[i] = ids
     return result
+
+  @functools.cached_property
+  def byte_lengths(self) -> np.ndarray:
+    """int64 [V]: bytes of UTF-8 that each id stands for in a text; end-of-text stands for none."""
+    return np.array([self._byte_length(i) for i in range(self.vocab_size)], np.int64)
+
+  def _byte_length(self, i: int) -> int:
+    if self._sp.is_byte(i):
+      return 1
+    if self._sp.is_control(i):
+      return 0
+    if self._sp.is_unknown(i):
+      return len(self.decode([i]).encode())
+    return len(self._sp.id_to_piece(i).replace(_SPACE, " ").encode())
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of `ids`; end-of-text decodes to nothing."""

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from matformer_jax import granularity as gran
+from matformer_jax import sharding
 from matformer_jax.config import Execution, MatViTConfig
-from matformer_jax.evals import Result
+from matformer_jax.evals import Result, measure, with_stderr
 from matformer_jax.models import losses
 from matformer_jax.models.matvit import MatViT
 
@@ -47,22 +48,23 @@ def evaluate(
     One Result per granularity, or None if `should_stop` said so.
   """
   full = gran.full(config)
-  sums = np.zeros((len(granularities), 5))
-  for done, batch in enumerate(batches, 1):
-    reference = logits(params, batch["image"], config, execution, full) if consistency else None
-    totals = []
-    for g in granularities:
-      totals.append(_measure(params, batch, reference, config, execution, g, loss))
-      if should_stop():
-        return None
-    sums += np.stack([np.asarray(t, np.float64) for t in totals])
-    progress(done)
+  rows = measure(
+    granularities,
+    batches,
+    lambda b: logits(params, b["image"], config, execution, full) if consistency else None,
+    lambda batch, reference, g: _measure(params, batch, reference, config, execution, g, loss),
+    should_stop,
+    progress,
+  )
+  if rows is None:
+    return None
   results = []
-  for g, (count, nll, correct, agree, kl) in zip(granularities, sums):
-    metrics = {"loss": nll / max(count, 1), "accuracy": correct / max(count, 1)}
+  for g, (_, nll, right, agree, kl) in zip(granularities, np.moveaxis(rows, 2, 1)):
+    metrics = with_stderr("loss", nll) | with_stderr("accuracy", right)
     if consistency:
-      metrics |= {"agreement": agree / max(count, 1), "kl": kl / max(count, 1)}
-    results.append(Result(gran.to_text(g, config), int(count), metrics))
+      images = max(len(nll), 1)
+      metrics |= {"agreement": float(agree.sum() / images), "kl": float(kl.sum() / images)}
+    results.append(Result(gran.to_text(g, config), len(nll), metrics))
   return results
 
 
@@ -75,7 +77,7 @@ def logits(params, images, config, execution, granularity, features: bool = Fals
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _measure(params, batch, reference, config, execution, granularity, loss):
-  """Sums over a batch: images, loss, right answers, agreement, KL."""
+  """[B, 5]: whether the image has a label, loss, whether right, agreement, KL."""
   logits_BxC = logits(params, batch["image"], config, execution, granularity)
   labels_BxR = batch["labels"]
   valid_B = jnp.any(labels_BxR >= 0, 1)
@@ -90,6 +92,5 @@ def _measure(params, batch, reference, config, execution, granularity, loss):
     want, have = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits_BxC)
     kl_B = jnp.sum(jnp.exp(want) * (want - have), 1)
   loss_B = losses.CLASSIFICATION[loss](logits_BxC, targets_BxC)
-  return jnp.stack(
-    [jnp.sum(jnp.where(valid_B, x, 0)) for x in (valid_B, loss_B, right_B, agree_B, kl_B)]
-  )
+  rows = jnp.stack([valid_B, loss_B, right_B, agree_B, kl_B], 1).astype(jnp.float32)
+  return sharding.replicate(rows, execution)

@@ -1,8 +1,8 @@
-"""Validation loss, and consistency with the largest granularity (Sections 3.4, F.1)."""
+"""Validation loss, bits per byte, and consistency with the largest granularity (Sections 3.4, F.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 import math
 
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from matformer_jax import granularity as gran
+from matformer_jax import sharding
 from matformer_jax.config import Execution, MatLMConfig
-from matformer_jax.evals import Result
+from matformer_jax.evals import Result, measure, with_stderr
 from matformer_jax.models import losses
 from matformer_jax.models.matlm import MatLM
 
@@ -24,7 +25,7 @@ def evaluate(
   execution: Execution,
   params,
   granularities: Sequence[gran.Granularity],
-  batches: Iterable[np.ndarray],
+  batches: Iterable[Mapping[str, np.ndarray]],
   consistency: bool = True,
   should_stop: Callable[[], bool] = lambda: False,
   progress: Callable[[int], None] = lambda n: None,
@@ -34,7 +35,7 @@ def evaluate(
   Args:
     params: universal parameters.
     granularities: what to measure.
-    batches: [B, T+1] int32 token windows, all of one shape; read once.
+    batches: as `ValidationWindows.read` gives them, all of one shape; read once.
     consistency: also measure agreement and KL (costs a pass of the full model).
     should_stop: polled after every program call.
     progress: called with the number of batches done.
@@ -43,48 +44,68 @@ def evaluate(
     One Result per granularity, or None if `should_stop` said so.
   """
   full = gran.full(config)
-  sums = np.zeros((len(granularities), 3))
-  tokens = 0
-  for done, batch in enumerate(batches, 1):
-    reference = _hidden(params, batch, config, execution, full) if consistency else None
-    totals = []
-    for g in granularities:
-      totals.append(_measure(params, batch, reference, config, execution, g))
-      if should_stop():
-        return None
-    sums += np.stack([np.asarray(t, np.float64) for t in totals])
-    tokens += batch.shape[0] * (batch.shape[1] - 1)
-    progress(done)
-  loss, agree, kl = (sums / max(tokens, 1)).T
+  rows = measure(
+    granularities,
+    batches,
+    lambda batch: _hidden(params, batch, config, execution, full) if consistency else None,
+    lambda batch, reference, g: _measure(params, batch, reference, config, execution, g),
+    should_stop,
+    progress,
+  )
+  if rows is None:
+    return None
   results = []
-  for i, g in enumerate(granularities):
-    metrics = {"loss": float(loss[i]), "perplexity": _exp(loss[i])}
-    metrics |= {"agreement": float(agree[i]), "kl": float(kl[i])} if consistency else {}
-    results.append(Result(gran.to_text(g, config), tokens, metrics))
+  for g, (_, size, nll, agree, kl) in zip(granularities, np.moveaxis(rows, 2, 1)):
+    metrics = of_text(nll, size, config.seq_len)
+    if consistency:
+      tokens = len(nll) * config.seq_len
+      metrics |= {"agreement": float(agree.sum() / tokens), "kl": float(kl.sum() / tokens)}
+    results.append(Result(gran.to_text(g, config), len(nll) * config.seq_len, metrics))
   return results
+
+
+def of_text(nll: np.ndarray, size: np.ndarray, seq_len: int) -> dict[str, float]:
+  """Loss with its standard error over windows, perplexity and bits per byte.
+
+  Args:
+    nll: [windows], of all `seq_len` tokens of a window together, nats.
+    size: [windows], bytes of their text.
+  """
+  metrics = with_stderr("loss", nll / seq_len)
+  return metrics | {
+    "perplexity": _exp(metrics["loss"]),
+    "bits_per_byte": float(nll.sum() / math.log(2) / max(size.sum(), 1)),
+  }
 
 
 def _exp(x: float) -> float:
   return math.exp(x) if x < 700 else math.inf
 
 
+def _apply(params, batch, config, execution, granularity):
+  """(hidden [B, T, D], embedding [V, D]); attention within documents where they are told apart."""
+  segments = {"segments_BxT": batch["segments"]} if "segments" in batch else {}
+  return MatLM(config, execution).apply(
+    {"params": params},
+    batch["tokens"][:, :-1],
+    granularity=granularity,
+    return_hidden=True,
+    **segments,
+  )
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _hidden(params, batch, config, execution, granularity):
-  model = MatLM(config, execution)
-  return model.apply(
-    {"params": params}, batch[:, :-1], granularity=granularity, return_hidden=True
-  )[0]
+  return _apply(params, batch, config, execution, granularity)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _measure(params, batch, reference, config, execution, granularity):
-  """Sums over tokens of (nll, agreement, kl) of one batch, in chunks along T."""
-  inputs, targets = batch[:, :-1], batch[:, 1:]
-  hidden, embedding = MatLM(config, execution).apply(
-    {"params": params}, inputs, granularity=granularity, return_hidden=True
-  )
-  rows, length = inputs.shape
-  chunks = losses.num_chunks(inputs.shape, config.vocab_size, execution)
+  """[B, 5]: weight, bytes and sums over tokens of (nll, agreement, kl), in chunks along T."""
+  targets = batch["tokens"][:, 1:]
+  hidden, embedding = _apply(params, batch, config, execution, granularity)
+  rows, length = targets.shape
+  chunks = losses.num_chunks(targets.shape, config.vocab_size, execution)
 
   def split(x):
     x = x.reshape((rows, chunks, length // chunks) + x.shape[2:])
@@ -97,13 +118,15 @@ def _measure(params, batch, reference, config, execution, granularity):
   def chunk(sums, xs):
     x, y, ref = xs
     logp = log_probs(x)
-    nll = -jnp.sum(jnp.take_along_axis(logp, y[..., None], -1))
-    agree = kl = jnp.zeros(())
+    nll = -jnp.sum(jnp.take_along_axis(logp, y[..., None], -1)[..., 0], -1)
+    agree = kl = jnp.zeros(rows)
     if ref is not None:
       logp_ref = log_probs(ref)
-      agree = jnp.sum(jnp.argmax(logp, -1) == jnp.argmax(logp_ref, -1))
-      kl = jnp.sum(jnp.exp(logp_ref) * (logp_ref - logp))
-    return sums + jnp.stack([nll, agree, kl]), None
+      agree = jnp.sum(jnp.argmax(logp, -1) == jnp.argmax(logp_ref, -1), -1)
+      kl = jnp.sum(jnp.exp(logp_ref) * (logp_ref - logp), (-2, -1))
+    return sums + jnp.stack([nll, agree, kl], 1), None
 
   xs = (split(hidden), split(targets), None if reference is None else split(reference))
-  return jax.lax.scan(chunk, jnp.zeros(3), xs)[0]
+  sums = jax.lax.scan(chunk, jnp.zeros((rows, 3)), xs)[0]
+  known = jnp.stack([batch["weight"], batch["bytes"].astype(jnp.float32)], 1)
+  return sharding.replicate(jnp.concatenate([known, sums], 1), execution)

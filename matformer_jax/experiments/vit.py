@@ -83,7 +83,12 @@ def run_seed(
 
   def evaluation(workdir, *args):
     return commands.measured(
-      workdir, "evaluation.json", "evaluate", *args, f"--json={workdir / 'evaluation.json'}"
+      workdir,
+      "evaluation.json",
+      "evaluate",
+      "--batches=0",  # the whole split
+      *args,
+      f"--json={workdir / 'evaluation.json'}",
     )
 
   def retrieval(workdir, *args):

@@ -59,6 +59,7 @@ def run(
       "evaluation.json",
       "evaluate",
       "--metrics=accuracy",
+      "--batches=0",  # the whole split
       f"--json={workdir / 'evaluation.json'}",
     )["granularities"]
     return {size: row["accuracy"] for size, row in rows.items()}

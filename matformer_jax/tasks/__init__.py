@@ -23,13 +23,11 @@ class Task(Protocol):
     rate: what metrics.jsonl calls their number per second.
     metrics: what `evaluate` can measure, see `Result.metrics`.
     headline: of those, what plots show.
-    evaluation_batch: examples that `evaluate` takes at a time by default, on one device.
     files: what belongs beside the weights, by name in the run's directory.
   """
 
   metrics: tuple[str, ...]
   headline: str
-  evaluation_batch: int
   files: tuple[str, ...]
   model_config: ModelConfig
   examples_unit: str
@@ -80,7 +78,9 @@ class Task(Protocol):
     Args:
       put: (read, batch_size) -> a global batch; see `Trainer.put`.
       consistency: also compare with the largest granularity.
-      batches: at most so many; 0 is all; default the config's.
+      batches: at most so many; 0 is the whole split; default the examples that the config's
+        `eval.batches` of `eval.batch_size` hold. They are a sample of the split, the same one
+        for a number of examples whatever the batch size, seed, mesh and number of hosts.
       batch_size: default the config's.
       should_stop: polled after every program call.
       progress: told how many batches of how many are done.
@@ -97,6 +97,14 @@ class Task(Protocol):
   def save_files(self, workdir: pathlib.Path) -> None:
     """Writes what a checkpoint needs beside the weights, such as a tokenizer."""
     ...
+
+
+def sample_size(eval_config, batches: int | None, batch_size: int | None) -> tuple[int, int]:
+  """(examples, batch size) that `Task.evaluate` measures; 0 examples are the whole split."""
+  batch_size = batch_size or eval_config.batch_size
+  if batches is None:
+    return eval_config.batches * eval_config.batch_size, batch_size
+  return batches * batch_size, batch_size
 
 
 def make_task(config, workdir: pathlib.Path | None = None) -> Task:

@@ -10,10 +10,17 @@ import jax.numpy as jnp
 from matformer_jax.config import MatViTConfig
 from matformer_jax.data import image_sources
 from matformer_jax.data.augment import Transform
-from matformer_jax.data.batches import Corrupt, ImageBatches, LabelledBatches, read_ahead
+from matformer_jax.data.batches import (
+  Corrupt,
+  ImageBatches,
+  LabelledBatches,
+  read_ahead,
+  sample_order,
+)
 from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.evals import classification
 from matformer_jax.models import losses, matvit
+from matformer_jax.tasks import sample_size
 
 
 class Classification:
@@ -28,7 +35,6 @@ class Classification:
   rate = "examples_per_s"
   metrics = classification.METRICS
   headline = "accuracy"
-  evaluation_batch = 256
   files = ()
 
   def __init__(
@@ -112,10 +118,18 @@ class ImageClassification(Classification):
     self._eval, self._workers = config.eval, data.workers
     # One of each, so that a mistake in a transform shows before training, not after it.
     self._train.batch(0, range(1))
-    self._validation(1).batch(0)
+    self._validation(1, 1).batch(0)
 
-  def _validation(self, batch_size: int) -> LabelledBatches:
-    return LabelledBatches(self.validation_images, batch_size, self._eval_transform, self._corrupt)
+  def _validation(self, images: int, batch_size: int) -> LabelledBatches:
+    """The first `images` (0: all) of the sample that stands for the validation split."""
+    order = sample_order(self.validation_images.size)
+    return LabelledBatches(
+      self.validation_images,
+      batch_size,
+      self._eval_transform,
+      self._corrupt,
+      order[:images] if images else order,
+    )
 
   def batch(self, step, rows=None):
     return self._train.batch(step, rows)
@@ -139,10 +153,9 @@ class ImageClassification(Classification):
     should_stop=lambda: False,
     progress=lambda done, total: None,
   ):
-    batch_size = batch_size or self._eval.batch_size
-    batches = self._eval.batches if batches is None else batches
-    reader = self._validation(batch_size)
-    total = min(reader.num_batches, batches) if batches else reader.num_batches
+    images, batch_size = sample_size(self._eval, batches, batch_size)
+    reader = self._validation(images, batch_size)
+    total = reader.num_batches
     read = (put(functools.partial(reader.batch, i), batch_size) for i in range(total))
     return classification.evaluate(
       self.model_config,

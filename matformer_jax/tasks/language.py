@@ -10,42 +10,66 @@ import jax.numpy as jnp
 
 from matformer_jax.config import MatLMConfig
 from matformer_jax.data import text_sources
-from matformer_jax.data.batches import Windows
+from matformer_jax.data.batches import ValidationWindows, Windows
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.evals import lm
 from matformer_jax.models import losses, matlm
+from matformer_jax.tasks import sample_size
+
+ATTEND = ("across", "within")
 
 
 class NextToken:
-  """Next-token prediction with a MatLM: model and loss, without data."""
+  """Next-token prediction with a MatLM: model and loss, without data.
+
+  A training batch is int32 [B, T+1]; where attention stays within documents {"tokens": that,
+  "segments": int32 [B, T]}, the document of each input token, numbered within its window.
+  """
 
   examples_unit = "tok"
   rate = "tokens_per_s"
   metrics = lm.METRICS
   headline = "loss"
-  evaluation_batch = 16  # windows
   files = (TOKENIZER_FILE,)
 
-  def __init__(self, model_config: MatLMConfig, batch_size: int, z_loss: float = 0.0):
-    self.model_config: MatLMConfig = model_config
+  def __init__(
+    self,
+    model_config: MatLMConfig,
+    batch_size: int,
+    z_loss: float = 0.0,
+    attend: str = "across",
+  ):
+    if attend not in ATTEND:
+      raise UserError(f"data.attend={attend!r} is unknown{did_you_mean(str(attend), ATTEND)}")
+    self.model_config = model_config
     self.examples_per_step = batch_size * model_config.seq_len
+    self.attend = attend
     self._z_loss = z_loss
 
   @classmethod
   def from_config(cls, config):
-    return cls(MatLMConfig.from_dict(config.model), config.batch_size, config.z_loss)
+    return cls(
+      MatLMConfig.from_dict(config.model), config.batch_size, config.z_loss, _attend(config)
+    )
 
   def batch_shapes(self, batch_size):
-    return jax.ShapeDtypeStruct((batch_size, self.model_config.seq_len + 1), jnp.int32)
+    length = self.model_config.seq_len
+    tokens = jax.ShapeDtypeStruct((batch_size, length + 1), jnp.int32)
+    if self.attend == "across":
+      return tokens
+    return {"tokens": tokens, "segments": jax.ShapeDtypeStruct((batch_size, length), jnp.int32)}
 
   def preprocess(self, batch):
     return batch
 
   def loss(self, sub_config, execution, sub_params, batch):
     model = matlm.MatLM(sub_config, execution)
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    hidden, embedding = model.apply({"params": sub_params}, inputs, return_hidden=True)
+    within = self.attend == "within"
+    tokens = batch["tokens"] if within else batch
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    segments = {"segments_BxT": batch["segments"]} if within else {}
+    hidden, embedding = model.apply({"params": sub_params}, inputs, return_hidden=True, **segments)
     chunks = losses.num_chunks(inputs.shape, sub_config.vocab_size, execution)
     return losses.chunked_cross_entropy(hidden, embedding, targets, chunks, self._z_loss)
 
@@ -54,7 +78,9 @@ class LanguageModeling(NextToken):
   """Next-token prediction on a corpus: a tokenizer, a token store, batches by step."""
 
   def __init__(self, config, workdir: pathlib.Path | None = None):
-    super().__init__(MatLMConfig.from_dict(config.model), config.batch_size, config.z_loss)
+    super().__init__(
+      MatLMConfig.from_dict(config.model), config.batch_size, config.z_loss, _attend(config)
+    )
     data = config.data
     given = data.tokenizer or _existing(workdir)
     cache_dir = data.cache_dir or None
@@ -80,7 +106,24 @@ class LanguageModeling(NextToken):
         "raise it"
       )
     seq_len = self.model_config.seq_len
-    self._train = Windows(self.store.tokens["train"], seq_len, config.batch_size, config.seed)
+    for split, tokens in self.store.tokens.items():
+      if len(tokens) <= seq_len:
+        raise UserError(
+          f"data.source={data.source!r} has {len(tokens):,} {split} tokens at "
+          f"data.validation_fraction={self.store.manifest['validation_fraction']}, fewer than one "
+          f"window of model.seq_len={seq_len} + 1; use more text, another fraction or a shorter "
+          "seq_len"
+        )
+    documents = self.store.documents if self.attend == "within" else {}
+    self._train = Windows(
+      self.store.tokens["train"], seq_len, config.batch_size, config.seed, documents.get("train")
+    )
+    self.validation = ValidationWindows(
+      self.store.tokens["validation"],
+      seq_len,
+      self.tokenizer.byte_lengths,
+      documents.get("validation"),
+    )
     self._eval = config.eval
 
   def batch(self, step, rows=None):
@@ -92,6 +135,11 @@ class LanguageModeling(NextToken):
   def batches(self, first, last, rows):
     for step in range(first, last + 1):
       yield [self.batch(step, r) for r in rows]
+
+  def sample(self, batches: int | None = None, batch_size: int | None = None):
+    """(windows, batch size) that `evaluate` measures: places in `validation`'s order."""
+    windows, batch_size = sample_size(self._eval, batches, batch_size)
+    return self.validation.sample(windows), batch_size
 
   def evaluate(
     self,
@@ -106,16 +154,15 @@ class LanguageModeling(NextToken):
     should_stop=lambda: False,
     progress=lambda done, total: None,
   ):
-    tokens, seq_len = self.store.tokens["validation"], self.model_config.seq_len
-    batches = self._eval.batches if batches is None else batches
-    if batch_size is None:
-      batch_size = self._eval.batch_size
-    else:  # no window twice, however few there are
-      batch_size = min(batch_size, Windows(tokens, seq_len, 1, None).num_windows)
-    windows = Windows(tokens, seq_len, batch_size, None)
-    total = max(1, windows.num_windows // batch_size)
-    total = min(total, batches) if batches else total
-    read = (put(functools.partial(windows.batch, i), batch_size) for i in range(total))
+    sample, batch_size = self.sample(batches, batch_size)
+    starts = range(0, len(sample), batch_size)
+    total = len(starts)
+
+    def rows_of(start, rows=None):
+      places = [start + row for row in rows or range(batch_size)]
+      return self.validation.read(places, len(sample))
+
+    read = (put(functools.partial(rows_of, start), batch_size) for start in starts)
     return lm.evaluate(
       self.model_config,
       execution,
@@ -128,12 +175,18 @@ class LanguageModeling(NextToken):
     )
 
   def identity(self):
-    return {"tokenizer": self.tokenizer.sha256, "tokens": self.store.fingerprint}
+    # Named only where it is not the default, which runs made before there was a choice have.
+    attend = {} if self.attend == "across" else {"attend": self.attend}
+    return {"tokenizer": self.tokenizer.sha256, "tokens": self.store.fingerprint, **attend}
 
   def save_files(self, workdir):
     path = workdir / TOKENIZER_FILE
     if not path.exists() or path.read_bytes() != self.tokenizer.model:
       path.write_bytes(self.tokenizer.model)
+
+
+def _attend(config) -> str:
+  return config.data.get("attend", "across")
 
 
 def _existing(workdir: pathlib.Path | None) -> pathlib.Path | None:

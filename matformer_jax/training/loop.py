@@ -125,7 +125,8 @@ class Loop:
         granularity=name,
         loss=float(outputs["loss"]),
         grad_norm=float(outputs["grad_norm"]),
-        learning_rate=float(self._learning_rates[done.step - 1]),
+        # The optimizer counts the updates it made; a skipped one leaves its count alone.
+        learning_rate=float(self._learning_rates[done.step - 1 - self.skipped]),
         finite=finite,
         step_time_s=now - self._finished_at,
         data_wait_s=done.data_wait_s,

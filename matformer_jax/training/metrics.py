@@ -180,11 +180,9 @@ class RunLog:
     if not self._recording:
       return
     measured = {
-      metric: {r.granularity: r.metrics[metric] for r in results}
-      for metric in ("loss", "accuracy")
-      if metric in results[0].metrics
+      metric: {r.granularity: r.metrics[metric] for r in results} for metric in results[0].metrics
     }
-    self._evals.write({"step": step, **measured})
+    self._evals.write({"step": step, "examples": results[0].examples, **measured})
     for metric, values in measured.items():
       for name, value in values.items():
         self._board.add_scalar(f"validation_{metric}/{name}", value, step)

@@ -14,7 +14,7 @@ SCHEDULES = ("cosine", "rsqrt", "constant")
 
 
 def make_schedule(config, total_steps: int) -> optax.Schedule:
-  """Learning rate by step.
+  """Learning rate by the number of updates already made: 0 gives that of the first update.
 
   Args:
     config: `config.optim`: schedule, peak_lr, warmup_steps, final_lr_ratio.
@@ -22,28 +22,32 @@ def make_schedule(config, total_steps: int) -> optax.Schedule:
       its warm-up warms up over its first half instead.
 
   Returns:
-    cosine: linear warm-up, then cosine to final_lr_ratio * peak_lr.
-    rsqrt: linear warm-up, then peak_lr * sqrt(warmup / step) (Adafactor, T5).
-    constant: linear warm-up, then peak_lr.
+    The first update has peak_lr / warmup, update number `warmup` has peak_lr. From there on,
+    with updates numbered from 1:
+    cosine: a cosine that reaches final_lr_ratio * peak_lr at the last update.
+    rsqrt: peak_lr * sqrt(warmup / number) (Adafactor, T5).
+    constant: peak_lr.
   """
   warmup = warmup_steps(config, total_steps)
   if config.schedule == "cosine":
-    return optax.warmup_cosine_decay_schedule(
+    by_number = optax.warmup_cosine_decay_schedule(
       0.0,
       config.peak_lr,
       warmup,
       max(total_steps, warmup + 1),
       config.peak_lr * config.final_lr_ratio,
     )
-  rise = optax.linear_schedule(0.0, config.peak_lr, warmup)
-  if config.schedule == "rsqrt":
-    fall = lambda step: config.peak_lr * jnp.sqrt(warmup / jnp.maximum(step + warmup, 1))
-    return optax.join_schedules([rise, fall], [warmup])
-  if config.schedule == "constant":
-    return optax.join_schedules([rise, optax.constant_schedule(config.peak_lr)], [warmup])
-  raise UserError(
-    f"optim.schedule={config.schedule!r} is unknown{did_you_mean(str(config.schedule), SCHEDULES)}"
-  )
+  elif config.schedule in ("rsqrt", "constant"):
+    rise = optax.linear_schedule(0.0, config.peak_lr, warmup)
+    fall = lambda after: config.peak_lr * jnp.sqrt(warmup / (jnp.maximum(after, 0) + warmup))
+    rest = fall if config.schedule == "rsqrt" else optax.constant_schedule(config.peak_lr)
+    by_number = optax.join_schedules([rise, rest], [warmup])
+  else:
+    raise UserError(
+      f"optim.schedule={config.schedule!r} is unknown"
+      f"{did_you_mean(str(config.schedule), SCHEDULES)}"
+    )
+  return lambda updates_made: by_number(updates_made + 1)
 
 
 def warmup_steps(config, total_steps: int) -> int:
