@@ -48,74 +48,21 @@ def get_config(row: str = "quickstart") -> ml_collections.ConfigDict:
 
 
 def _base() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(
-    dict(
-      task="matlm",
-      # Directory of a trained or extracted model to start from: its model, tokenizer and
-      # weights, a fresh optimizer. An extracted M*2+L*2 has the sizes S, M and M*2+L*2;
-      # sampling=0/0/0/1 trains only the last.
-      init_from="",
-      seed=0,
-      steps=0,
-      batch_size=0,  # sequences per step, over all devices
-      # p_S/p_M/p_L/p_XL: uniform, a row of Table 6 (table6_1 .. table6_5), or numbers
-      # such as 0.2/0.22/0.24/0.34. The paper's main results use uniform (Section 3.2).
-      sampling="uniform",
-      grad_accum=1,
-      dtype="auto",  # compute: float32 on CPU, bfloat16 elsewhere; parameters are float32
-      remat="auto",  # none on CPU, else attn_out; or full, dots_no_batch, attn_out_ffn_pre
-      z_loss=0.0,
-      max_nonfinite=10,  # stop after so many skipped updates in a row; 0 never stops
-      log_every=10,
-      # Copies of parameters on several devices are compared, bit for bit, before every
-      # checkpoint, and every so many steps.
-      replica_check_every=0,
-      hang_timeout_s=1800.0,  # leave when nothing finishes for so long; 0 waits for ever
-      peer_timeout_s=60.0,  # leave when another host is silent for so long
-      mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: the remaining devices
-      model=dict(
-        vocab_size=256_000,
-        num_layers=16,
-        d_model=0,
-        num_heads=16,
-        seq_len=1024,
-        ffn_ratios=(0.5, 1.0, 2.0, 4.0),  # Section 3.1
-        activation="gelu",  # or relu2; the paper names both
-        gated=False,
-        nested_heads=False,
-        head_ratios=(0.25, 0.5, 0.75, 1.0),  # Appendix F.2
-        ffn_groups=1,
-        head_groups=1,
-        rope_base=10_000.0,
-        norm_eps=1e-6,
-      ),
-      data=dict(
-        source="stdlib",  # text:GLOB, tfds:NAME[/CONFIG]:FEATURE, tokens:DIR (data.prepare)
-        data_dir="",  # where TFDS datasets were prepared
-        tokenizer="",  # a SentencePiece .model file; empty trains one
-        tokenizer_type="bpe",
-        tokenizer_sample_bytes=50_000_000,
-        validation_fraction=0.05,
-        attend="across",  # or within: attention and positions start anew with every document
-        cache_dir="",  # default ~/.cache/matformer_jax/data
-        log_samples=False,  # samples-<process>.jsonl: which windows each step trained on
-      ),
-      optim=dict(
-        name="adamw",  # or adafactor, sgd
-        schedule="cosine",
-        peak_lr=0.0,
-        warmup_steps=0,
-        final_lr_ratio=0.1,
-        b1=0.9,
-        b2=0.95,
-        momentum=0.9,  # of sgd
-        eps=1e-8,
-        weight_decay=0.1,  # matrices only
-        clip_norm=1.0,
-      ),
-      checkpoint=dict(every=0, keep_last=2, keep_best=1),
-      eval=dict(every=0, batches=0, batch_size=0),
-    )
+  return common["base"](
+    task="matlm",
+    z_loss=0.0,
+    mesh=dict(fsdp=-1),
+    model=dict(vocab_size=256_000, num_layers=16, num_heads=16, seq_len=1024, rope_base=10_000.0),
+    data=dict(
+      source="stdlib",  # text:GLOB, tfds:NAME[/CONFIG]:FEATURE, tokens:DIR (data.prepare)
+      tokenizer="",  # a SentencePiece .model file; empty trains one
+      tokenizer_type="bpe",
+      tokenizer_sample_bytes=50_000_000,
+      validation_fraction=0.05,
+      attend="across",  # or within: attention and positions restart with every document
+      cache_dir="",  # default ~/.cache/matformer_jax/data
+    ),
+    optim=dict(final_lr_ratio=0.1, b2=0.95),
   )
 
 

@@ -127,7 +127,7 @@ def plot(model: Model, results: Sequence[Result], path: str, baseline: Result | 
     axes.legend(loc="lower right" if metric == "accuracy" else "lower left")
 
 
-def report(model: Model, results: Sequence[Result], baseline: Result | None) -> str:
+def results_table(model: Model, results: Sequence[Result], baseline: Result | None) -> str:
   """The table a person reads."""
   full = gran.to_text(gran.full(model.config), model.config)
   shown = [name for name in COLUMNS if name in results[0].metrics]
@@ -194,12 +194,14 @@ def main(argv) -> None:
   consistency = bool({"agreement", "kl"} & set(metrics))
   results = evaluate(model, task, chosen, consistency, _BATCHES.value, _BATCH_SIZE.value)
   results = only(results, metrics)
-  baseline = bigram_baseline(task, _BATCHES.value, _BATCH_SIZE.value) if _BIGRAM.value else None
+  baseline = None
+  if _BIGRAM.value and isinstance(task, LanguageModeling):
+    baseline = bigram_baseline(task, _BATCHES.value, _BATCH_SIZE.value)
   print(
     f"{model.workdir}, step {model.step:,}, {results[0].examples:,} validation "
     f"{model.config.unit}s\n"
   )
-  print(report(model, results, baseline))
+  print(results_table(model, results, baseline))
   if _PLOT.value:
     plot(model, results, _PLOT.value, baseline)
     print(f"\nwrote {_PLOT.value}")

@@ -220,7 +220,7 @@ def summarize(
 # ------------------------------------------------------------------- reports
 
 
-def report(config: MatLMConfig, scored: Sequence[Scored]) -> str:
+def comparison_table(config: MatLMConfig, scored: Sequence[Scored]) -> str:
   """Per budget: Mix'n'Match, and how much worse or better the others are."""
   header = (
     "budget",
@@ -367,7 +367,7 @@ def main(argv) -> None:
     f"tokens each\n"
   )
   if _BUDGETS.value:
-    print(report(config, scored) + "\n")
+    print(comparison_table(config, scored) + "\n")
   print(f"wrote {out / 'search.csv'}, search.json, search.png")
 
 

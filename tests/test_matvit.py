@@ -449,7 +449,7 @@ def losses_of(workdir) -> list[float]:
 
 
 def test_training_learns_every_size(digits_run):
-  evals = [json.loads(l) for l in (digits_run / "eval.jsonl").read_text().splitlines()]
+  evals = [json.loads(line) for line in (digits_run / "eval.jsonl").read_text().splitlines()]
   for name in ("S", "M", "L", "XL"):
     share, error = (evals[-1][m][name] for m in ("accuracy", "accuracy_stderr"))
     assert share > 0.8

@@ -189,7 +189,10 @@ def test_extract_evaluate_fine_tune(tiny_run, tmp_path):
     env=OPTIMISED,
   ).stdout.split()[-5:]
   assert mine == [
-    w for l in result.stdout.splitlines() if l.startswith("M*1+L*1") for w in l.split()[3:8]
+    w
+    for line in result.stdout.splitlines()
+    if line.startswith("M*1+L*1")
+    for w in line.split()[3:8]
   ]  # the same loss, error, perplexity and bits per byte
   result = run_program("describe", f"--workdir={out}")
   assert "M*1+L*1" in result.stdout

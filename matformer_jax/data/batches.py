@@ -26,7 +26,7 @@ from matformer_jax.errors import UserError
 # ---------------------------------------------------------------------- tokens
 
 
-def sample_order(size: int) -> Sequence[int]:
+def sample_order(size: int) -> Any:
   """Numbers below `size` in the one shuffled order in which validation reads them, each once.
 
   Of any first n it is a sample of the whole, the same in every run, program, mesh and host.
@@ -82,7 +82,7 @@ class Windows:
     self._reader = _Reader(tokens, seq_len, documents)
     self.num_windows = self._reader.num_windows
     self._batch_size = batch_size
-    self._order = grain.MapDataset.range(self.num_windows).seed(seed).shuffle().repeat()
+    self._order: Any = grain.MapDataset.range(self.num_windows).seed(seed).shuffle().repeat()
 
   def window_ids(self, step: int, rows: range | None = None) -> list[int]:
     """Which windows are in the given rows (all by default) of the batch of `step`."""

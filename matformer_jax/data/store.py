@@ -246,7 +246,7 @@ def write_part(
   documents: Iterable[tuple[int, str]],
   tokenizer: Tokenizer,
   split: Split,
-  report: Callable[[int], None] = lambda n: None,
+  report: Callable[[int], Any] = lambda n: None,
 ) -> None:
   """Tokenises one part of a corpus into shards `index`, unless that is done already.
 
@@ -338,7 +338,6 @@ def finish(
   """
   written = [json.loads(_part_file(path, i).read_text()) for i in range(parts)]
   shards = {split: [part[split] for part in written] for split in SPLITS}
-  documents = sum(s["documents"] for parts in shards.values() for s in parts)
   for split in SPLITS:
     if not sum(s["documents"] for s in shards[split]):
       raise UserError(

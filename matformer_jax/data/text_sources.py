@@ -139,20 +139,22 @@ def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
     len(items) * index // count, len(items) * (index + 1) // count
   )
 
-    def examples(index, count):
-      # The data source keeps its split's examples in order and reads without TensorFlow.
-      source = builder.as_data_source(split="train")
-      for i in range(len(source) * index // count, len(source) * (index + 1) // count):
-        yield i, source[i]
-  else:
+  def from_array_record(index, count):
+    # The data source keeps its split's examples in order and reads without TensorFlow.
+    records = builder.as_data_source(split="train")
+    for i in share(records, index, count):
+      yield i, records[i]
 
-    def examples(index, count):
-      paths = list(split.filepaths)
-      firsts = list(itertools.accumulate(split.shard_lengths, initial=0))
-      for i in range(len(paths) * index // count, len(paths) * (index + 1) // count):
-        records = grain.experimental.TFRecordIterDataset(os.fspath(paths[i]))
-        decoded = records.map(builder.info.features.deserialize_example_np)
-        yield from enumerate(decoded, firsts[i])
+  def from_tfrecord(index, count):
+    paths = list(split.filepaths)
+    firsts = list(itertools.accumulate(split.shard_lengths, initial=0))
+    for i in share(paths, index, count):
+      records = grain.experimental.TFRecordIterDataset(os.fspath(paths[i]))
+      decoded = records.map(builder.info.features.deserialize_example_np)
+      yield from enumerate(decoded, firsts[i])
+
+  is_array_record = tfds_source.file_format(builder) == "array_record"
+  examples: Any = from_array_record if is_array_record else from_tfrecord
 
   def part(index, count):
     for number, example in examples(index, count):

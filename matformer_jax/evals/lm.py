@@ -1,4 +1,4 @@
-"""Validation loss, bits per byte, and consistency with the largest granularity (Sections 3.4, F.1)."""
+"""Validation loss, bits per byte, consistency with the largest granularity (Sections 3.4, F.1)."""
 
 from __future__ import annotations
 
