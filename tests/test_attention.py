@@ -106,7 +106,9 @@ def plain_attention(q, k, v, visible_BxTxS):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("block", [5, 16])
 def test_gradient_within_documents(causal, block):
-  q, k, v, g = (jax.random.normal(key, (2, 2, 3, 16, 8)) for key in jax.random.split(jax.random.key(0), 4))  # fmt: skip
+  q, k, v, g = (
+    jax.random.normal(key, (2, 2, 3, 16, 8)) for key in jax.random.split(jax.random.key(0), 4)
+  )
   visible = own_document(SEGMENTS)
   visible = visible if causal else visible | visible.swapaxes(1, 2)
   want, back = jax.vjp(lambda *a: plain_attention(*a, visible), q, k, v)
