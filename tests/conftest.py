@@ -17,7 +17,8 @@ def xla_flags(devices: int) -> str:
   return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
 
 
-PROGRAM_ENV = {**os.environ, "XLA_FLAGS": xla_flags(1)}
+# PYTHONPATH: a program out of tests/ would import whatever is installed, not this tree.
+PROGRAM_ENV = {**os.environ, "XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
 # Seconds after which a test gives up on what it waits for. No test may fail on a busy machine:
 # it waits for what it is about, and asserts causes and orders, not seconds.
 BACKSTOP_S = 1800
