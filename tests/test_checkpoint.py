@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import warnings
 
-import conftest
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -338,6 +338,6 @@ def test_load_of_nothing(tmp_path):
 def test_card_holds_everything(tiny_run):
   card = json.loads((tiny_run / "config.json").read_text())
   assert card["versions"]["jax"] == jax.__version__
-  assert card["config"]["optim"]["peak_lr"] == conftest.get_config("tiny").optim.peak_lr
+  assert card["config"]["optim"]["peak_lr"] == helpers.get_config("tiny").optim.peak_lr
   assert matformer_jax.model_config(card) == matformer_jax.load(tiny_run).config
   assert os.path.exists(tiny_run / "tokenizer.model")

@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-import conftest
-from conftest import ROOT, run_program
+import helpers
+from helpers import ROOT, run_program
 import pytest
 
 import matformer_jax
@@ -16,7 +16,7 @@ def matformer(*args, cwd=ROOT) -> subprocess.CompletedProcess:
   return subprocess.run(
     [sys.executable, "-m", "matformer_jax", *args],
     cwd=cwd,
-    env={**conftest.PROGRAM_ENV, "PYTHONPATH": str(ROOT)},
+    env={**helpers.PROGRAM_ENV, "PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
     timeout=300,
@@ -51,7 +51,7 @@ def test_mistakes_and_version():
 @pytest.mark.parametrize("spec", ["matlm:tiny", "matlm.py:tiny", "configs/matlm.py:tiny"])
 def test_a_shipped_config_from_any_directory(spec, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert matformer_jax.get_config(spec) == conftest.get_config("tiny")
+  assert matformer_jax.get_config(spec) == helpers.get_config("tiny")
   assert matformer_jax.get_config(ROOT / "configs/matlm.py").model.d_model == 192  # quickstart
 
 

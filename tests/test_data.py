@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-import conftest
+import helpers
 import numpy as np
 import pytest
 from tfds_files import write_tfds
@@ -290,7 +290,7 @@ def test_two_processes_make_one_store(corpus, tmp_path):
   for w in workers:
     w.start()
   for w in workers:
-    w.join(timeout=conftest.BACKSTOP_S)
+    w.join(timeout=helpers.BACKSTOP_S)
     assert w.exitcode == 0
   found = {results.get() for _ in workers}
   assert len(found) == 1
@@ -306,9 +306,9 @@ def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
     f"text_sources.get_store(c, t, 0.1, {str(cache)!r})"
   )
   process = subprocess.Popen(
-    [sys.executable, "-c", program], cwd=conftest.ROOT, stderr=subprocess.DEVNULL
+    [sys.executable, "-c", program], cwd=helpers.ROOT, stderr=subprocess.DEVNULL
   )
-  deadline = time.time() + conftest.BACKSTOP_S
+  deadline = time.time() + helpers.BACKSTOP_S
   while not [p for p in cache.glob("tokens-*.tmp*/train-00000.bin") if p.stat().st_size > 0]:
     assert time.time() < deadline and process.poll() is None
     time.sleep(0.005)
@@ -362,7 +362,7 @@ PREPARE = [
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> pathlib.Path:
   out = tmp_path_factory.mktemp("prepared") / "store"
-  result = conftest.run_program("data.prepare", *PREPARE, f"--out={out}", "--workers=2")
+  result = helpers.run_program("data.prepare", *PREPARE, f"--out={out}", "--workers=2")
   assert result.returncode == 0, result.stderr
   assert "MB/s a process" in result.stdout and "c4/en" in result.stdout
   return out
@@ -406,16 +406,16 @@ def test_the_parts_are_the_corpus():
 
 def test_preparation_goes_on_after_a_kill(prepared, tmp_path):
   out = tmp_path / "store"
-  command = conftest.command("data.prepare", *PREPARE, f"--out={out}", "--workers=1")
+  command = helpers.command("data.prepare", *PREPARE, f"--out={out}", "--workers=1")
   process = subprocess.Popen(
     command,
-    cwd=conftest.ROOT,
-    env=conftest.PROGRAM_ENV,
+    cwd=helpers.ROOT,
+    env=helpers.PROGRAM_ENV,
     stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
     start_new_session=True,
   )
-  deadline = time.time() + conftest.BACKSTOP_S
+  deadline = time.time() + helpers.BACKSTOP_S
   while len(store_format.written_parts(out, 6)) < 2:
     assert time.time() < deadline and process.poll() is None
     time.sleep(0.01)
@@ -426,20 +426,20 @@ def test_preparation_goes_on_after_a_kill(prepared, tmp_path):
   }
   with pytest.raises(UserError, match="incomplete"):
     store_format.open_store(out)
-  result = conftest.run_program("data.prepare", *PREPARE, f"--out={out}", "--workers=2")
+  result = helpers.run_program("data.prepare", *PREPARE, f"--out={out}", "--workers=2")
   assert result.returncode == 0 and "parts were done before" in result.stdout, result.stderr
   assert before == {i: (out / f"train-{i:05d}.bin").stat().st_mtime_ns for i in before}
   assert store_format.open_store(out).fingerprint == store_format.open_store(prepared).fingerprint
-  again = conftest.run_program("data.prepare", *PREPARE, f"--out={out}")
+  again = helpers.run_program("data.prepare", *PREPARE, f"--out={out}")
   assert again.returncode == 0 and "already prepared" in again.stdout
 
 
 def test_preparation_mistakes(prepared, tmp_path):
   changed = [a for a in PREPARE if "vocab" not in a] + ["--vocab_size=700", f"--out={prepared}"]
-  result = conftest.run_program("data.prepare", *changed)
+  result = helpers.run_program("data.prepare", *changed)
   assert result.returncode == 1 and "tokenizer='bpe, 600 pieces" in result.stderr
   (tmp_path / "mine.txt").write_text("precious")
-  result = conftest.run_program("data.prepare", *PREPARE, f"--out={tmp_path}")
+  result = helpers.run_program("data.prepare", *PREPARE, f"--out={tmp_path}")
   assert result.returncode == 1 and "is not empty" in result.stderr
   assert (tmp_path / "mine.txt").read_text() == "precious"
 
@@ -451,7 +451,7 @@ def test_a_damaged_shard_is_named(prepared, tmp_path):
   content = bytearray(shard.read_bytes())
   content[50] ^= 4
   shard.write_bytes(content)
-  result = conftest.run_program("data.prepare", f"--out={copy}", "--verify")
+  result = helpers.run_program("data.prepare", f"--out={copy}", "--verify")
   assert result.returncode == 1 and "train-00004.bin fails its checksum" in result.stderr
   shard.write_bytes(content[:-2])
   with pytest.raises(UserError, match="train-00004.bin has"):
@@ -459,7 +459,7 @@ def test_a_damaged_shard_is_named(prepared, tmp_path):
 
 
 def test_training_reads_a_prepared_store(prepared, tmp_path):
-  args = conftest.train_args(
+  args = helpers.train_args(
     tmp_path / "run",
     data__source=f"tokens:{prepared}",
     steps=3,
@@ -467,9 +467,9 @@ def test_training_reads_a_prepared_store(prepared, tmp_path):
     eval__every=0,
     eval__batches=1,
   )
-  result = conftest.run_program("train", *args)
+  result = helpers.run_program("train", *args)
   assert result.returncode == 0, result.stderr
-  result = conftest.run_program("evaluate", f"--workdir={tmp_path / 'run'}", "--batches=1")
+  result = helpers.run_program("evaluate", f"--workdir={tmp_path / 'run'}", "--batches=1")
   assert result.returncode == 0, result.stderr
 
 
@@ -530,7 +530,7 @@ def test_validation_is_a_sample_of_the_whole_split_without_repeats():
 
 def test_too_little_validation_text_fails_before_the_first_step(tmp_path):
   (tmp_path / "a.txt").write_text("a few words of text\n" * 400)
-  config = conftest.get_config("tiny")
+  config = helpers.get_config("tiny")
   config.model.vocab_size = 280
   config.data.update(
     dict(source=f"text:{tmp_path}/*.txt", validation_fraction=0.003, cache_dir=str(tmp_path / "c"))
@@ -542,7 +542,7 @@ def test_too_little_validation_text_fails_before_the_first_step(tmp_path):
 
 
 def test_attention_across_or_within_documents(tmp_path):
-  config = conftest.get_config("tiny")
+  config = helpers.get_config("tiny")
   config.model.vocab_size = 400
   for i, text in enumerate(SAMPLE):
     (tmp_path / f"{i}.txt").write_text(text)

@@ -15,8 +15,8 @@ import shutil
 import subprocess
 import sys
 
-import conftest
-from conftest import ROOT
+import helpers
+from helpers import ROOT
 import pytest
 
 DOCUMENTS = [
@@ -169,7 +169,7 @@ def mistakes() -> dict[tuple[str, ...], str]:
     [sys.executable, "-c", PARSER],
     input=json.dumps(list(targets.values())),
     cwd=ROOT,
-    env=conftest.PROGRAM_ENV,
+    env=helpers.PROGRAM_ENV,
     capture_output=True,
     text=True,
     timeout=120,
@@ -197,7 +197,7 @@ def test_command(command: Command, place, mistakes):
   if command.argv in mistakes:
     assert mistakes[command.argv] == ""
   elif command.program in RUN:
-    argv = conftest.command(command.program, *command.args, *RUN[command.program])
+    argv = helpers.command(command.program, *command.args, *RUN[command.program])
     check(argv, place, PYTHONPATH=str(ROOT))
   elif argv[0] == "make":
     check(["make", "--dry-run", *argv[1:]], ROOT)
@@ -219,7 +219,7 @@ def check(argv: list[str], cwd: pathlib.Path, **env: str) -> None:
   result = subprocess.run(
     argv,
     cwd=cwd,
-    env={**conftest.PROGRAM_ENV, **env},
+    env={**helpers.PROGRAM_ENV, **env},
     capture_output=True,
     text=True,
     timeout=300,
@@ -252,7 +252,7 @@ def test_the_example_runs(tmp_path):
   result = subprocess.run(
     [sys.executable, ROOT / "examples" / "every_size.py", tmp_path / "run"],
     cwd=tmp_path,
-    env={**conftest.PROGRAM_ENV, "PYTHONPATH": os.fspath(ROOT)},
+    env={**helpers.PROGRAM_ENV, "PYTHONPATH": os.fspath(ROOT)},
     capture_output=True,
     text=True,
     timeout=300,

@@ -4,7 +4,7 @@ import json
 import pathlib
 import sys
 
-import conftest
+import helpers
 import pytest
 
 from matformer_jax import UserError
@@ -12,7 +12,7 @@ from matformer_jax import granularity as gran
 from matformer_jax.config import model_config
 from matformer_jax.experiments import commands, vit, vit_finetune
 
-CONFIG = conftest.get_config("digits", "matvit")
+CONFIG = helpers.get_config("digits", "matvit")
 MODEL = model_config(CONFIG)
 
 

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 
-import conftest
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from matformer_jax.models import matlm, slicing
 
 
 def model_config(row: str) -> MatLMConfig:
-  return MatLMConfig.from_dict(conftest.get_config(row).model)
+  return MatLMConfig.from_dict(helpers.get_config(row).model)
 
 
 # Table 4, in millions: total, non-embedding (XL, L, M, S) and FFN (XL).
@@ -63,7 +63,7 @@ def test_counts_equal_the_real_tree(row, change):
 
 def test_table_4_rows_are_the_papers_setup():
   for row in TABLE_4:
-    config = conftest.get_config(row)
+    config = helpers.get_config(row)
     assert config.batch_size * config.model.seq_len == 2**20
     tokens = config.steps * config.batch_size * config.model.seq_len
     published = {"78M": 10, "180M": 20, "310M": 30, "463M": 40, "850M": 80}[row]

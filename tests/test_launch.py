@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 
-import conftest
-from conftest import ROOT
+import helpers
+from helpers import ROOT
 import pytest
 import yaml
 
@@ -52,7 +52,7 @@ class Cloud:
       (self.bin / name).write_text(STUB)
       (self.bin / name).chmod(0o755)
     self.env = {
-      **conftest.PROGRAM_ENV,
+      **helpers.PROGRAM_ENV,
       **SETTINGS,
       "STUB_DIR": str(root),
       "PATH": f"{self.bin}:{os.environ['PATH']}",
@@ -64,7 +64,7 @@ class Cloud:
     (self.root / "codes").write_text("".join(f"{c}\n" for c in codes))
 
   def run(
-    self, script: str, *args, timeout=conftest.BACKSTOP_S, **env
+    self, script: str, *args, timeout=helpers.BACKSTOP_S, **env
   ) -> subprocess.CompletedProcess:
     return subprocess.run(
       [LAUNCH / script, *args],
@@ -225,7 +225,7 @@ def test_babysit_passes_sigterm_on_and_stops(cloud):
   )
   assert process.stdout.readline() == "ready\n"
   process.send_signal(signal.SIGTERM)
-  _, errors = process.communicate(timeout=conftest.BACKSTOP_S)
+  _, errors = process.communicate(timeout=helpers.BACKSTOP_S)
   assert process.returncode == 143 and "after 0 restarts" in errors
 
 
@@ -387,11 +387,11 @@ def test_mistakes(script, args, words, cloud):
 
 @pytest.mark.slow
 def test_two_local_processes(tmp_path, cloud):
-  args = conftest.train_args(tmp_path / "run", steps=4, eval__every=0, eval__batches=1)
+  args = helpers.train_args(tmp_path / "run", steps=4, eval__every=0, eval__batches=1)
   result = subprocess.run(
     [LAUNCH / "local_multiprocess.sh", "2", *args],
     env=cloud.env,
-    timeout=conftest.BACKSTOP_S,
+    timeout=helpers.BACKSTOP_S,
     capture_output=True,
     text=True,
   )

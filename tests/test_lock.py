@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 
-import conftest
-from conftest import run_program, train_args
+import helpers
+from helpers import run_program, train_args
 import pytest
 
 from matformer_jax import UserError
@@ -33,8 +33,8 @@ def holder(workdir, then: str) -> subprocess.Popen:
   """A process that holds `workdir` and then runs a line; returned once it holds it."""
   process = subprocess.Popen(
     [sys.executable, "-c", f"{HOLDER}  {then}\n", str(workdir)],
-    cwd=conftest.ROOT,
-    env=conftest.PROGRAM_ENV,
+    cwd=helpers.ROOT,
+    env=helpers.PROGRAM_ENV,
     stdout=subprocess.PIPE,
     text=True,
   )

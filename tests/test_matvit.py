@@ -4,8 +4,8 @@ import dataclasses
 import json
 import signal
 
-import conftest
-from conftest import digits_args, run_program, train_until_signal
+import helpers
+from helpers import digits_args, run_program, train_until_signal
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +35,7 @@ CONFIG = MatViTConfig(
 
 
 def vit_config(row: str):
-  return conftest.get_config(row, "matvit")
+  return helpers.get_config(row, "matvit")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 
-import conftest
-from conftest import ONE_SIZE, ROOT, digits_args, run_program, train_args
+import helpers
+from helpers import ONE_SIZE, ROOT, digits_args, run_program, train_args
 import numpy as np
 import pytest
 
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def environment(count: int) -> dict[str, str]:
-  return {**conftest.PROGRAM_ENV, "XLA_FLAGS": conftest.xla_flags(DEVICES // count)}
+  return {**helpers.PROGRAM_ENV, "XLA_FLAGS": helpers.xla_flags(DEVICES // count)}
 
 
 class Job:
@@ -54,7 +54,7 @@ class Job:
     for i in range(count):
       args = make_args(workdir, **{**overrides, **(per_process or {}).get(i, {})})
       args += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
-      command = conftest.command("train", *args)
+      command = helpers.command("train", *args)
       if program:
         command = [sys.executable, "-u", *map(str, program), *args]
       with open(self._logs / str(i), "w") as log:
@@ -67,13 +67,13 @@ class Job:
   def log(self, index: int) -> str:
     return (self._logs / str(index)).read_text()
 
-  def wait_for(self, index: int, words: str, timeout: float = conftest.BACKSTOP_S) -> None:
+  def wait_for(self, index: int, words: str, timeout: float = helpers.BACKSTOP_S) -> None:
     deadline = time.time() + timeout
     while words not in self.log(index):
       assert self.processes[index].poll() is None and time.time() < deadline, self.log(index)
       time.sleep(0.05)
 
-  def wait(self, timeout: float = conftest.BACKSTOP_S, but: int | None = None) -> list[int | None]:
+  def wait(self, timeout: float = helpers.BACKSTOP_S, but: int | None = None) -> list[int | None]:
     """Exit codes of all processes (`but` one, which is None); what remains is killed."""
     deadline = time.time() + timeout
     waited = [p for i, p in enumerate(self.processes) if i != but]
@@ -130,12 +130,12 @@ def test_kills_and_other_numbers_of_processes_change_nothing(one_process, tmp_pa
   """4 processes until SIGTERM, 2 until SIGKILL, then 1: the same run as 1 process throughout."""
   workdir = tmp_path / "run"
   changes = dict(data__log_samples=True, sampling=TWO_SIZES)
-  job = Job(workdir, 4, program=conftest.signalled(2, 12, signal.SIGTERM), **changes)
+  job = Job(workdir, 4, program=helpers.signalled(2, 12, signal.SIGTERM), **changes)
   assert job.wait() == [143] * 4, job.logs()
   stopped = checkpoint.steps(workdir)[-1]
   assert 12 <= stopped <= 15 and f"saved step {stopped}" in job.log(0)
 
-  job = Job(workdir, 2, program=conftest.signalled(1, stopped + 13, signal.SIGKILL), **changes)
+  job = Job(workdir, 2, program=helpers.signalled(1, stopped + 13, signal.SIGKILL), **changes)
   assert job.wait()[0] == 42, job.logs()
   assert "lost process 1" in job.log(0)
   saved = checkpoint.steps(workdir)[-1]
@@ -252,7 +252,7 @@ def test_a_lost_peer_is_named_and_nobody_hangs(count, victim, signum, after, tmp
 @pytest.mark.slow
 def test_sigterm_while_compiling_and_while_evaluating(tmp_path):
   workdir = tmp_path / "compiling"
-  job = Job(workdir, 2, program=conftest.signalled(1, 0, signal.SIGTERM))
+  job = Job(workdir, 2, program=helpers.signalled(1, 0, signal.SIGTERM))
   assert job.wait() == [143, 143], job.logs()
   assert "before the first step" in job.log(0)
 

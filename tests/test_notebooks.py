@@ -2,12 +2,12 @@
 
 import pathlib
 
-import conftest
+import helpers
 import nbclient
 import nbformat
 import pytest
 
-NOTEBOOKS = sorted((conftest.ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((helpers.ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -18,8 +18,8 @@ def test_notebook_runs(path: pathlib.Path, tiny_run, digits_run, monkeypatch):
   notebook = nbformat.read(path, as_version=4)
   client = nbclient.NotebookClient(
     notebook,
-    timeout=conftest.BACKSTOP_S,
-    startup_timeout=conftest.BACKSTOP_S,
+    timeout=helpers.BACKSTOP_S,
+    startup_timeout=helpers.BACKSTOP_S,
     kernel_name="python3",
     resources={"metadata": {"path": str(path.parent)}},
   )

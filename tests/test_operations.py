@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 
-import conftest
-from conftest import ONE_SIZE, run_program, train_args
+import helpers
+from helpers import ONE_SIZE, run_program, train_args
 import jax
 import numpy as np
 import pytest
@@ -166,9 +166,9 @@ def test_a_hang_is_left_with_stacks():
   )
   result = subprocess.run(
     [sys.executable, "-c", program],
-    cwd=conftest.ROOT,
-    timeout=conftest.BACKSTOP_S,
-    env=conftest.PROGRAM_ENV,
+    cwd=helpers.ROOT,
+    timeout=helpers.BACKSTOP_S,
+    env=helpers.PROGRAM_ENV,
     capture_output=True,
     text=True,
   )

@@ -2,8 +2,8 @@
 
 import json
 
-import conftest
-from conftest import run_program
+import helpers
+from helpers import run_program
 import jax
 import jax.numpy as jnp
 import pytest
@@ -139,7 +139,7 @@ def plan(*args, env=None) -> dict:
 @pytest.mark.slow
 def test_a_plan_of_78m_on_a_small_slice():
   """Tensor degrees 1, 2 and 4: nesting costs no collective, and a small size gathers less."""
-  config = MatLMConfig.from_dict(conftest.get_config("78M").model)
+  config = MatLMConfig.from_dict(helpers.get_config("78M").model)
   ffn = [2 * 2 * config.num_layers * width * config.d_model for width in config.ffn_widths]  # bf16
   for tensor, vocab_size in ((1, config.vocab_size), (2, 8192), (4, 8192)):  # small: half the time
     # AdamW, which works element by element: Adafactor's moments of the full tree are factored

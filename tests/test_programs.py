@@ -8,8 +8,8 @@ import signal
 import subprocess
 import time
 
-import conftest
-from conftest import ONE_SIZE, run_program, train_args, train_until_signal
+import helpers
+from helpers import ONE_SIZE, run_program, train_args, train_until_signal
 import jax
 import numpy as np
 import pytest
@@ -28,16 +28,16 @@ def trajectory(workdir) -> list[tuple]:
 
 def start(*args) -> subprocess.Popen:
   return subprocess.Popen(
-    conftest.command("train", *args),
-    cwd=conftest.ROOT,
-    env=conftest.PROGRAM_ENV,
+    helpers.command("train", *args),
+    cwd=helpers.ROOT,
+    env=helpers.PROGRAM_ENV,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
   )
 
 
-def wait_for_line(process, words: str, timeout: float = conftest.BACKSTOP_S) -> str:
+def wait_for_line(process, words: str, timeout: float = helpers.BACKSTOP_S) -> str:
   deadline = time.time() + timeout
   for line in process.stdout:
     if words in line:
@@ -72,7 +72,7 @@ def test_sigterm_during_evaluation(tiny_run, tmp_path):
   wait_for_line(process, "step 5/40")
   time.sleep(1.0)
   process.send_signal(signal.SIGTERM)
-  rest = process.communicate(timeout=conftest.BACKSTOP_S)[0]
+  rest = process.communicate(timeout=helpers.BACKSTOP_S)[0]
   assert process.returncode == 143 and "validation" not in rest, rest
   assert checkpoint.steps(tmp_path) == [5]
   again = run_program("train", *train_args(tmp_path, log_every=1))
@@ -84,7 +84,7 @@ def test_ctrl_c_saves_too(tmp_path):
   process = start(*train_args(tmp_path, log_every=1, steps=10**5, eval__every=0, sampling=ONE_SIZE))
   wait_for_line(process, "step 4/")
   process.send_signal(signal.SIGINT)
-  rest = process.communicate(timeout=conftest.BACKSTOP_S)[0]
+  rest = process.communicate(timeout=helpers.BACKSTOP_S)[0]
   assert process.returncode == 130 and "stopped by SIGINT; saved step" in rest, rest
   assert matformer_jax.load(tmp_path).step >= 4
 
@@ -194,7 +194,7 @@ def test_divergence_stops_with_a_clear_error_and_saves_nothing_bad(tiny_run, tmp
 @pytest.mark.slow
 def test_sharded_run_through_the_command_line(tiny_run, tmp_path):
   """The same command on 8 virtual devices gives the same losses."""
-  flags = {"XLA_FLAGS": conftest.xla_flags(8)}
+  flags = {"XLA_FLAGS": helpers.xla_flags(8)}
   result = run_program("train", *train_args(tmp_path, mesh__tensor=1), env=flags)
   assert result.returncode == 0, result.stderr
   assert "'fsdp': 8" in result.stdout
@@ -386,7 +386,7 @@ def test_help(module):
 
 def test_own_text(tmp_path):
   """The README's way to train on one's own files."""
-  for path in sorted(pathlib.Path(conftest.ROOT / "matformer_jax").rglob("*.py")):
+  for path in sorted(pathlib.Path(helpers.ROOT / "matformer_jax").rglob("*.py")):
     (tmp_path / path.name).write_text(path.read_text())
   result = run_program(
     "train",

@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import run_program
+from helpers import run_program
 import numpy as np
 import pytest
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 
-import conftest
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,7 +211,7 @@ def test_mistakes(tiny_run, tmp_path):
 @pytest.mark.slow
 def test_memory_follows_the_submodel(tmp_path):
   """463M's shape with a small vocabulary: peak memory above an idle process's."""
-  row = conftest.get_config("463M").model
+  row = helpers.get_config("463M").model
   row.vocab_size = 1024
   config = MatLMConfig.from_dict(row)
   shapes = jax.eval_shape(lambda: matlm.init_params(config, jax.random.key(0)))
@@ -237,7 +237,7 @@ print(peak() - before)
   for name in ("S", "XL"):
     result = subprocess.run(
       [sys.executable, "-c", program, tmp_path / "u", name, tmp_path / name],
-      env=conftest.PROGRAM_ENV,
+      env=helpers.PROGRAM_ENV,
       capture_output=True,
       text=True,
     )

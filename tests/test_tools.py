@@ -4,7 +4,7 @@ import csv
 import json
 import shutil
 
-from conftest import OPTIMISED, run_program, train_args
+from helpers import OPTIMISED, run_program, train_args
 import numpy as np
 import pytest
 from test_programs import assert_one_line_error

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 
-import conftest
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +35,7 @@ class StubTask(NextToken):
 
 
 def make_trainer(mesh=None, model_config=MODEL, **changes) -> Trainer:
-  config = conftest.get_config("tiny")
+  config = helpers.get_config("tiny")
   config.batch_size = 16
   config.update_from_flattened_dict(changes)
   if mesh is None:
@@ -213,7 +213,7 @@ def test_untouched_neurons_move_only_by_optimizer_momentum():
 
 def test_weight_decay_spares_norm_scales():
   params = matlm.init_params(MODEL, jax.random.key(0))
-  config = conftest.get_config("tiny").optim
+  config = helpers.get_config("tiny").optim
   config.update(dict(schedule="constant", warmup_steps=1, clip_norm=0.0))
   optimizer = optim.make_optimizer(config, 10)
   zeros = jax.tree.map(jnp.zeros_like, params)
@@ -230,7 +230,7 @@ def test_weight_decay_spares_norm_scales():
 
 @pytest.mark.parametrize("schedule", optim.SCHEDULES)
 def test_schedules(schedule):
-  config = conftest.get_config("tiny").optim
+  config = helpers.get_config("tiny").optim
   config.update(dict(schedule=schedule, peak_lr=1.0, warmup_steps=10, final_lr_ratio=0.1))
   f = optim.make_schedule(config, 100)
   # The first update has 1/warmup of the peak, the 10th all of it, the 100th is the last.
@@ -254,7 +254,7 @@ def test_adafactor_trains_with_factored_moments_on_a_mesh():
 
 @pytest.mark.parametrize("key,value", [("name", "adamm"), ("schedule", "cosin")])
 def test_optimizer_errors(key, value):
-  config = conftest.get_config("tiny").optim
+  config = helpers.get_config("tiny").optim
   config[key] = value
   with pytest.raises(UserError, match=f"optim.{key}='{value}'.*did you mean"):
     optim.make_optimizer(config, 100)

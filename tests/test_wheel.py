@@ -8,8 +8,8 @@ import sys
 import sysconfig
 import venv
 
-import conftest
-from conftest import ROOT
+import helpers
+from helpers import ROOT
 import pytest
 
 
@@ -43,12 +43,12 @@ def test_an_installed_wheel_trains(tmp_path):
   (pathlib.Path(site) / "others.pth").write_text("\n".join(others) + "\n")
   elsewhere = tmp_path / "elsewhere"
   elsewhere.mkdir()
-  env = {k: v for k, v in conftest.PROGRAM_ENV.items() if k != "PYTHONPATH"}
+  env = {k: v for k, v in helpers.PROGRAM_ENV.items() if k != "PYTHONPATH"}
   place = run(python, "-c", "import matformer_jax as m; print(m.__file__)", cwd=elsewhere, env=env)
   assert place.startswith(str(environment))
   run(
     *(environment / "bin" / "matformer", "train", "--config=matlm:tiny", "--workdir=run"),
-    *("--config.steps=3", f"--config.sampling={conftest.ONE_SIZE}", "--config.eval.every=0"),
+    *("--config.steps=3", f"--config.sampling={helpers.ONE_SIZE}", "--config.eval.every=0"),
     cwd=elsewhere,
     env=env,
   )

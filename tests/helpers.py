@@ -1,0 +1,129 @@
+"""What tests share: where things are, and how a program is run as a user would.
+
+Importing this sets the environment, so it comes before JAX: in-process tests see 8 virtual CPU
+devices, programs see one.
+"""
+
+import atexit
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CACHE = ROOT / "build" / "test-cache"  # token stores and compiled programs, kept between runs
+# Seconds after which a test gives up on what it waits for. No test may fail on a busy machine:
+# it waits for what it is about, and asserts causes and orders, not seconds.
+BACKSTOP_S = 1800
+ONE_SIZE = "0/0/0/1"  # sampling: one program to compile, where a test is not about sizes
+
+os.environ["MATFORMER_CACHE"] = str(CACHE)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def xla_flags(devices: int) -> str:
+  """Virtual CPU devices, and LLVM's optimisations off: most of a test is compiling."""
+  return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
+# PYTHONPATH: a program out of tests/ would import whatever is installed, not this tree.
+PROGRAM_ENV = {**os.environ, "XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
+OPTIMISED = {"XLA_FLAGS": ""}  # for programs, as users run them
+os.environ["XLA_FLAGS"] = xla_flags(8)
+
+
+def command(module: str, *args) -> list[str]:
+  """The command line of a program, for tests that send it signals."""
+  return [sys.executable, "-u", "-m", f"matformer_jax.{module}", *map(str, args)]
+
+
+def run_program(
+  module: str, *args, timeout: int = BACKSTOP_S, env=None
+) -> subprocess.CompletedProcess:
+  """Runs a command-line program from the repository root, in a process of its own."""
+  env = env or {}
+  if any(name.startswith("JAX_") for name in env):  # read when JAX is imported
+    return _run(command(module, *args), timeout, env)
+  return _LAUNCHER.run(f"matformer_jax.{module}", list(map(str, args)), env, timeout)
+
+
+def train_until_signal(step: int, signum: int, *args) -> subprocess.CompletedProcess:
+  """Runs the train program, which gets a signal once it has recorded `step` (0: compiling)."""
+  program = [sys.executable, "-u", *signalled(0, step, signum)]
+  return _run([*program, *map(str, args)], BACKSTOP_S, {})
+
+
+def signalled(process: int, step: int, signum: int) -> list[str]:
+  """Arguments of Python: the train program, one process of which gets a signal at `step`."""
+  path = ROOT / "tests" / "signalled_train.py"
+  return [str(path), f"{process}:{step}:{int(signum)}"]
+
+
+def get_config(row: str, file: str = "matlm"):
+  """A row of configs/FILE.py."""
+  import matformer_jax
+
+  return matformer_jax.get_config(ROOT / "configs" / f"{file}.py:{row}")
+
+
+def _run(command: list[str], timeout: int, env) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    command,
+    cwd=ROOT,
+    env={**PROGRAM_ENV, **env},
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
+
+
+class _Launcher:
+  """Forks programs off a process that has imported the package already.
+
+  Importing takes longer than most of the programs that tests run. See fork_server.py.
+  """
+
+  def __init__(self):
+    self._server = None
+
+  def run(self, module, args, env, timeout) -> subprocess.CompletedProcess:
+    if self._server is None:
+      self._server = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "tests" / "fork_server.py"],
+        cwd=ROOT,
+        env=PROGRAM_ENV,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+      )
+      atexit.register(self._server.kill)
+    with tempfile.TemporaryDirectory() as directory:
+      streams = [os.path.join(directory, name) for name in ("stdout", "stderr")]
+      request = {"module": module, "args": args, "env": env, "timeout": timeout, "streams": streams}
+      print(json.dumps(request), file=self._server.stdin, flush=True)
+      code = json.loads(self._server.stdout.readline())
+      out, err = (pathlib.Path(s).read_text(errors="replace") for s in streams)
+    if code is None:
+      raise subprocess.TimeoutExpired([module, *args], timeout, out, err)
+    return subprocess.CompletedProcess([module, *args], code, out, err)
+
+
+_LAUNCHER = _Launcher()
+
+
+def train_args(workdir, **overrides) -> list[str]:
+  """Arguments that train the tiny row; overrides as `optim__peak_lr=1e-3`."""
+  return _args("matlm.py:tiny", workdir, overrides)
+
+
+def digits_args(workdir, **overrides) -> list[str]:
+  """The same, for the tiny MatViT."""
+  return _args("matvit.py:digits", workdir, overrides)
+
+
+def _args(row: str, workdir, overrides) -> list[str]:
+  return [f"--config=configs/{row}", f"--workdir={workdir}"] + [
+    f"--config.{k.replace('__', '.')}={v}" for k, v in overrides.items()
+  ]
