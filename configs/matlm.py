@@ -50,6 +50,7 @@ def get_config(row: str = "quickstart") -> ml_collections.ConfigDict:
 def _base() -> ml_collections.ConfigDict:
   return common["base"](
     task="matlm",
+    init_head=True,  # take the embedding over, which is the head too; False for a new tokenizer
     z_loss=0.0,
     mesh=dict(fsdp=-1),
     model=dict(vocab_size=256_000, num_layers=16, num_heads=16, seq_len=1024, rope_base=10_000.0),

@@ -78,6 +78,7 @@ class ModelConfig:
   unit: ClassVar[str]  # what FLOPs are counted for: a token or an image
   blocks_name: ClassVar[str]  # what the paper calls the parameters of all but the ends
   adaptable: ClassVar[tuple[str, ...]] = ()  # what further training may change
+  adaptable_with_head: ClassVar[tuple[str, ...]] = ()  # and where it starts a new output head
   _sizes: ClassVar[tuple[str, ...]] = (
     "num_layers",
     "d_model",
@@ -259,6 +260,7 @@ class MatLMConfig(ModelConfig):
   layer_norm = False
   biases = False
   glorot = False
+  adaptable_with_head = ("vocab_size",)
   name = "MatLM"
   unit = "token"
   blocks_name = "non-embedding"

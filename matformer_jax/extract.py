@@ -23,8 +23,7 @@ from matformer_jax import cli, models, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
-from matformer_jax.config import ModelConfig, model_config
-from matformer_jax.data.tokenizer import TOKENIZER_FILE
+from matformer_jax.config import ModelConfig, kind_of, model_config
 from matformer_jax.errors import UserError
 from matformer_jax.evals import latency, sizes
 from matformer_jax.runtime import warn
@@ -86,8 +85,9 @@ def extract(
   temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
   temporary.mkdir(parents=True)
   try:
-    if (workdir / TOKENIZER_FILE).exists():
-      shutil.copyfile(workdir / TOKENIZER_FILE, temporary / TOKENIZER_FILE)
+    for name in kind_of(card).resolve("objective").files:
+      if (workdir / name).exists():
+        shutil.copyfile(workdir / name, temporary / name)
     cards.write(temporary, card)
     writer = checkpoint.Writer(temporary, keep_last=1, keep_best=0, card=card)
     writer.save(number, params, None, {"step": number})

@@ -40,7 +40,11 @@ from matformer_jax.training.trainer import Trainer, TrainState
 
 
 def train(
-  config, workdir: str | os.PathLike, hosts: Hosts = Hosts(), profile: range = range(0)
+  config,
+  workdir: str | os.PathLike,
+  hosts: Hosts = Hosts(),
+  profile: range = range(0),
+  start_over: bool = False,
 ) -> int:
   """Trains or resumes; returns the exit code.
 
@@ -51,10 +55,11 @@ def train(
       hosts, a directory they share.
     hosts: the processes that train together.
     profile: steps to trace with JAX's profiler, into profile/.
+    start_over: begin at step 0; what the workdir holds is moved to checkpoints_damaged/.
 
   Raises:
-    UserError: for a mistake in the config, corpus or workdir, divergence, or a workdir that
-      another training is using.
+    UserError: for a mistake in the config, corpus or workdir, divergence, a workdir that
+      another training is using, or one whose checkpoints cannot be restored.
   """
   workdir = pathlib.Path(workdir)
   stop = StopSignal(hosts)
@@ -62,6 +67,9 @@ def train(
   _check_config(config)
   workdir.mkdir(parents=True, exist_ok=True)
   with lock.hold(workdir, hosts):
+    if start_over and hosts.first:
+      _set_run_aside(workdir)
+    hosts.barrier()
     return _train(config, workdir, hosts, stop, profile)
 
 
@@ -80,11 +88,13 @@ def _train(config, workdir: pathlib.Path, hosts: Hosts, stop: StopSignal, profil
   sharding.check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
   trainer = Trainer(task, config, mesh)
   card = cards.make_card(config, task)
+  if old_card is None and config.get("init_from"):
+    _check_tokenizer(config, card)
   if hosts.count > 1:
     hosts.check_equal(cards.host_facts(card))
   if old_card is not None:
     cards.check_same_run(workdir, old_card, card)
-  state, start, skipped = _initial_state(config, workdir, trainer, hosts)
+  state, start, skipped = _initial_state(config, workdir, trainer, hosts, old_card)
   if hosts.first:
     cards.write(workdir, card)
     task.save_files(workdir)
@@ -128,7 +138,12 @@ def _train(config, workdir: pathlib.Path, hosts: Hosts, stop: StopSignal, profil
     start=start,
     skipped=skipped,
   )
-  stopped_at = loop.run()
+  try:
+    stopped_at = loop.run()
+  except Exception as e:
+    if not multihost.is_failure_of_peers(e):
+      writer.wait()  # for what is being saved
+    raise
   ledger.enter("checkpoint")
   writer.close()
   log.close()
@@ -159,24 +174,62 @@ def _start_from(config, workdir: pathlib.Path, old_card, hosts: Hosts):
       f"init_from={config.init_from!r} is of task {card['task']!r}, and this config "
       f"of {config.task!r}"
     )
-  own = {key: config.model[key] for key in kind_of(config).config.adaptable}
+  kind = kind_of(config)
+  own = kind.config.adaptable + (() if _keeps_head(config) else kind.config.adaptable_with_head)
+  own = {key: config.model[key] for key in own}
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.model = ml_collections.ConfigDict(card["model"] | own)
-  tokenizer = pathlib.Path(config.init_from) / TOKENIZER_FILE
-  if old_card is None and hosts.first and config.task == "matlm" and not config.data.tokenizer:
-    shutil.copyfile(tokenizer, workdir / TOKENIZER_FILE)
+  if old_card is None and hosts.first and _keeps_head(config) and not config.data.get("tokenizer"):
+    for name in kind.resolve("objective").files:
+      shutil.copyfile(pathlib.Path(config.init_from) / name, workdir / name)
   return config
 
 
+def _keeps_head(config) -> bool:
+  """Whether a run that starts from a trained model takes its output head over."""
+  return config.get("init_head", True)
+
+
+def _check_tokenizer(config, card) -> None:
+  """Raises UserError where the trained embedding's rows would mean other tokens."""
+  theirs = cards.read(config.init_from)["identity"].get("tokenizer")
+  ours = card["identity"].get("tokenizer")
+  if _keeps_head(config) and ours != theirs:
+    source = config.data.tokenizer or config.data.source
+    raise UserError(
+      f"init_from={config.init_from!r} was trained with another tokenizer ({theirs[:12]}) than "
+      f"the data's ({ours[:12]}, of {source!r}), so its embedding would mean other tokens; use "
+      "that model's tokenizer, or start the embedding afresh: --config.init_head=False"
+    )
+
+
+def _set_run_aside(workdir: pathlib.Path) -> None:
+  """Moves what a run has written out of the way; nothing is deleted."""
+  names = [f"{checkpoint.STEPS_DIR}/{step}" for step in checkpoint.steps(workdir)]
+  names += [cards.CARD_FILE, checkpoint.BEST_FILE, "metrics.jsonl", "eval.jsonl"]
+  for path in (workdir / name for name in names):
+    if path.exists():
+      say(f"set {path} aside as {checkpoint.set_aside(path)}")
+
+
 def _initial_state(
-  config, workdir: pathlib.Path, trainer: Trainer, hosts: Hosts
+  config, workdir: pathlib.Path, trainer: Trainer, hosts: Hosts, old_card
 ) -> tuple[TrainState, int, int]:
   """(state, steps done, updates skipped) of the newest checkpoint, or of a fresh start."""
   abstract = trainer.abstract_state
-  found = checkpoint.restore_newest(
-    workdir, {"params": abstract.params, "opt_state": abstract.opt_state}, True, hosts
-  )
+  items = {"params": abstract.params, "opt_state": abstract.opt_state}
+  try:
+    found = checkpoint.restore_newest(workdir, items, True, hosts)
+  except checkpoint.OtherCheckpoint as e:
+    changed = cards.changed_keys(old_card, config, "optim") if old_card else []
+    what = f": {'; '.join(changed)}" if changed else f" ({e})"
+    raise UserError(
+      f"--workdir={workdir} cannot be resumed with another optimizer{what}. Set it back, or start "
+      f"from these weights in another --workdir: --config.init_from={workdir}"
+    ) from e
+  except checkpoint.NothingRestored as e:
+    raise UserError(f"{e}. To begin again at step 0 and keep them aside, add --start_over") from e
   if found is not None:
     restored, meta, _ = found
     say(f"resuming {workdir} at step {meta['step']:,}")
@@ -189,15 +242,15 @@ def _initial_state(
     )
     if found is None:
       raise UserError(
-        f"init_from={config.init_from!r} holds no checkpoint that verifies; give the "
-        "directory of a trained or extracted model"
+        f"init_from={config.init_from!r} holds no checkpoint; give the directory of a trained or "
+        "extracted model"
       )
     say(f"starting from {config.init_from}, step {found[1]['step']:,}")
     adapt = functools.partial(
       models.adapt_params,
       config=old,
       new=trainer.task.model_config,
-      keep_head=config.get("init_head", True),
+      keep_head=_keeps_head(config),
     )
     places = jax.tree.map(lambda s: s.sharding, abstract.params)
     params = jax.jit(adapt, out_shardings=places)(found[0]["params"], state.params)
@@ -280,7 +333,7 @@ def main(argv) -> int:
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, config.peer_timeout_s
   )
   with hosts.together():
-    code = train(config, workdir, hosts, _parse_profile(_PROFILE.value))
+    code = train(config, workdir, hosts, _parse_profile(_PROFILE.value), _START_OVER.value)
   return hosts.finish(code)
 
 
@@ -298,6 +351,12 @@ if __name__ == "__main__":
   )
   _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes that train together.")
   _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+  _START_OVER = flags.DEFINE_bool(
+    "start_over",
+    False,
+    "Begin at step 0 in a --workdir that holds a run; what is there is moved to "
+    "checkpoints_damaged/, not deleted.",
+  )
   _PROFILE = flags.DEFINE_string("profile", None, "Trace these steps, e.g. 100:110.")
   flags.adopt_module_key_flags(cli)
   cli.run(main)

@@ -122,7 +122,7 @@ def expect(saved, change, words):
   workdir, trainer, _ = saved
   abstract = jax.tree.map(lambda x: x, items(trainer))  # a copy with the same leaves
   change(abstract["params"])
-  with pytest.raises(checkpoint.DamagedCheckpoint, match=words):
+  with pytest.raises(checkpoint.OtherCheckpoint, match=words):
     checkpoint.restore(workdir, 4, abstract)
 
 
@@ -198,16 +198,48 @@ def test_200_random_damages_are_never_silent_and_always_resumable(saved, tmp_pat
   assert outcomes["set aside"] > 100, outcomes
 
 
-def test_damage_everywhere_sets_everything_aside(saved, tmp_path):
+def test_damage_everywhere_moves_nothing_and_is_an_error(saved, tmp_path):
   workdir, trainer, _ = saved
   shutil.copytree(workdir, tmp_path / "run")
   for step in (1, 3, 4):
     (tmp_path / "run" / checkpoint.STEPS_DIR / str(step) / "meta" / "metadata").write_text("{")
-  with pytest.warns(UserWarning, match="meta is unreadable") as caught:
-    assert checkpoint.restore_newest(tmp_path / "run", items(trainer), repair=True) is None
-  assert len(caught) == 3
-  aside = tmp_path / "run" / checkpoint.DAMAGED_DIR
-  assert sorted(p.name for p in aside.iterdir()) == ["1", "3", "4"]
+  with pytest.raises(checkpoint.NothingRestored, match="none of the 3 checkpoints.*/4: meta"):
+    checkpoint.restore_newest(tmp_path / "run", items(trainer), repair=True)
+  assert checkpoint.steps(tmp_path / "run") == [1, 3, 4]
+  assert not (tmp_path / "run" / checkpoint.DAMAGED_DIR).exists()
+
+
+def test_a_healthy_checkpoint_of_another_structure_is_not_called_damaged(saved, tmp_path):
+  workdir, trainer, _ = saved
+  shutil.copytree(workdir, tmp_path / "run")
+  wanted = items(trainer)
+  wanted["opt_state"] = wanted["opt_state"][1:]  # without clipping, say
+  with pytest.raises(checkpoint.OtherCheckpoint, match="opt_state: leaf"):
+    checkpoint.restore_newest(tmp_path / "run", wanted, repair=True)
+  assert checkpoint.steps(tmp_path / "run") == checkpoint.steps(workdir)
+
+
+@pytest.mark.parametrize(
+  "error,words",
+  [
+    (ValueError("PERMISSION_DENIED: Permission denied"), "cannot be read.*Permission denied"),
+    (OSError(24, "Too many open files"), "cannot be read.*Too many open files"),
+    (MemoryError("no memory"), "no memory"),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "Out of memory"),
+  ],
+)
+def test_an_environment_that_fails_is_no_damage(saved, tmp_path, monkeypatch, error, words):
+  workdir, trainer, _ = saved
+  shutil.copytree(workdir, tmp_path / "run")
+
+  def restore(*args, **kwargs):
+    raise error
+
+  monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", restore)
+  with pytest.raises((UserError, MemoryError, jax.errors.JaxRuntimeError), match=words) as caught:
+    checkpoint.restore_newest(tmp_path / "run", items(trainer), repair=True)
+  assert not isinstance(caught.value, checkpoint.DamagedCheckpoint)
+  assert checkpoint.steps(tmp_path / "run") == checkpoint.steps(workdir)
 
 
 def test_an_empty_step_directory_does_not_block(saved, tmp_path):

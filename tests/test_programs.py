@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import helpers
@@ -16,6 +17,7 @@ import pytest
 
 import matformer_jax
 from matformer_jax.checkpoints import checkpoint
+from matformer_jax.data.tokenizer import train_tokenizer
 
 
 def metrics(workdir) -> list[dict]:
@@ -97,6 +99,105 @@ def test_sigterm_before_the_first_step(tmp_path):
   assert run_program("train", *args).returncode == 0
 
 
+def test_a_change_that_cannot_be_resumed_is_named_and_moves_nothing(tiny_run, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(tiny_run, workdir)
+  result = run_program("train", *train_args(workdir, steps=50, optim__clip_norm=0.0))
+  assert_one_line_error(
+    result, "optim.clip_norm is 1.0 there and 0.0 here", f"--config.init_from={workdir}"
+  )
+  assert checkpoint.steps(workdir) == checkpoint.steps(tiny_run)
+  assert not (workdir / checkpoint.DAMAGED_DIR).exists()
+
+
+def test_starting_over_takes_a_flag(tiny_run, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(tiny_run, workdir)
+  for step in checkpoint.steps(workdir):
+    (workdir / checkpoint.STEPS_DIR / str(step) / "meta" / "metadata").write_text("{")
+  args = train_args(workdir, steps=2, sampling=ONE_SIZE, eval__every=0)
+  result = run_program("train", *train_args(workdir))
+  assert_one_line_error(result, "none of the", "meta is unreadable", "--start_over")
+  before = checkpoint.steps(tiny_run)
+  assert checkpoint.steps(workdir) == before
+  result = run_program("train", *args, "--start_over")
+  assert result.returncode == 0, result.stderr
+  assert checkpoint.steps(workdir) == [2]
+  aside = {p.name for p in (workdir / checkpoint.DAMAGED_DIR).iterdir()}
+  assert aside >= {*map(str, before), "metrics.jsonl", "config.json"}
+
+
+def test_any_legal_directory_name_works(tmp_path):
+  """Written, read back, extracted and started from."""
+  root = tmp_path / "a[b]?c%41#d\\e 'f\" ä {x}"
+  root.mkdir()
+  args = train_args(root / "run", sampling=ONE_SIZE, eval__every=0)
+  for steps in (2, 3):
+    result = run_program("train", *args, f"--config.steps={steps}")
+    assert result.returncode == 0, result.stderr
+  assert "at step 2" in result.stdout and checkpoint.steps(root / "run") == [2, 3]
+  for program, *flags in (
+    ("evaluate", "--batches=1", "--granularities=S"),
+    ("extract", "--granularity=M", f"--out={root / 'small'}"),
+    ("generate", "--max_tokens=2"),
+  ):
+    result = run_program(program, f"--workdir={root / 'run'}", *flags)
+    assert result.returncode == 0, result.stderr
+  assert matformer_jax.load(root / "small").step == 3
+  tuned = train_args(root / "tuned", init_from=root / "small", steps=1, eval__every=0)
+  result = run_program("train", *tuned)
+  assert result.returncode == 0, result.stderr
+
+
+def test_an_evaluation_that_fails_loses_nothing(tmp_path):
+  program = (
+    "import runpy, sys\n"
+    "from matformer_jax.tasks.language import LanguageModeling\n"
+    "LanguageModeling.evaluate = lambda *args, **kwargs: 1 / 0\n"
+    "sys.argv[0] = 'train'\n"
+    "runpy.run_module('matformer_jax.train', run_name='__main__')\n"
+  )
+  args = train_args(tmp_path, steps=3, sampling=ONE_SIZE, eval__every=0, checkpoint__every=0)
+  result = subprocess.run(
+    [sys.executable, "-c", program, *args],
+    cwd=helpers.ROOT,
+    env=helpers.PROGRAM_ENV,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 1 and "ZeroDivisionError" in result.stderr
+  assert checkpoint.steps(tmp_path) == [3]
+
+
+def test_embeddings_are_not_taken_for_another_tokenizer_s(tiny_run, tmp_path):
+  (tmp_path / "text").mkdir()
+  for i in range(40):
+    (tmp_path / "text" / f"{i}.txt").write_text(f"{i} " + "some other words entirely. " * 60)
+  other = dict(
+    init_from=tiny_run,
+    data__source=f"text:{tmp_path}/text/*.txt",
+    data__tokenizer=tmp_path / "other.model",
+    sampling=ONE_SIZE,
+    steps=1,
+    eval__every=0,
+  )
+  documents = (p.read_text() for p in (tmp_path / "text").iterdir())
+  tokenizer = train_tokenizer(documents, 300, "bpe", 10**6)
+  (tmp_path / "other.model").write_bytes(tokenizer.model)
+  result = run_program("train", *train_args(tmp_path / "a", **other))
+  assert_one_line_error(result, "another tokenizer", "--config.init_head=False")
+  fresh = train_args(tmp_path / "b", init_head=False, model__vocab_size=300, **other)
+  result = run_program("train", *fresh)
+  assert result.returncode == 0, result.stderr
+  new, old = matformer_jax.load(tmp_path / "b"), matformer_jax.load(tiny_run)
+  assert new.params["embedding"].shape == (300, 32)
+  distance = lambda name: np.abs(
+    np.asarray(new.params["blocks"]["0"]["ffn"][name])
+    - np.asarray(old.params["blocks"]["0"]["ffn"][name])
+  ).max()
+  assert max(distance("in"), distance("out")) < 0.05  # one step from the trained blocks
+
+
 @pytest.mark.slow
 def test_sigkill_at_any_moment_loses_at_most_the_unsaved_steps(tmp_path):
   """Kills at 10 random moments of a run that saves every second step, so mostly mid-save."""
@@ -175,7 +276,7 @@ def test_divergence_stops_with_a_clear_error_and_saves_nothing_bad(tiny_run, tmp
       steps=80,
       max_nonfinite=3,
       optim__peak_lr=1e38,
-      optim__clip_norm=0.0,
+      optim__clip_norm=1e30,
       checkpoint__every=1,
       eval__every=0,
     ),
@@ -189,6 +290,9 @@ def test_divergence_stops_with_a_clear_error_and_saves_nothing_bad(tiny_run, tmp
   assert len({r["learning_rate"] for r in skipped[-3:]}) == 1
   model = matformer_jax.load(workdir)
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(model.params))
+  newest = checkpoint.steps(workdir)[-1]
+  assert f"the newest checkpoint is of step {newest}" in result.stderr
+  assert newest < skipped[-3]["step"]  # nothing is saved while steps are being skipped
 
 
 @pytest.mark.slow

@@ -183,6 +183,20 @@ def test_a_non_finite_step_changes_no_bit(poison):
   assert all(jax.tree.leaves(same))
 
 
+def test_an_update_that_is_not_sane_changes_no_bit():
+  """Loss and gradient are finite, and 1e30 times an update is too: what it leaves is useless."""
+  trainer = make_trainer(
+    **{"optim.peak_lr": 1e30, "optim.warmup_steps": 1, "optim.schedule": "constant"}
+  )
+  state = trainer.init(0)
+  before = jax.tree.map(np.array, state)
+  step = trainer.lower(trainer.granularities[0]).compile()
+  after, out = step(state, trainer.batch(1))
+  assert np.isfinite(out["loss"]) and np.isfinite(out["grad_norm"]) and not out["finite"]
+  same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == b.tobytes(), after, before)
+  assert all(jax.tree.leaves(same))
+
+
 def test_one_program_per_granularity():
   trainer = make_trainer()
   programs = trainer.compile()

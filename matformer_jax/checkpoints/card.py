@@ -113,6 +113,12 @@ def check_same_run(workdir: pathlib.Path, old_card, new_card) -> None:
     say(f"note: resuming with a changed config: {'; '.join(changed)}")
 
 
+def changed_keys(old_card, config, section: str) -> list[str]:
+  """What differs in a section of the config from the run's, e.g. of `optim`, in words."""
+  new = json.loads(config.to_json_best_effort())
+  return _differences({section: old_card["config"][section]}, {section: new[section]})
+
+
 def host_facts(card: dict[str, Any]) -> dict[str, Any]:
   """What must be equal on all hosts of a job: the card, this code, the kind of machine."""
   sources = hashlib.sha256()

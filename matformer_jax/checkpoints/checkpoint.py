@@ -15,6 +15,7 @@ elements, so it does not depend on how, or on how many hosts, the leaf is sharde
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -23,7 +24,7 @@ import json
 import math
 import os
 import pathlib
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from matformer_jax.checkpoints import checksums
 from matformer_jax.config import ModelConfig, Span, model_config
 from matformer_jax.errors import UserError, first_line
 from matformer_jax.hosts.multihost import Hosts
-from matformer_jax.runtime import warn
+from matformer_jax.runtime import replace_file, warn
 from matformer_jax.sharding import logical_axes, path_names
 
 STEPS_DIR = "checkpoints"
@@ -44,8 +45,19 @@ FORMAT = 2
 MIN_CHUNK_BYTES = 2**20  # on disk; smaller ones cost more in files than they save in reading
 
 
+BEST_FILE = "validation.json"  # beside STEPS_DIR: validation loss by step, for `keep_best`
+
+
 class DamagedCheckpoint(UserError):
-  """A checkpoint that is unreadable or fails verification; names the leaf or item."""
+  """A checkpoint whose content is missing, truncated or altered; names the leaf or item."""
+
+
+class OtherCheckpoint(UserError):
+  """A healthy checkpoint of something else: a leaf is missing, extra or of another shape."""
+
+
+class NothingRestored(UserError):
+  """A run has checkpoints, and all of them are damaged."""
 
 
 # ------------------------------------------------------------------ manifest
@@ -115,19 +127,19 @@ def slice_manifest(params, config: ModelConfig) -> dict[str, list[list[str]]]:
   }
 
 
-def _compare(found: Mapping, expected: Mapping, keys: Sequence[str], where: str) -> None:
+def _compare(
+  found: Mapping, expected: Mapping, keys: Sequence[str], where: str, error: type[UserError]
+) -> None:
   for path in expected:
     if path not in found:
-      raise DamagedCheckpoint(f"{where}: leaf {path} is missing")
+      raise error(f"{where}: leaf {path} is missing")
   for path in found:
     if path not in expected:
-      raise DamagedCheckpoint(f"{where}: leaf {path} is not part of this model")
+      raise error(f"{where}: leaf {path} is not part of this model")
   for path, want in expected.items():
     for key in keys:
       if found[path][key] != want[key]:
-        raise DamagedCheckpoint(
-          f"{where}: leaf {path} has {key} {found[path][key]}, expected {want[key]}"
-        )
+        raise error(f"{where}: leaf {path} has {key} {found[path][key]}, expected {want[key]}")
 
 
 def _abstract_manifest(tree) -> dict[str, dict[str, Any]]:
@@ -164,7 +176,7 @@ def read_meta(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     meta = json.loads(path.read_bytes())
     if meta["seal"] != _seal(meta) or meta["step"] != step:
       raise ValueError("its content does not match its seal")
-  except (OSError, ValueError, KeyError, TypeError) as e:
+  except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as e:
     raise DamagedCheckpoint(f"checkpoint {path.parent.parent}: meta is unreadable ({e})") from e
   return meta
 
@@ -181,15 +193,21 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
     ({item: tree of arrays}, meta, data): `data` is the data source's state.
 
   Raises:
-    DamagedCheckpoint: naming the leaf that is missing, extra, reshaped or damaged.
+    OtherCheckpoint: naming the leaf that is missing, extra or reshaped.
+    DamagedCheckpoint: naming the leaf that cannot be read or fails its checksum.
+    UserError: where the file system refuses to read, which says nothing of the checkpoint.
   """
   where = f"checkpoint {pathlib.Path(workdir) / STEPS_DIR / str(step)}"
   meta = read_meta(workdir, step)
   for name, abstract in items.items():
     if name not in meta["manifest"]:
-      raise DamagedCheckpoint(f"{where} holds no {name}")
+      raise OtherCheckpoint(f"{where} holds no {name}")
     _compare(
-      meta["manifest"][name], _abstract_manifest(abstract), ("shape", "dtype"), f"{where}, {name}"
+      meta["manifest"][name],
+      _abstract_manifest(abstract),
+      ("shape", "dtype"),
+      f"{where}, {name}",
+      OtherCheckpoint,
     )
   args = {name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()}
   # Waiting for no other process: one that cannot read its share must not hang the others.
@@ -197,7 +215,7 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
   alone = ocp.options.MultiprocessingOptions(
     primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
   )
-  path = (pathlib.Path(workdir) / STEPS_DIR / str(step)).absolute()
+  path = _for_tensorstore(workdir) / STEPS_DIR / str(step)
   try:
     with ocp.Checkpointer(
       ocp.CompositeCheckpointHandler(
@@ -206,33 +224,71 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
       multiprocessing_options=alone,
     ) as reader:
       restored = reader.restore(path, args=ocp.args.Composite(data=ocp.args.JsonRestore(), **args))
-  except Exception as e:  # Orbax and tensorstore raise many types for damaged files
-    raise DamagedCheckpoint(f"{where}: {_reason(e)}") from e
+  except Exception as e:
+    _raise_unreadable(e, where)
   for name in items:
     _compare(
       manifest(restored[name]),
       meta["manifest"][name],
       ("shape", "dtype", "checksum"),
       f"{where}, {name}",
+      DamagedCheckpoint,
     )
   if restored["data"] != meta["data"]:
     raise DamagedCheckpoint(f"{where}: data state does not match the manifest")
   return {name: restored[name] for name in items}, meta, restored["data"]
 
 
+def _for_tensorstore(directory: str | os.PathLike) -> pathlib.Path:
+  """The absolute path of a directory, by a name that tensorstore does not change.
+
+  It takes a backslash for a slash; so such a directory is named by a descriptor of it.
+  """
+  path = pathlib.Path(directory).absolute()
+  return pathlib.Path(f"/proc/self/fd/{_descriptor(path)}") if "\\" in str(path) else path
+
+
+@functools.cache
+def _descriptor(path: pathlib.Path) -> int:
+  path.mkdir(parents=True, exist_ok=True)
+  return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _raise_unreadable(e: Exception, where: str) -> NoReturn:
+  """Raises what an exception of Orbax or tensorstore says about a checkpoint, if anything.
+
+  They raise many types for missing, truncated and altered files. What is known to be about
+  something else, such as memory, permissions or a lost peer, is no damage.
+  """
+  if isinstance(e, (MemoryError, jax.errors.JaxRuntimeError)):
+    raise e
+  refused = _file_system_reason(e)
+  if refused and refused not in _MISSING:
+    raise UserError(
+      f"{where} cannot be read ({refused}); nothing was changed. Correct that and run again"
+    ) from e
+  raise DamagedCheckpoint(f"{where}: {_reason(e)}") from e
+
+
 def restore_newest(
   workdir: str | os.PathLike, items: Mapping[str, Any], repair: bool, hosts: Hosts = Hosts()
 ):
-  """Restores the newest step that verifies on all hosts; as `restore`, or None if none does.
+  """Restores the newest step that verifies on all hosts; as `restore`, or None without any step.
 
-  Steps that do not verify are skipped with a warning and, with `repair`, moved to
-  `checkpoints_damaged/`, so that later saves of the same number are not blocked.
+  Newer steps that are damaged are skipped with a warning and, with `repair`, moved to
+  `checkpoints_damaged/`, so that later saves of the same number are not blocked: once another
+  one has verified, which shows that the fault is theirs. Steps half-written are moved too.
+
+  Raises:
+    NothingRestored: if there are steps and none can be restored; nothing is moved then.
+    UserError: as `restore` for what is no damage.
   """
   root = pathlib.Path(workdir) / STEPS_DIR
   if repair and hosts.first:
     for leftover in root.iterdir() if root.is_dir() else ():
       if ".orbax-checkpoint-tmp" in leftover.name:
         warn(f"half-written {leftover} set aside as {set_aside(leftover)}")
+  problems: dict[int, str] = {}
   for step in reversed(hosts.gather(steps(workdir))[0]):
     restored, problem = None, None
     try:
@@ -241,12 +297,18 @@ def restore_newest(
       problem = str(e)
     problem = next((p for p in hosts.gather(problem) if p), None)
     if problem is None:
+      if hosts.first:
+        for bad, why in problems.items():
+          aside = f"set aside as {set_aside(root / str(bad))}" if repair else "skipped"
+          warn(f"{why}; {aside}")
+      hosts.barrier()
       return restored
-    if hosts.first:
-      warn(
-        f"{problem}; " + (f"set aside as {set_aside(root / str(step))}" if repair else "skipped")
-      )
-    hosts.barrier()
+    problems[step] = problem
+  if problems:
+    raise NothingRestored(
+      f"none of the {len(problems)} checkpoints of {workdir} can be restored; nothing was moved. "
+      f"Tried: {'; '.join(problems.values())}"
+    )
   return None
 
 
@@ -256,7 +318,7 @@ class SliceReader:
   def __init__(self, workdir: str | os.PathLike, step: int, config: ModelConfig):
     self._meta = read_meta(workdir, step)
     self._where = f"checkpoint {pathlib.Path(workdir) / STEPS_DIR / str(step)}"
-    self._path = (pathlib.Path(workdir) / STEPS_DIR / str(step) / "params").absolute()
+    self._path = _for_tensorstore(workdir) / STEPS_DIR / str(step) / "params"
     self._segments = dict(_segments(config))
 
   def read(self, names: tuple[str, ...], layers: slice, lengths: Mapping[str, int]) -> jax.Array:
@@ -283,12 +345,17 @@ class SliceReader:
     index = [layers if a == "layers" else slice(0, lengths.get(a, n)) for a, n in zip(axes, shape)]
     spec = {
       "driver": "zarr",
-      "kvstore": {"driver": "ocdbt", "base": self._path.as_uri(), "path": ".".join(names)},
+      "kvstore": {
+        "driver": "ocdbt",
+        # Not as a URL, in which some characters of a path would mean something else.
+        "base": {"driver": "file", "path": f"{self._path}/"},
+        "path": ".".join(names),
+      },
     }
     try:
       part = jnp.asarray(tensorstore.open(spec, open=True).result()[tuple(index)].read().result())
-    except Exception as e:  # tensorstore raises many types for damaged files
-      raise DamagedCheckpoint(f"{self._where}: leaf {name}: {_reason(e)}") from e
+    except Exception as e:
+      _raise_unreadable(e, f"{self._where}, leaf {name}")
     if table is None:
       wanted = [known["checksum"]]
     else:
@@ -327,6 +394,9 @@ _FILE_SYSTEM_ERRORS = tuple(
     *("EEXIST", "EISDIR", "ENAMETOOLONG", "EMFILE", "ENFILE", "ESTALE", "ENODEV", "ENXIO"),
   )
 )
+
+
+_MISSING = tuple(os.strerror(number) for number in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR))
 
 
 def _file_system_reason(e: BaseException) -> str | None:
@@ -375,17 +445,11 @@ class Writer:
   def __init__(
     self, workdir: str | os.PathLike, keep_last: int, keep_best: int, card: Mapping[str, Any]
   ):
-    self._root = pathlib.Path(workdir).absolute() / STEPS_DIR
+    self._root = _for_tensorstore(workdir) / STEPS_DIR
     self._card = dict(card)
     self._config = model_config(card)
-    self._metric: dict[int, float] = {}
-    for step in steps(workdir):
-      try:
-        metric = read_meta(workdir, step)["metric"]
-      except DamagedCheckpoint:
-        continue
-      if metric is not None:
-        self._metric[step] = metric
+    self._best_file = pathlib.Path(workdir) / BEST_FILE
+    self._metric = self._read_metrics(workdir)
     try:
       self._manager = ocp.CheckpointManager(
         self._root,
@@ -436,7 +500,7 @@ class Writer:
     }
     meta["seal"] = _seal(meta)
     if metric is not None:
-      self._metric[step] = metric
+      self.record(step, metric)
     try:
       saved = self._manager.save(
         step,
@@ -453,6 +517,23 @@ class Writer:
         f"checkpoint of step {step} was refused: {self._root} already holds "
         f"step {self._manager.latest_step()}; use another --workdir"
       )
+
+  def record(self, step: int, metric: float) -> None:
+    """Ranks a step, saved or about to be, for `keep_best`: the lower the better."""
+    self._metric[step] = metric
+    if jax.process_index() == 0:
+      rows = {str(step): value for step, value in sorted(self._metric.items())}
+      replace_file(self._best_file, json.dumps(rows).encode())
+
+  def _read_metrics(self, workdir: str | os.PathLike) -> dict[int, float]:
+    """By step; of checkpoints of earlier versions from their meta."""
+    found = {}
+    for step in steps(workdir):
+      with contextlib.suppress(DamagedCheckpoint):
+        found[step] = read_meta(workdir, step)["metric"]
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+      found |= {int(k): float(v) for k, v in json.loads(self._best_file.read_text()).items()}
+    return {step: metric for step, metric in found.items() if metric is not None}
 
   def wait(self) -> None:
     """Blocks until the last save is on disk. Raises UserError if it could not be written."""

@@ -76,5 +76,5 @@ def init_params(config: MatLMConfig, rng: jax.Array):
 
 
 def adapt_params(params, fresh, config: MatLMConfig, new: MatLMConfig, keep_head: bool):
-  """See models.adapt_params: a MatLM is trained further as it is."""
-  return params
+  """See models.adapt_params; the tied embedding is the head."""
+  return params if keep_head else params | {"embedding": fresh["embedding"]}

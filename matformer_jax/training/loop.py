@@ -17,7 +17,6 @@ from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import checkpoint, replicas
 from matformer_jax.data.prefetch import Prefetcher
 from matformer_jax.errors import UserError
-from matformer_jax.evals import Result
 from matformer_jax.hosts import goodput, multihost
 from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.hosts.watchdog import Watchdog
@@ -46,7 +45,7 @@ class Loop:
     programs: granularity index -> its compiled step.
     state: after `start` steps; then after the last one dispatched.
     start: steps done before.
-    skipped: updates skipped so far, since loss or gradient was not finite.
+    skipped: updates skipped so far, since loss, gradient or update was not finite.
   """
 
   config: Any
@@ -66,9 +65,11 @@ class Loop:
   _pending: _Pending | None = dataclasses.field(default=None, init=False)
   _bad_in_a_row: int = dataclasses.field(default=0, init=False)
   _stopping: bool = dataclasses.field(default=False, init=False)
+  _saved: int = dataclasses.field(default=0, init=False)  # the newest checkpoint's step
   _finished_at: float = dataclasses.field(default=0.0, init=False)  # the last step, monotonic
 
   def __post_init__(self):
+    self._saved = self.start
     # All at once and ahead of time: evaluated step by step it would cost the loop 1%.
     schedule = jax.jit(jax.vmap(optim.make_schedule(self.config.optim, self.config.steps)))
     self._learning_rates = np.asarray(schedule(np.arange(self.config.steps)))
@@ -95,13 +96,14 @@ class Loop:
         self._pending = _Pending(step, index, outputs, signals, waited)
         if self.samples:
           self.samples.write(step)
-        results = None
-        if not self._stopping and (_due(config.eval.every, step) or step == config.steps):
-          results = self._evaluate(step)
+        last = step == config.steps
+        evaluates = last or _due(config.eval.every, step)
         if _due(config.replica_check_every, step):
           self._check_replicas()
-        if self._stopping or results or _due(config.checkpoint.every, step) or step == config.steps:
-          self._save(step, results)
+        if self._stopping or evaluates or _due(config.checkpoint.every, step):
+          self._save(step)  # first, so that an evaluation that fails loses nothing
+        if evaluates and not self._stopping:
+          self._evaluate(step)
         self.profile.after(step)
         if self._stopping:
           break
@@ -140,15 +142,18 @@ class Loop:
     self.skipped += not finite
     self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
     if self.config.max_nonfinite and self._bad_in_a_row >= self.config.max_nonfinite:
+      kept = (
+        f"the newest checkpoint is of step {self._saved:,}" if self._saved else "none was saved"
+      )
       raise UserError(
-        f"diverged: loss or gradient was not finite for {self._bad_in_a_row} steps in a row, "
-        f"last {name} at step {done.step}; nothing bad was saved. Lower optim.peak_lr="
-        f"{self.config.optim.peak_lr:g} or set optim.clip_norm, then run again to resume"
+        f"diverged: loss, gradient or update was not finite for {self._bad_in_a_row} steps in a "
+        f"row, last {name} at step {done.step}; none of them was applied or saved, and {kept}. "
+        f"Lower optim.peak_lr={self.config.optim.peak_lr:g} or set optim.clip_norm, then run "
+        "again to resume"
       )
 
-  def _evaluate(self, step: int) -> list[Result] | None:
-    """Validation of every size; None if a stop was asked for meanwhile."""
-    self._report()
+  def _evaluate(self, step: int) -> None:
+    """Validation of every size, unless a stop is asked for meanwhile."""
 
     def should_stop() -> bool:
       self.watchdog.alive(f"evaluation after step {step:,}")
@@ -165,8 +170,8 @@ class Loop:
       )
     if results is not None:
       self.log.evaluation(step, results)
+      self.writer.record(step, results[-1].metrics["loss"])
     self._finished_at = time.perf_counter()
-    return results
 
   def _check_replicas(self) -> None:
     try:
@@ -174,8 +179,11 @@ class Loop:
     except replicas.ReplicasDiffer as e:
       self.hosts.give_up(f"{e}; checkpoints saved before are intact")
 
-  def _save(self, step: int, results: list[Result] | None) -> None:
+  def _save(self, step: int) -> None:
+    """Saves the state; while updates are being skipped only where the run ends."""
     self._report()
+    if self._bad_in_a_row and not self._stopping and step < self.config.steps:
+      return
     self.log.flush()
     with self.ledger.phase("checkpoint"):
       self._check_replicas()  # so that no checkpoint holds a flipped bit
@@ -185,8 +193,8 @@ class Loop:
         self.state.opt_state,
         {"step": step},
         {"skipped": self.skipped},
-        metric=results[-1].metrics["loss"] if results else None,
       )
+    self._saved = step
     self.ledger.save()
     self.watchdog.alive(f"saving step {step:,}")
     self._finished_at = time.perf_counter()

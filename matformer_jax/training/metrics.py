@@ -76,7 +76,7 @@ class StepRecord:
     granularity: what was drawn.
     loss, grad_norm: as computed, of the sliced tree.
     learning_rate: of the update.
-    finite: whether loss and gradient were, so that the update was made.
+    finite: whether loss, gradient and update were, so that the update was made.
     step_time_s: since the step before was finished; of it, `data_wait_s` waiting for data.
     draw_hash: what all hosts must have drawn alike.
   """
@@ -148,7 +148,7 @@ class RunLog:
       self.skipped[granularity] += 1
       row["skipped"] = True
       print(
-        f"step {step}: loss or gradient of {granularity} is not finite; update skipped "
+        f"step {step}: loss, gradient or update of {granularity} is not finite; update skipped "
         f"({sum(self.skipped.values())} so far)",
         flush=True,
       )

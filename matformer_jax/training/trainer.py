@@ -44,8 +44,8 @@ def make_train_step(
 
   The gradient is taken, and accumulated over `grad_accum` micro-batches, on the
   sliced tree; slicing's transpose pads it with exact zeros, and the optimizer is
-  applied to the full tree. Where loss or gradient is not finite, parameters and
-  optimizer state are returned unchanged, bit for bit.
+  applied to the full tree. Where loss, gradient or what the update would leave is not
+  finite, parameters and optimizer state are returned unchanged, bit for bit.
   """
   sub_config = gran.submodel_config(task.model_config, granularity)
   sharded = sharding.batch_shards(execution.mesh) > 1
@@ -70,11 +70,21 @@ def make_train_step(
     (grads,) = unslice(sub_grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updated = TrainState(optax.apply_updates(state.params, updates), opt_state)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _is_sane(updated)
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     return state, {"loss": loss, "grad_norm": grad_norm, "finite": finite}
 
   return train_step
+
+
+def _is_sane(state: TrainState) -> jax.Array:
+  """Whether a state can be trained on: no infinity or NaN, and parameters of finite norm.
+
+  XLA fuses the sums with the update that writes these arrays.
+  """
+  moments = [x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+  total = sum((jnp.sum(x, dtype=jnp.float32) for x in moments), jnp.float32(0))
+  return jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(state.params))
 
 
 def _accumulate(gradient, parts: int, params, batch):
