@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import errno
+import os
 import re
+import signal
 import sys
 from typing import Any, NoReturn
 import warnings
@@ -17,6 +19,7 @@ from matformer_jax import config_files, runtime
 from matformer_jax.errors import UserError
 
 EXIT_ERROR = 1
+EXIT_CLOSED_PIPE = 128 + signal.SIGPIPE
 
 BUDGET_HELP = (
   "Choose the Mix'n'Match granularity that fits: 0.6x (of XL's parameters), 620M, "
@@ -107,9 +110,18 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
   def guarded(argv):
     try:
-      return main(argv)
+      code = main(argv)
+      sys.stdout.flush()  # here, where a closed pipe can still be answered
+      return code
     except UserError as e:
       fail(str(e))
+    except BrokenPipeError:
+      # Whoever read the output has enough: as other tools do, end without a word.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(EXIT_CLOSED_PIPE)
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr, flush=True)
+      sys.exit(128 + signal.SIGINT)
     except OSError as e:
       if e.errno not in _DISK_ERRORS:
         raise

@@ -20,6 +20,13 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
   return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
 
 
+def check_seed(seed: int, name: str) -> int:
+  """The seed. Raises UserError unless it is an integer from 0 to 2^32 - 1."""
+  if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+    raise UserError(f"{name}={seed!r} must be an integer from 0 to {2**32 - 1}")
+  return seed
+
+
 def first_line(e: BaseException, limit: int = 300) -> str:
   """The first line of an error's text, which can be pages long; its type where it has none."""
   lines = str(e).strip().splitlines()

@@ -37,7 +37,7 @@ from matformer_jax.decoding.speculative import (
   SpeculativeDecoder,
   Stats,
 )
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, check_seed
 from matformer_jax.evals import classification
 from matformer_jax.models import losses, matlm, slicing
 from matformer_jax.tasks import Task, make_task
@@ -55,7 +55,7 @@ class Settings:
     granularity: who decodes, or verifies; None is everything stored.
     max_tokens: per prompt, at most.
     sampling: temperature (0: greedy), top-k, top-p.
-    seed: prompt i uses seed + i.
+    seed: prompt i uses seed + i, modulo 2^32.
     draft: granularity that drafts (speculative decoding); None decodes plainly.
     draft_lengths: tokens per draft; several are chosen from, by acceptance and time measured
       on the way; None: AUTO_DRAFT_LENGTHS.
@@ -69,6 +69,9 @@ class Settings:
   draft: gran.GranularityLike | None = None
   draft_lengths: tuple[int, ...] | None = None
   share_cache: bool = True
+
+  def __post_init__(self):
+    check_seed(self.seed, "seed")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -289,7 +292,11 @@ class LanguageModel(Model):
       config, self.execution, gran.full(config), settings.sampling, self.tokenizer.eos_id
     )
     weights = decoder.lay_out(slicing.slice_params(self.params, self.config, g))
-    request = prompts, settings.max_tokens, [settings.seed + i for i in range(len(prompts))]
+    request = (
+      prompts,
+      settings.max_tokens,
+      [(settings.seed + i) % 2**32 for i in range(len(prompts))],
+    )
     lengths = settings.draft_lengths or tuple(
       k for k in AUTO_DRAFT_LENGTHS if k or settings.share_cache
     )

@@ -28,7 +28,7 @@ from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import kind_of, model_config
 from matformer_jax.data.tokenizer import TOKENIZER_FILE
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, check_seed
 from matformer_jax.hosts import goodput, lock, multihost
 from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.hosts.watchdog import Watchdog
@@ -293,8 +293,7 @@ def _check_config(config) -> None:
       raise UserError(f"{name}={value!r} must be a positive integer")
   if config.checkpoint.keep_last < 1:
     raise UserError(f"checkpoint.keep_last={config.checkpoint.keep_last} must be at least 1")
-  if not isinstance(config.seed, int) or config.seed < 0:
-    raise UserError(f"seed={config.seed!r} must be a non-negative integer")
+  check_seed(config.seed, "seed")
 
 
 def _say_what_is_trained(config, trainer: Trainer, counts, hosts: Hosts) -> None:

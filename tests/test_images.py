@@ -390,6 +390,16 @@ def test_workers_read_the_same(folder):
         np.testing.assert_array_equal(x[key], y[key])
 
 
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_an_image_that_would_fill_the_memory(folder, monkeypatch, policy):
+  """Pillow refuses what decodes to more than twice this many pixels."""
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+  source = image_sources.open_images(f"folder:{folder}", "train")
+  reader = batches(source, corrupt=Corrupt(policy))
+  with pytest.raises(UserError, match="too large to decode" if policy == "error" else "no image"):
+    reader.batch(0)
+
+
 def test_corrupt_images(folder, tmp_path, capsys):
   (folder / "train" / "cat" / "0.JPG").write_bytes(b"\xff\xd8 no jpeg")
   (folder / "train" / "dog" / "1.png").write_bytes(

@@ -138,18 +138,19 @@ def plan(*args, env=None) -> dict:
 
 @pytest.mark.slow
 def test_a_plan_of_78m_on_a_small_slice():
-  """Tensor degrees 1, 2 and 4: nesting costs no collective, and a small size gathers less."""
+  """Tensor degrees 1 and 4: nesting costs no collective, and a small size gathers less."""
   config = MatLMConfig.from_dict(helpers.get_config("78M").model)
   ffn = [2 * 2 * config.num_layers * width * config.d_model for width in config.ffn_widths]  # bf16
-  for tensor, vocab_size in ((1, config.vocab_size), (2, 8192), (4, 8192)):  # small: half the time
+  for tensor in (1, 4):
     # AdamW, which works element by element: Adafactor's moments of the full tree are factored
     # along other axes than a narrow model's.
     args = (
       f"--mesh=fsdp:4,tensor:{tensor}",
       "--config.optim.name=adamw",
-      f"--config.model.vocab_size={vocab_size}",
+      "--config.model.vocab_size=8192",  # half the time to compile
     )
-    nested = plan(*args, "--granularities=S", env=QUICKLY)["granularities"]
+    sizes = "--granularities=S,XL" if tensor == 1 else "--granularities=S"
+    nested = plan(*args, sizes, env=QUICKLY)["granularities"]
     dense = plan(*args, "--config.model.ffn_ratios=(0.5,)", env=QUICKLY)["granularities"]["G1"]
     for kind in ("all-gather", "reduce-scatter"):
       assert nested["S"]["collective_count"][kind] == dense["collective_count"][kind]
@@ -157,7 +158,7 @@ def test_a_plan_of_78m_on_a_small_slice():
     for kind in ("all-to-all", "collective-permute"):
       assert nested["S"]["collective_count"].get(kind, 0) <= dense["collective_count"].get(kind, 0)
     if tensor == 1:
-      row = plan(*args, "--granularities=XL", env=QUICKLY)["granularities"]["XL"]
+      row = nested["XL"]
       saved = row["collective_bytes"]["all-gather"] - nested["S"]["collective_bytes"]["all-gather"]
       # Gathered twice a step, forward and backward: S takes less than half of XL's FFN bytes.
       assert saved == 2 * (ffn[3] - ffn[0]) > 0.5 * 2 * ffn[3]

@@ -334,6 +334,7 @@ MISTAKES = {
   "sampling": ({"sampling": "0.5/0.6/0/0"}, ("sampling", "1.1")),
   "optimizer": ({"optim__name": "adam"}, ("'adam'", "adamw")),
   "remat": ({"remat": "some"}, ("'some'", "attn_out")),
+  "seed": ({"seed": 2**32}, ("seed=4294967296", "4294967295")),
   "tokenizer": ({"data__tokenizer": "/nowhere.model"}, ("/nowhere.model",)),
 }
 

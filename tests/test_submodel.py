@@ -210,8 +210,8 @@ def test_mistakes(tiny_run, tmp_path):
 
 @pytest.mark.slow
 def test_memory_follows_the_submodel(tmp_path):
-  """463M's shape with a small vocabulary: peak memory above an idle process's."""
-  row = helpers.get_config("463M").model
+  """310M's shape with a small vocabulary: peak memory above an idle process's."""
+  row = helpers.get_config("310M").model
   row.vocab_size = 1024
   config = MatLMConfig.from_dict(row)
   shapes = jax.eval_shape(lambda: matlm.init_params(config, jax.random.key(0)))

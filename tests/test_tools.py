@@ -3,13 +3,16 @@
 import csv
 import json
 import shutil
+import subprocess
 
+import helpers
 from helpers import OPTIMISED, run_program, train_args
 import numpy as np
 import pytest
 from test_programs import assert_one_line_error
 
 import matformer_jax
+from matformer_jax import UserError
 from matformer_jax import granularity as gran
 from matformer_jax.decoding.decode import Decoder
 from matformer_jax.evals import latency
@@ -257,6 +260,35 @@ def test_generate_prints_only_the_text(tiny_run):
   assert small.stdout == model.generate("def ", "M+L", max_tokens=40)
   sampled = [run_program("generate", *args, f"--seed={s}").stdout for s in (1, 1, 2)]
   assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize(
+  "args,head",
+  [
+    (("describe", "--config=configs/matlm.py:850M"), ["head", "-n", "1"]),
+    (("generate", "--max_tokens=400", "--prompt=def "), ["head", "-c", "20"]),
+  ],
+)
+def test_a_closed_pipe_ends_without_a_word(tiny_run, args, head):
+  program, *flags = args
+  flags += [f"--workdir={tiny_run}"] if program == "generate" else []
+  streams = dict(cwd=helpers.ROOT, env=helpers.PROGRAM_ENV, stdout=subprocess.PIPE)
+  writer = subprocess.Popen(helpers.command(program, *flags), stderr=subprocess.PIPE, **streams)
+  reader = subprocess.run(head, stdin=writer.stdout, capture_output=True)
+  writer.stdout.close()
+  error = writer.stderr.read().decode()
+  assert writer.wait() in (0, 141) and "Traceback" not in error and "BrokenPipe" not in error, error
+  assert reader.stdout
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_out_of_range(tiny_run, seed):
+  flag = f"--seed={seed}"
+  assert_one_line_error(run_program("generate", f"--workdir={tiny_run}", flag), str(seed))
+  with pytest.raises(UserError, match=f"seed={seed}"):
+    matformer_jax.load(tiny_run).generate("x", seed=seed)
+  last = matformer_jax.load(tiny_run).generate(["x", "y"], max_tokens=2, seed=2**32 - 1)
+  assert len(last) == 2
 
 
 def test_generate_from_python(tiny_run):

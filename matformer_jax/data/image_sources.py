@@ -77,6 +77,8 @@ class Images:
         encoded = example.image
         image = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
       return image.convert("L" if self.channels == 1 else "RGB"), example.labels
+    except Image.DecompressionBombError as e:
+      raise CorruptImage(f"{self.where(index)} of {self.name} is too large to decode ({e})") from e
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as e:
       raise CorruptImage(
         f"{self.where(index)} of {self.name} is no image that can be read "

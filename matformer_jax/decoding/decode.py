@@ -27,7 +27,7 @@ import numpy as np
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
 from matformer_jax.config import Execution, MatLMConfig
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, check_seed
 from matformer_jax.models import cache as kv
 from matformer_jax.models import layers, matlm, ops, slicing
 
@@ -220,6 +220,8 @@ class Decoder:
           f"a prompt must be token ids in 0..{self.config.vocab_size - 1}, at least "
           f"one; got {list(prompt)[:8]}"
         )
+    for seed in seeds:
+      check_seed(int(seed), "seed")
     if max_tokens < 1:
       raise UserError(f"max_tokens={max_tokens} must be at least 1")
     length = np.array([len(p) for p in prompts], np.int32)
