@@ -6,7 +6,7 @@
       --config.data.source=tokens:/mnt/data/c4
 
 The corpus is cut into parts, which worker processes tokenise independently. Killed, it
-goes on where it was: run the same command again. A tokenizer is trained on a sample
+it resumes where it was when the same command is run again. A tokenizer is trained on a sample
 spread over the corpus unless --tokenizer names one.
 """
 
@@ -65,7 +65,7 @@ def prepare(
   tokenizer_type: str,
   sample_bytes: int,
 ) -> store.TokenStore:
-  """Makes, or goes on making, the store at `out`; says how fast.
+  """Makes the store at `out`, or finishes it; says how fast.
 
   Raises:
     UserError: if `out` holds another job, or the corpus is empty.
@@ -107,7 +107,7 @@ def _check_same_job(out: pathlib.Path, job: Job) -> None:
     if before.get(name) != value:
       raise UserError(
         f"--out={out} is being made with {name}={before.get(name)!r}, not {value!r}; "
-        "use the same flags to go on, or another --out"
+        "use the same flags to continue, or another --out"
       )
 
 
@@ -184,7 +184,7 @@ def _run(job: Job, out: pathlib.Path, todo: list[int], workers: int, expected: i
       except concurrent.futures.process.BrokenProcessPool as e:
         raise UserError(
           "a worker process was killed (out of memory?); run the same command again to "
-          "go on, with fewer --workers"
+          "continue, with fewer --workers"
         ) from e
       finally:
         for future in waiting:

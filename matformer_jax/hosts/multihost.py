@@ -150,7 +150,7 @@ class Hosts:
     """What ends the block in this process ends the job in all of them.
 
     With EXIT_RETRY where a collective or the coordination service failed, which is what a lost
-    peer looks like; else the exception goes on, and the other processes leave with EXIT_ERROR.
+    peer looks like; else the exception propagates, and the other processes leave with EXIT_ERROR.
     """
     try:
       yield
@@ -536,7 +536,7 @@ def _on_abort(handler):
 
   @function_type
   def handle(signum):
-    handler()  # where it returns, the abort goes on
+    handler()  # where it returns, the abort continues
 
   libc = ctypes.CDLL(None)
   libc.signal.argtypes = [ctypes.c_int, function_type]

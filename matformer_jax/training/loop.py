@@ -1,4 +1,4 @@
-"""The loop over steps, and what goes on around a step: stopping, tracing, the log of samples."""
+"""The loop over steps, and what surrounds a step: stopping, tracing, the log of samples."""
 
 from __future__ import annotations
 
