@@ -6,7 +6,7 @@
       --config.data.source=tokens:/mnt/data/c4
 
 The corpus is cut into parts, which worker processes tokenise independently. Killed, it
-it resumes where it was when the same command is run again. A tokenizer is trained on a sample
+resumes where it was when the same command is run again. A tokenizer is trained on a sample
 spread over the corpus unless --tokenizer names one.
 """
 
