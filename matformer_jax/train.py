@@ -7,7 +7,8 @@ and Open MPI's mpirun the processes find each other; elsewhere start one per mac
 with --coordinator, --num_processes and --process_id.
 
 Exit codes: 0 done; 1 an error to fix first (config, data, divergence, a workdir in use); 143
-stopped by SIGTERM, 130 by Ctrl-C, 42 lost a peer, hung or a hardware fault: run the same command again.
+stopped by SIGTERM, 130 by Ctrl-C; 42 lost a peer, hung or a hardware fault: run the same
+command again.
 """
 
 from __future__ import annotations
