@@ -170,7 +170,7 @@ def _sklearn(source: str, rest: str, split: str) -> Images:
   if rest != "digits":
     raise UserError(f"data.source={source!r}: only sklearn:digits is embedded")
   try:
-    from sklearn import datasets
+    from sklearn import datasets  # pyright: ignore[reportMissingImports] (an extra)
   except ImportError:
     raise UserError(
       f"data.source={source!r} needs scikit-learn: pip install 'matformer_jax[digits]'"

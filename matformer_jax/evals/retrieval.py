@@ -131,7 +131,7 @@ def _merge(old, new, k: int):
 
 def _search_faiss(queries, blocks, k, metric):
   try:
-    import faiss
+    import faiss  # pyright: ignore[reportMissingImports] (an extra)
   except ImportError:
     raise UserError("backend='faiss' needs faiss: pip install 'matformer_jax[faiss]'") from None
   kind = faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP
