@@ -84,6 +84,7 @@ def _base() -> ml_collections.ConfigDict:
       train_transform="inception_crop(224)|flip",
       eval_transform="resize_small(256)|center_crop(224)",
       corrupt="error",  # or skip: images that do not decode are left out and counted
+      max_pixels=178_956_970,  # images of more are corrupt: they could fill the memory
       workers=0,  # processes that decode; 0: in the training process
     ),
     optim=dict(peak_lr=1e-3, warmup_steps=10_000, b2=0.999),

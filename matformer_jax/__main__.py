@@ -33,6 +33,11 @@ def programs() -> dict[str, str]:
 
 def main() -> None:
   """Runs the program that the first argument names, as `python -m` would."""
+  with cli.quiet_ends():
+    _main()
+
+
+def _main() -> None:
   program, *args = sys.argv[1:] or ["--help"]
   if program == "--version":
     print(f"matformer_jax {matformer_jax.__version__}")

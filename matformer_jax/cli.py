@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import errno
 import os
 import re
+import select
 import signal
 import sys
 from typing import Any, NoReturn
@@ -16,10 +18,11 @@ import ml_collections
 from ml_collections import config_flags
 
 from matformer_jax import config_files, runtime
-from matformer_jax.errors import UserError
+from matformer_jax.errors import SEED_LIMIT, UserError
 
 EXIT_ERROR = 1
-EXIT_CLOSED_PIPE = 128 + signal.SIGPIPE
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_CLOSED_PIPE = 128 + signal.SIGPIPE  # what a shell shows of a tool that `| head` ended
 
 BUDGET_HELP = (
   "Choose the Mix'n'Match granularity that fits: 0.6x (of XL's parameters), 620M, "
@@ -75,6 +78,11 @@ def read_config(flag) -> Any:
   return flag.value
 
 
+def define_seed(help_text: str) -> flags.FlagHolder[int]:
+  """Defines --seed, by default 0."""
+  return flags.DEFINE_integer("seed", 0, help_text, lower_bound=0, upper_bound=SEED_LIMIT - 1)
+
+
 def check(argv: list[str]) -> None:
   """Raises UserError for stray arguments."""
   if len(argv) > 1:
@@ -98,7 +106,11 @@ def fail(message: str) -> NoReturn:
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-  """Runs `main` under absl; user mistakes become one line and exit code 1."""
+  """Runs `main` under absl and exits.
+
+  User mistakes become one line and exit code 1. Two ends are nobody's mistake and print nothing:
+  Ctrl-C (exit code 130), and a reader that wants no more of the output, as in `| head` (141).
+  """
 
   def parse(argv):
     try:
@@ -111,17 +123,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
   def guarded(argv):
     try:
       code = main(argv)
-      sys.stdout.flush()  # here, where a closed pipe can still be answered
+      sys.stdout.flush()  # here, where an error can still be handled
       return code
     except UserError as e:
       fail(str(e))
-    except BrokenPipeError:
-      # Whoever read the output has enough: as other tools do, end without a word.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      sys.exit(EXIT_CLOSED_PIPE)
-    except KeyboardInterrupt:
-      print("interrupted", file=sys.stderr, flush=True)
-      sys.exit(128 + signal.SIGINT)
     except OSError as e:
       if e.errno not in _DISK_ERRORS:
         raise
@@ -135,7 +140,42 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
   sys.unraisablehook = _ignore_closed_event_loops
   # Orbax logs every phase, and tracebacks of errors that we report in one line.
   logging.set_verbosity(logging.FATAL)
-  app.run(guarded, flags_parser=parse)
+  with quiet_ends():
+    app.run(guarded, flags_parser=parse)
+  sys.exit()
+
+
+@contextlib.contextmanager
+def quiet_ends() -> Iterator[None]:
+  """Exits without a word at Ctrl-C, and where nobody reads the output any more."""
+  if sys.stdout is None:  # closed from the start: `>&-`
+    sys.stdout = open(os.devnull, "w")
+  try:
+    yield
+  except KeyboardInterrupt:
+    sys.exit(EXIT_INTERRUPTED)
+  except BrokenPipeError:
+    if not (_reader_is_gone(sys.stdout) or _reader_is_gone(sys.stderr)):
+      raise  # of another pipe
+    sys.exit(EXIT_CLOSED_PIPE)
+  finally:
+    _drop_unwritable_output()
+
+
+def _reader_is_gone(stream) -> bool:
+  with contextlib.suppress(AttributeError, OSError, ValueError):  # no stream, or no file behind it
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+  return False
+
+
+def _drop_unwritable_output() -> None:
+  """Python writes what is left at exit, and would complain of an error that has been handled."""
+  try:
+    sys.stdout.flush()
+  except OSError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unknown_key(argv: list[str], e: Exception) -> str:

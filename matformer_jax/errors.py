@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 import difflib
+import operator
+from typing import Any
+
+SEED_LIMIT = 2**32  # of JAX's random keys and Grain's shuffles
 
 
 class UserError(ValueError):
@@ -14,17 +18,29 @@ class UserError(ValueError):
   """
 
 
+def check_seed(seed: Any, source: str) -> int:
+  """`seed` as an int.
+
+  Args:
+    seed: an integer of any type.
+    source: where it came from, for the error.
+
+  Raises:
+    UserError: unless it is an integer in [0, SEED_LIMIT).
+  """
+  try:
+    number = -1 if isinstance(seed, bool) else operator.index(seed)
+  except TypeError:
+    number = -1
+  if not 0 <= number < SEED_LIMIT:
+    raise UserError(f"{source}={seed!r} must be an integer from 0 to {SEED_LIMIT - 1} (32 bits)")
+  return number
+
+
 def did_you_mean(key: str, known: Iterable[str]) -> str:
   """`; did you mean 'x'?` for the nearest known key, else the list of keys."""
   near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
   return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
-
-
-def check_seed(seed: int, name: str) -> int:
-  """The seed. Raises UserError unless it is an integer from 0 to 2^32 - 1."""
-  if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-    raise UserError(f"{name}={seed!r} must be an integer from 0 to {2**32 - 1}")
-  return seed
 
 
 def first_line(e: BaseException, limit: int = 300) -> str:

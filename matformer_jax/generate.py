@@ -78,9 +78,7 @@ if __name__ == "__main__":
   _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
   _TOP_K = flags.DEFINE_integer("top_k", 0, "Keep only the k most likely tokens; 0 keeps all.")
   _TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the most likely tokens up to this probability.")
-  _SEED = flags.DEFINE_integer(
-    "seed", 0, "The same seed gives the same text.", lower_bound=0, upper_bound=2**32 - 1
-  )
+  _SEED = cli.define_seed("The same seed gives the same text.")
   _DRAFT = flags.DEFINE_string(
     "draft",
     None,

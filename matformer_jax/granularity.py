@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import dataclasses
 import difflib
 import itertools
+import operator
 import re
 
 import numpy as np
@@ -83,7 +84,13 @@ def parse(value: GranularityLike, config: ModelConfig) -> Granularity:
   elif isinstance(value, (int, np.integer)):
     ffn = heads = (int(value),) * config.num_layers
   else:
-    ffn = heads = tuple(int(i) for i in value)
+    try:
+      ffn = heads = tuple(operator.index(i) for i in value)
+    except TypeError:
+      raise UserError(
+        f"granularity {value!r} is neither text such as 'M*8+L*8', an index, nor a sequence of "
+        "them, one per layer"
+      ) from None
   if not config.nested_heads:
     heads = (config.num_granularities - 1,) * config.num_layers
   result = Granularity(ffn, heads)
@@ -179,7 +186,7 @@ def sampling_probabilities(value: str | Sequence[float], config: ModelConfig) ->
         "nor probabilities like '0.2/0.22/0.24/0.34'"
       ) from None
   value = tuple(float(p) for p in value)
-  if len(value) != g or min(value) < 0 or abs(sum(value) - 1) > 1e-6:
+  if len(value) != g or not min(value) >= 0 or not abs(sum(value) - 1) <= 1e-6:  # NaN is neither
     raise UserError(
       f"sampling={value} must be {g} non-negative probabilities "
       f"({'/'.join(names(config))}) that add up to 1; they add up to {sum(value):g}"
@@ -432,7 +439,7 @@ def _parse_runs(text: str, whole: str, config: ModelConfig) -> tuple[int, ...]:
         + (f" (did you mean {near[0]}?)" if near else "")
         + ", or runs such as 'M*8+L*8'"
       )
-    if star and not (repeat.isdecimal() and int(repeat) > 0):
+    if star and not (repeat.isdecimal() and len(repeat) < 7 and int(repeat) > 0):
       raise UserError(
         f"granularity {whole!r}: {repeat!r} is not a number of layers; write runs such as 'M*8+L*8'"
       )

@@ -37,7 +37,7 @@ from matformer_jax.decoding.speculative import (
   SpeculativeDecoder,
   Stats,
 )
-from matformer_jax.errors import UserError, check_seed
+from matformer_jax.errors import SEED_LIMIT, UserError, check_seed
 from matformer_jax.evals import classification
 from matformer_jax.models import losses, matlm, slicing
 from matformer_jax.tasks import Task, make_task
@@ -292,11 +292,8 @@ class LanguageModel(Model):
       config, self.execution, gran.full(config), settings.sampling, self.tokenizer.eos_id
     )
     weights = decoder.lay_out(slicing.slice_params(self.params, self.config, g))
-    request = (
-      prompts,
-      settings.max_tokens,
-      [(settings.seed + i) % 2**32 for i in range(len(prompts))],
-    )
+    seeds = [(settings.seed + i) % SEED_LIMIT for i in range(len(prompts))]
+    request = prompts, settings.max_tokens, seeds
     lengths = settings.draft_lengths or tuple(
       k for k in AUTO_DRAFT_LENGTHS if k or settings.share_cache
     )

@@ -408,8 +408,6 @@ if __name__ == "__main__":
   _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Windows at a time; default as in training.", lower_bound=1
   )
-  _SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the random mixes.", lower_bound=0, upper_bound=2**32 - 1
-  )
+  _SEED = cli.define_seed("Of the random mixes.")
   _OUT = flags.DEFINE_string("out", None, "Directory for the results; default WORKDIR/search.")
   cli.run(main)

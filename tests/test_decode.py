@@ -212,13 +212,22 @@ def test_on_a_mesh(small):
 
 
 @pytest.mark.parametrize(
-  "prompt,max_tokens,words",
-  [([], 3, "at least one"), ([64], 3, r"0..63"), ([-1], 3, r"0..63"), ([1], 0, "max_tokens=0")],
+  "prompt,max_tokens,seed,words",
+  [
+    ([], 3, 0, "at least one"),
+    ([64], 3, 0, r"0..63"),
+    ([-1], 3, 0, r"0..63"),
+    ([1], 0, 0, "max_tokens=0"),
+    ([1], 2**31, 0, "max_tokens=2147483648"),
+    ([1], 3, 2**32, "seed of prompt 0=4294967296 must be .* 4294967295"),
+    ([1], 3, -1, "seed of prompt 0=-1"),
+    ([1], 3, 0.5, "seed of prompt 0=0.5"),
+  ],
 )
-def test_mistakes(small, lively_params, prompt, max_tokens, words):
+def test_mistakes(small, lively_params, prompt, max_tokens, seed, words):
   d = decoder(small)
   with pytest.raises(UserError, match=words):
-    d.prefill(d.lay_out(lively_params), [prompt], max_tokens, [0])
+    d.prefill(d.lay_out(lively_params), [prompt], max_tokens, [seed])
 
 
 # ------------------------------------------------------------------ sampling
@@ -271,7 +280,14 @@ def test_draws_follow_the_distribution(lively_params, small):
 
 @pytest.mark.parametrize(
   "bad",
-  [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}],
+  [
+    {"temperature": -1},
+    {"temperature": float("nan")},
+    {"temperature": 1e-39},  # 0 in float32
+    {"top_k": -1},
+    {"top_p": 0},
+    {"top_p": 1.5},
+  ],
 )
 def test_sampling_errors_name_the_value(bad):
   with pytest.raises(UserError, match="|".join(bad)):

@@ -108,6 +108,10 @@ def test_parse_heads(small):
     ((0, 1), "2 layers"),
     (7, "index 7"),
     ("M/XL", "nested_heads=False"),
+    ("M*99999999999", "'99999999999' is not a number of layers"),
+    ((0.5,) * 4, "is neither text"),
+    ([0, 1, 2, "S"], "is neither text"),
+    (None, "is neither text"),
   ],
 )
 def test_parse_errors_name_the_value(small, bad, words):
@@ -136,7 +140,10 @@ def test_a_zero_probability_is_never_drawn(small):
   assert {gran.sample_index(0, s, p) for s in range(500)} == {1, 2}
 
 
-@pytest.mark.parametrize("bad", ["nope", "0.5/0.5", "0.5/0.5/0.5/0.5", (-1, 1, 0.5, 0.5)])
+@pytest.mark.parametrize(
+  "bad",
+  ["nope", "0.5/0.5", "0.5/0.5/0.5/0.5", (-1, 1, 0.5, 0.5), "nan/0/0/1", (float("nan"),) * 4],
+)
 def test_sampling_errors(small, bad):
   with pytest.raises(UserError, match="sampling"):
     gran.sampling_probabilities(bad, small)

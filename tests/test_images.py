@@ -5,8 +5,11 @@ import io
 import json
 import pickle
 import struct
+import subprocess
 import sys
+import zlib
 
+from helpers import PROGRAM_ENV, ROOT
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 import pytest
@@ -390,16 +393,6 @@ def test_workers_read_the_same(folder):
         np.testing.assert_array_equal(x[key], y[key])
 
 
-@pytest.mark.parametrize("policy", ["error", "skip"])
-def test_an_image_that_would_fill_the_memory(folder, monkeypatch, policy):
-  """Pillow refuses what decodes to more than twice this many pixels."""
-  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-  source = image_sources.open_images(f"folder:{folder}", "train")
-  reader = batches(source, corrupt=Corrupt(policy))
-  with pytest.raises(UserError, match="too large to decode" if policy == "error" else "no image"):
-    reader.batch(0)
-
-
 def test_corrupt_images(folder, tmp_path, capsys):
   (folder / "train" / "cat" / "0.JPG").write_bytes(b"\xff\xd8 no jpeg")
   (folder / "train" / "dog" / "1.png").write_bytes(
@@ -419,3 +412,43 @@ def test_corrupt_images(folder, tmp_path, capsys):
   assert "2 so far" in capsys.readouterr().err
   checked = LabelledBatches(source, 8, Transform("resize(8)", 8), corrupt).batch(0)
   assert (checked["labels"] == -1).sum() == 2
+
+
+def test_images_of_too_many_pixels(folder, tmp_path, capsys):
+  """A few bytes can claim to be an image that fills the memory."""
+  claims = bytearray(encoded(picture()))
+  claims[16:24] = struct.pack(">II", 50_000, 50_000)
+  claims[29:33] = struct.pack(">I", zlib.crc32(claims[12:29]))
+  (folder / "train" / "dog" / "1.png").write_bytes(claims)
+  source = image_sources.open_images(f"folder:{folder}", "train")
+  with pytest.raises(UserError, match=r"dog/1.png .*2500000000 pixels.*data.max_pixels"):
+    for step in range(2):
+      batches(source).batch(step)
+  reader = batches(source, corrupt=Corrupt("skip", tmp_path))
+  assert all(reader.batch(step)["image"].shape == (4, 8, 8, 3) for step in range(2))
+  assert "dog/1.png" in (tmp_path / "skipped_images.txt").read_text()
+  # The limit is the user's. All others have 40 x 30 pixels.
+  (folder / "train" / "dog" / "1.png").unlink()
+  strict = image_sources.open_images(f"folder:{folder}", "train", max_pixels=1198)
+  with pytest.raises(UserError, match=r"1200 pixels.*1198"):
+    batches(strict).batch(0)
+  program = (
+    "from matformer_jax.data import image_sources\n"
+    f"images = image_sources.open_images('folder:{folder}', 'train', max_pixels=1200)\n"
+    "assert all(images.decode(i) for i in range(images.size))\n"
+  )
+  command = [sys.executable, "-c", program]
+  result = subprocess.run(command, cwd=ROOT, env=PROGRAM_ENV, capture_output=True, text=True)
+  assert (result.returncode, result.stderr) == (0, "")  # within the limit, not a warning either
+  with pytest.raises(UserError, match="max_pixels=0"):
+    image_sources.open_images(f"folder:{folder}", "train", max_pixels=0)
+
+
+def test_whatever_pillow_raises_is_a_corrupt_image(folder, monkeypatch):
+  def fail(*args):
+    raise TypeError("'float' object cannot be interpreted as an integer")
+
+  source = image_sources.open_images(f"folder:{folder}", "train")
+  monkeypatch.setattr(image_sources.Image, "open", fail)
+  with pytest.raises(image_sources.CorruptImage, match="cat/0.JPG .* no image that can be read"):
+    source.decode(0)

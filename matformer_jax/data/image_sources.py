@@ -16,14 +16,18 @@ import os
 import pathlib
 import struct
 from typing import Any, NamedTuple
+import warnings
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from matformer_jax.data import tfds_source
 from matformer_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+MAX_PIXELS = 178_956_970  # Pillow's own limit
+# Pillow warns of every image of half as many, which is still one that it reads.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class Example(NamedTuple):
@@ -47,6 +51,8 @@ class Images:
     where: index -> what to call an image in an error, such as its file.
     channels: 1 (grey) or 3 (RGB), whatever is stored.
     max_labels: the most classes an image has; training needs 1.
+    max_pixels: of an encoded image; a larger one is taken for damaged or hostile, and not
+      decoded. This process's Pillow gets the same limit.
   """
 
   name: str
@@ -57,6 +63,7 @@ class Images:
   where: Callable[[int], str]
   channels: int = 3
   max_labels: int = 1
+  max_pixels: int = MAX_PIXELS
 
   @property
   def num_classes(self) -> int:
@@ -70,6 +77,7 @@ class Images:
   def decode(self, index: int) -> tuple[Image.Image, tuple[int, ...]]:
     """(Pillow image, classes). Raises CorruptImage."""
     example = self.read(index)
+    Image.MAX_IMAGE_PIXELS = self.max_pixels // 2  # it refuses images of more than twice this
     try:
       if isinstance(example.image, np.ndarray):
         image = Image.fromarray(example.image)
@@ -78,8 +86,13 @@ class Images:
         image = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
       return image.convert("L" if self.channels == 1 else "RGB"), example.labels
     except Image.DecompressionBombError as e:
-      raise CorruptImage(f"{self.where(index)} of {self.name} is too large to decode ({e})") from e
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as e:
+      raise CorruptImage(
+        f"{self.where(index)} of {self.name} is damaged or too large ({e}); where it is right, "
+        "raise --config.data.max_pixels"
+      ) from e
+    except MemoryError:
+      raise
+    except Exception as e:  # Pillow raises many types for damaged files
       raise CorruptImage(
         f"{self.where(index)} of {self.name} is no image that can be read "
         f"({' '.join(str(e).split())[:100]})"
@@ -110,6 +123,7 @@ def open_images(
   classes: Sequence[int] = (),
   data_dir: str | None = None,
   label: str = "label",
+  max_pixels: int = MAX_PIXELS,
 ) -> Images:
   """Opens a split of a source.
 
@@ -122,9 +136,10 @@ def open_images(
     classes: keep only these classes, numbered anew in this order; empty keeps all.
     data_dir: where TFDS datasets were prepared.
     label: the TFDS feature that holds the class or classes.
+    max_pixels: images of more are corrupt.
 
   Raises:
-    UserError: for an unknown kind, or where nothing is found.
+    UserError: for an unknown kind, a limit below 1, or where nothing is found.
   """
   kind, _, rest = source.partition(":")
   openers = {
@@ -140,7 +155,10 @@ def open_images(
     )
   if channels not in (1, 3):
     raise UserError(f"model.channels={channels} must be 1 (grey) or 3 (RGB)")
-  images = dataclasses.replace(openers[kind](source, rest, split), channels=channels)
+  if max_pixels < 1:
+    raise UserError(f"data.max_pixels={max_pixels} must be a number of pixels, 1 or more")
+  images = openers[kind](source, rest, split)
+  images = dataclasses.replace(images, channels=channels, max_pixels=max_pixels)
   return _keep_classes(images, classes) if classes else images
 
 

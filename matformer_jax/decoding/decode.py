@@ -31,6 +31,8 @@ from matformer_jax.errors import UserError, check_seed
 from matformer_jax.models import cache as kv
 from matformer_jax.models import layers, matlm, ops, slicing
 
+LEAST_TEMPERATURE = 1e-6  # float32 logits divided by less could overflow
+MOST_TOKENS = 2**30  # lengths are int32
 BUCKET = 64  # prompt widths and cache lengths are multiples of this, so programs are reused
 
 
@@ -52,8 +54,10 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if not 0 <= self.temperature < float("inf"):
-      raise UserError(f"temperature={self.temperature} must be a number, 0 (greedy) or more")
+    if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+      raise UserError(
+        f"temperature={self.temperature} must be 0 (greedy), or a number from {LEAST_TEMPERATURE}"
+      )
     if self.top_k < 0:
       raise UserError(f"top_k={self.top_k} must be 0 (keep all) or more")
     if not 0 < self.top_p <= 1:
@@ -204,15 +208,15 @@ class Decoder:
       weights: from `lay_out`.
       prompts: B sequences of at least one token id; lengths may differ.
       max_tokens: how many tokens to add to each.
-      seeds: one per prompt.
+      seeds: one per prompt, of 32 bits.
       spare: most tokens that one model call writes.
       segments: for each prompt the number of the document that each token belongs to, never
         falling. Documents do not see each other, and the last one is continued. None: each
         prompt is one document.
 
     Raises:
-      UserError: for an empty prompt, ids outside the vocabulary, segments that do not fit
-        their prompt, or a batch that does not divide over the mesh.
+      UserError: for an empty prompt, ids outside the vocabulary, a seed out of range, segments
+        that do not fit their prompt, or a batch that does not divide over the mesh.
     """
     for prompt in prompts:
       if not len(prompt) or min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
@@ -220,10 +224,8 @@ class Decoder:
           f"a prompt must be token ids in 0..{self.config.vocab_size - 1}, at least "
           f"one; got {list(prompt)[:8]}"
         )
-    for seed in seeds:
-      check_seed(int(seed), "seed")
-    if max_tokens < 1:
-      raise UserError(f"max_tokens={max_tokens} must be at least 1")
+    if not 1 <= max_tokens <= MOST_TOKENS:
+      raise UserError(f"max_tokens={max_tokens} must be from 1 to {MOST_TOKENS}")
     length = np.array([len(p) for p in prompts], np.int32)
     width = bucket(max(length))
     tokens = np.zeros(
@@ -231,7 +233,8 @@ class Decoder:
     )
     for row, prompt in zip(tokens, prompts):
       row[: len(prompt)] = prompt
-    keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+    seeds = [check_seed(seed, f"seed of prompt {i}") for i, seed in enumerate(seeds)]
+    keys = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
     done = np.zeros(len(prompts), bool)
     origins = prompt_origins(prompts, segments)
     origin = None if origins is None else origins[:, -1:]
