@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matformer_jax import sharding
+from matformer_jax import evals, sharding
 from matformer_jax.config import Execution
 from matformer_jax.models import losses
 
@@ -45,6 +45,20 @@ def test_num_chunks_divides_and_fits():
   assert 96 % n == 0 and 4 * 96 // n * 250 * 4 <= 10**5
   assert 4 * 96 // (n - 1) * 250 * 4 > 10**5
   assert losses.num_chunks((1, 10), 10**9) == 10  # never less than one token of each row
+
+
+def test_rows_that_fill_a_batch_do_not_count():
+  """Of two batches of two rows the last row fills: it has weight 0, and a large loss."""
+  batches = [np.array([[1, 2.0], [1, 4.0]]), np.array([[1, 6.0], [0, 1000.0]])]
+  rows = evals.measure(
+    ["S", "XL"],
+    batches,
+    reference=lambda batch: None,
+    program=lambda batch, reference, g: batch * (1 if g == "S" else [1, 10]),
+    should_stop=lambda: False,
+    progress=lambda done: None,
+  )
+  assert rows[..., 1].tolist() == [[2, 4, 6], [20, 40, 60]]
 
 
 def test_memory_is_far_below_the_plain_loss():

@@ -16,6 +16,7 @@ from matformer_jax import UserError, models, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import Execution, MatViTConfig, model_config
+from matformer_jax.evals import classification
 from matformer_jax.models import attention, layers, matvit, ops, slicing
 from matformer_jax.tasks.classification import Classification
 from matformer_jax.tpu import hlo
@@ -287,6 +288,17 @@ def test_stochastic_depth_grows_with_the_layer(params, images):
     {"params": params}, images, seeds_B=seeds
   )
   np.testing.assert_allclose(unrolled, scanned, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_drops_nothing(params, images):
+  config = dataclasses.replace(CONFIG, dropout=0.5, stochastic_depth=0.5)
+  g = gran.parse("M", config)
+  batch = {"image": images, "labels": jnp.array([[0], [1], [2], [-1]])}
+  found = [
+    classification.evaluate(c, Execution(), params, [g], [batch], consistency=False)
+    for c in (config, CONFIG)
+  ]
+  assert found[0] == found[1] and found[0][0].examples == 3
 
 
 # ------------------------------------------------------------------ training

@@ -232,6 +232,16 @@ def test_a_lone_process_agrees_with_itself():
   )
 
 
+def test_processes_that_draw_differently_are_stopped():
+  mesh = sharding.make_mesh({"data": 8})
+  signals = multihost.Signals(multihost.Hosts(count=2), mesh)
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  told = lambda *draws: jax.device_put(np.array([[0, d] for d in draws], np.uint32), place)
+  assert signals.read(told(*[5] * 8), 7) is False
+  with pytest.raises(UserError, match="drew another granularity at step 7"):
+    signals.read(told(5, 5, 5, 5, 6, 6, 6, 6), 7)
+
+
 class Store:
   """The coordination service's key-value store, of a job whose other process says nothing."""
 

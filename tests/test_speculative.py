@@ -249,6 +249,23 @@ def test_the_distribution_is_the_verifiers(tiny_vocab, rule, sampling):
   assert (statistic < limit) == ("wrong" not in cls.__doc__), (statistic, limit)
 
 
+def test_acceptance_by_hand():
+  """q = 1/2, 1/2, 0 and p = 3/4, 1/4, 0: token 1 is accepted every other time, token 2 never."""
+  log_q = jnp.log(jnp.array([[[0.5, 0.5, 0.0]]]))
+  log_p = jnp.log(jnp.array([[[0.75, 0.25, 0.0]] * 2]))
+
+  def accept(token, uniform):
+    count, log_weights = speculative.accept_sampled(
+      jnp.array([[token]]), log_q, log_p, jnp.array([[uniform]])
+    )
+    return int(count[0]), np.exp(log_weights[0]).round(6).tolist()
+
+  assert accept(1, 0.49) == accept(0, 0.999) == (1, [0.75, 0.25, 0.0])
+  assert accept(1, 0.51) == (0, [0.25, 0.0, 0.0])
+  log_q = jnp.log(jnp.array([[[0.25, 0.25, 0.5]]]))  # the draft may want what the verifier excludes
+  assert accept(2, 0.0) == (0, [0.5, 0.0, 0.0])
+
+
 # ------------------------------------------------------------- formula, errors
 
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import types
 
 import helpers
 import jax
@@ -13,10 +14,14 @@ import pytest
 from matformer_jax import UserError, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.config import MatLMConfig
+from matformer_jax.hosts import goodput
+from matformer_jax.hosts.multihost import Hosts
+from matformer_jax.hosts.watchdog import Watchdog
 from matformer_jax.models import matlm
 from matformer_jax.tasks.language import NextToken
 from matformer_jax.tpu import hlo
-from matformer_jax.training import optim
+from matformer_jax.training import metrics, optim
+from matformer_jax.training.loop import Loop, StepProfile
 from matformer_jax.training.trainer import Trainer, TrainState
 
 MODEL = MatLMConfig(
@@ -275,6 +280,52 @@ def test_optimizer_errors(key, value):
 
 
 # ------------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_every_process_draws_what_seed_and_step_say(process, tmp_path):
+  config = helpers.get_config("tiny")
+  config.seed = 3
+  hosts, drawn = Hosts(index=process), []
+
+  def program(index):
+    def step(state, batch):
+      drawn.append(index)
+      return state, {"loss": 1.0, "grad_norm": 1.0, "finite": True}
+
+    return step
+
+  trainer = make_trainer()
+  stub = types.SimpleNamespace(
+    task=types.SimpleNamespace(evaluate=lambda *args, should_stop: None),
+    mesh=trainer.mesh,
+    probabilities=trainer.probabilities,
+    names=trainer.names,
+    batches=lambda first: iter(range(first, config.steps)),
+    execution=None,
+    put=None,
+    granularities=None,
+  )
+  names = dict.fromkeys(trainer.names, 1)
+  loop = Loop(
+    config=config,
+    trainer=stub,
+    programs={i: program(i) for i in range(4)},
+    hosts=hosts,
+    stop=types.SimpleNamespace(requested=False),
+    writer=types.SimpleNamespace(save=lambda *args: None),
+    log=metrics.RunLog(None, 0, config.steps, 10, 1, "tok", "tokens_per_s", names, None),
+    ledger=goodput.Ledger(None),
+    watchdog=Watchdog(0, hosts),
+    profile=StepProfile(range(0), tmp_path),
+    samples=None,
+    state=TrainState({}, {}),
+    start=0,
+    skipped=0,
+  )
+  assert loop.run() == config.steps
+  steps = range(1, config.steps + 1)
+  assert drawn == [gran.sample_index(3, step, trainer.probabilities) for step in steps]
 
 
 def test_a_run_records_every_step(tiny_run):
