@@ -242,6 +242,17 @@ def test_an_environment_that_fails_is_no_damage(saved, tmp_path, monkeypatch, er
   assert checkpoint.steps(tmp_path / "run") == checkpoint.steps(workdir)
 
 
+def test_a_damaged_newest_step_is_not_used(saved, tmp_path):
+  """One whose meta has been altered, and is still JSON of the right step."""
+  workdir, trainer, states = saved
+  shutil.copytree(workdir, tmp_path / "run")
+  path = tmp_path / "run" / checkpoint.STEPS_DIR / "4" / "meta" / "metadata"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"skipped": 7}))
+  with pytest.warns(UserWarning, match="does not match its seal.*set aside"):
+    restored, meta, _ = checkpoint.restore_newest(tmp_path / "run", items(trainer), repair=True)
+  assert meta["step"] == 3 and same(restored["params"], states[3].params)
+
+
 def test_an_empty_step_directory_does_not_block(saved, tmp_path):
   workdir, trainer, states = saved
   shutil.copytree(workdir, tmp_path / "run")
