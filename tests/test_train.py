@@ -282,11 +282,19 @@ def test_optimizer_errors(key, value):
 # ------------------------------------------------------------------- the loop
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_every_process_draws_what_seed_and_step_say(process, tmp_path):
+def run_loop(
+  workdir, process=0, evaluate=lambda stop: None, **changes
+) -> tuple[list[int], list[int]]:
+  """(granularities drawn, steps saved) of the loop with seed 3, whose steps compute nothing.
+
+  Args:
+    evaluate: gets the stop signal at every evaluation.
+    changes: of the config.
+  """
   config = helpers.get_config("tiny")
-  config.seed = 3
-  hosts, drawn = Hosts(index=process), []
+  config.update_from_flattened_dict({"seed": 3, **changes})
+  trainer, hosts, drawn, saved = make_trainer(), Hosts(index=process), [], []
+  stop = types.SimpleNamespace(requested=False)
 
   def program(index):
     def step(state, batch):
@@ -295,37 +303,51 @@ def test_every_process_draws_what_seed_and_step_say(process, tmp_path):
 
     return step
 
-  trainer = make_trainer()
-  stub = types.SimpleNamespace(
-    task=types.SimpleNamespace(evaluate=lambda *args, should_stop: None),
-    mesh=trainer.mesh,
-    probabilities=trainer.probabilities,
-    names=trainer.names,
-    batches=lambda first: iter(range(first, config.steps)),
-    execution=None,
-    put=None,
-    granularities=None,
-  )
+  def evaluate_(*args, should_stop):
+    evaluate(stop)
+    should_stop()  # None: no results
+
   names = dict.fromkeys(trainer.names, 1)
   loop = Loop(
     config=config,
-    trainer=stub,
+    trainer=types.SimpleNamespace(
+      task=types.SimpleNamespace(evaluate=evaluate_),
+      mesh=trainer.mesh,
+      probabilities=trainer.probabilities,
+      names=trainer.names,
+      batches=lambda first: iter(range(first, config.steps)),
+      execution=None,
+      put=None,
+      granularities=None,
+    ),
     programs={i: program(i) for i in range(4)},
     hosts=hosts,
-    stop=types.SimpleNamespace(requested=False),
-    writer=types.SimpleNamespace(save=lambda *args: None),
+    stop=stop,
+    writer=types.SimpleNamespace(save=lambda step, *args: saved.append(step)),
     log=metrics.RunLog(None, 0, config.steps, 10, 1, "tok", "tokens_per_s", names, None),
     ledger=goodput.Ledger(None),
     watchdog=Watchdog(0, hosts),
-    profile=StepProfile(range(0), tmp_path),
+    profile=StepProfile(range(0), workdir),
     samples=None,
     state=TrainState({}, {}),
     start=0,
     skipped=0,
   )
-  assert loop.run() == config.steps
-  steps = range(1, config.steps + 1)
-  assert drawn == [gran.sample_index(3, step, trainer.probabilities) for step in steps]
+  assert loop.run() == len(drawn)
+  return drawn, saved
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_every_process_draws_what_seed_and_step_say(process, tmp_path):
+  drawn, saved = run_loop(tmp_path, process)
+  assert drawn == [gran.sample_index(3, step, (0.25,) * 4) for step in range(1, 41)]
+  assert saved == [10, 20, 30, 40]
+
+
+def test_a_stop_during_evaluation_keeps_the_step(tmp_path):
+  ask = lambda stop: setattr(stop, "requested", True)
+  drawn, saved = run_loop(tmp_path, evaluate=ask, **{"eval.every": 7})
+  assert len(drawn) == 7 and saved == [7]
 
 
 def test_a_run_records_every_step(tiny_run):
