@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
 import statistics
 import time
 
 import jax
 
+import matformer_jax
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def get_config(file: str, row: str):
   """A row of configs/FILE.py, with nothing overridden."""
-  spec = importlib.util.spec_from_file_location("configs", ROOT / "configs" / f"{file}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(row)
+  return matformer_jax.get_config(ROOT / "configs" / f"{file}.py:{row}")
 
 
 class Program:

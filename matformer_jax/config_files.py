@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import pathlib
 import runpy
@@ -10,7 +9,7 @@ import traceback
 
 import ml_collections
 
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, nearest
 
 _HERE = pathlib.Path(__file__).resolve().parent
 # Inside the package where a wheel is installed, beside it in a checkout.
@@ -44,7 +43,7 @@ def get_config(spec: str | os.PathLike) -> ml_collections.ConfigDict:
   except Exception as e:
     rows = module.get("ROWS", ())
     if isinstance(e, ValueError) and row not in rows:
-      raise UserError(f"{e}{_suggestion(row, rows)}") from e
+      raise UserError(f"{e}{nearest(row, rows)}") from e
     raise UserError(f"config {os.fspath(spec)!r} cannot be made: {_reason(e)}") from e
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(
@@ -68,13 +67,8 @@ def _find(file: str) -> pathlib.Path:
     return DIRECTORY / f"{name}.py"
   raise UserError(
     f"config {file!r} is neither a file nor one of the shipped configs, "
-    f"{' and '.join(names())}{_suggestion(name, names())}"
+    f"{' and '.join(names())}{nearest(name, names())}"
   )
-
-
-def _suggestion(word: str, known) -> str:
-  near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-  return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _reason(error: Exception) -> str:

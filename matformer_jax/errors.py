@@ -37,10 +37,15 @@ def check_seed(seed: Any, source: str) -> int:
   return number
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+  """`; did you mean 'x'?` for the known word that resembles it most; empty where none does."""
+  near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+  return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def did_you_mean(key: str, known: Iterable[str]) -> str:
   """`; did you mean 'x'?` for the nearest known key, else the list of keys."""
-  near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-  return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
+  return nearest(key, known) or f"; known keys: {', '.join(sorted(known))}"
 
 
 def first_line(e: BaseException, limit: int = 300) -> str:
