@@ -35,9 +35,9 @@ def static(params, config, g, execution=Execution()):
 def test_dynamic_equals_static_in_value_and_gradient(small, change):
   config = dataclasses.replace(small, **change)
   params = matlm.init_params(config, jax.random.key(0))
-  dynamic = lambda p, i: dynamic.apply_dynamic(p, TOKENS, i, config=config)
+  apply = lambda p, i: dynamic.apply_dynamic(p, TOKENS, i, config=config)
   loss = lambda out: jnp.mean(jax.nn.log_softmax(out)[..., 0])
-  value_and_grad = jax.jit(jax.value_and_grad(lambda p, i: loss(dynamic(p, i))))
+  value_and_grad = jax.jit(jax.value_and_grad(lambda p, i: loss(apply(p, i))))
   rng = np.random.default_rng(1)
   mixes = [(3,) * 4] + [tuple(rng.integers(0, 4, 4)) for _ in range(2)]
   for mix in mixes:
@@ -46,7 +46,7 @@ def test_dynamic_equals_static_in_value_and_gradient(small, change):
     have = value_and_grad(params, indices)
     want = jax.jit(jax.value_and_grad(lambda p: loss(static(p, config, g))))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), have, want)
-  np.testing.assert_allclose(dynamic(params, indices), static(params, config, g), atol=1e-5)
+  np.testing.assert_allclose(apply(params, indices), static(params, config, g), atol=1e-5)
   assert value_and_grad._cache_size() == 1  # one program for all of them
 
 
@@ -69,11 +69,11 @@ def test_dynamic_gradient_keeps_no_branch(small):
     lambda p: jnp.sum(dynamic.apply_dynamic(p, tokens, jnp.full(6, 3), config=config)),
     lambda p: jnp.sum(matlm.MatLM(config, execution).apply({"params": p}, tokens, granularity=xl)),
   ]
-  dynamic, static_ = (
+  traced, static_ = (
     jax.jit(jax.grad(f)).lower(params).compile().memory_analysis().temp_size_in_bytes
     for f in losses
   )
-  assert dynamic < 1.3 * static_
+  assert traced < 1.3 * static_
 
 
 # ------------------------------------------------------------------ extraction
