@@ -15,7 +15,7 @@ from test_train import MODEL, make_trainer
 
 import matformer_jax
 from matformer_jax import UserError, sharding
-from matformer_jax.checkpoints import checkpoint, checksums
+from matformer_jax.checkpoints import checkpoint, checksums, manifest
 
 # Where a step is damaged, Orbax leaves its other reads unfinished.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -90,13 +90,11 @@ def test_restores_onto_another_mesh(saved, mesh):
 
 def test_checksums_do_not_depend_on_the_mesh(saved):
   _, _, states = saved
-  plain = checkpoint.manifest(states[4].params)
+  plain = manifest.of(states[4].params)
   mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
   placed = jax.device_put(states[4].params, sharding.param_shardings(states[4].params, mesh))
-  assert checkpoint.manifest(placed) == plain
-  assert checkpoint.slice_manifest(placed, MODEL) == checkpoint.slice_manifest(
-    states[4].params, MODEL
-  )
+  assert manifest.of(placed) == plain
+  assert manifest.of_segments(placed, MODEL) == manifest.of_segments(states[4].params, MODEL)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])

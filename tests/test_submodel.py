@@ -16,7 +16,7 @@ import pytest
 import matformer_jax
 from matformer_jax import UserError
 from matformer_jax import granularity as gran
-from matformer_jax.checkpoints import checkpoint
+from matformer_jax.checkpoints import checkpoint, manifest
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.extract import extract
 from matformer_jax.models import dynamic, matlm, slicing
@@ -186,8 +186,8 @@ def test_a_checkpoint_without_slice_checksums_says_so(tiny_run, tmp_path, monkey
 
 def test_slice_checksums_add_up(small, small_params):
   """Each leaf's table sums to the leaf's own checksum."""
-  whole = checkpoint.manifest(small_params)
-  for name, table in checkpoint.slice_manifest(small_params, small).items():
+  whole = manifest.of(small_params)
+  for name, table in manifest.of_segments(small_params, small).items():
     for half in (0, 8):
       total = sum(int(text[half : half + 8], 16) for row in table for text in row) % 2**32
       assert total == int(whole[name]["checksum"][half : half + 8], 16)

@@ -7,9 +7,6 @@ since Orbax alone returns silently wrong values after a flipped bit.
 
 So does every layer's share of every granularity, so that a submodel can be read, and
 verified, without reading the rest.
-
-The checksum is computed on device from the bits and global positions of a leaf's
-elements, so it does not depend on how, or on how many hosts, the leaf is sharded.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 import tensorstore
 
-from matformer_jax.checkpoints import checksums
+from matformer_jax.checkpoints import checksums, manifest
 from matformer_jax.config import ModelConfig, Span, model_config
 from matformer_jax.errors import UserError, first_line
 from matformer_jax.hosts.multihost import Hosts
@@ -60,71 +57,7 @@ class NothingRestored(UserError):
   """A run has checkpoints, and all of them are damaged."""
 
 
-# ------------------------------------------------------------------ manifest
-
-
-@jax.jit
-def _checksums(tree):
-  return jax.tree.map(checksums.whole, tree)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _slice_checksums(params, segments: tuple):
-  """{leaf path: uint32 [2, layers, segments]} of the leaves that a granularity slices."""
-  result = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    axes = logical_axes(path_names(path))
-    if axes[0] != "layers":
-      continue
-    nested, lengths = next(
-      ((i, dict(segments)[a]) for i, a in enumerate(axes) if a in dict(segments)), (None, ())
-    )
-    others = tuple(i for i in range(1, leaf.ndim) if i != nested)
-    sums = []
-    for terms in checksums.terms(leaf, leaf.shape, (0,) * leaf.ndim):
-      terms = jnp.sum(terms, others, dtype=jnp.uint32)
-      edges = [0, *(n for n in lengths if n <= leaf.shape[nested])] if nested else [0, 1]
-      terms = terms if nested else terms[:, None]
-      sums.append(
-        jnp.stack(
-          [jnp.sum(terms[:, i:j], 1, dtype=jnp.uint32) for i, j in zip(edges, edges[1:])], axis=1
-        )
-      )
-    result["/".join(path_names(path))] = jnp.stack(sums)
-  return result
-
-
-def _segments(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
-  """Per nested axis, the lengths that granularities use; hashable."""
-  lengths = [config.slice_lengths(Span(1, i, i)) for i in range(config.num_granularities)]
-  return tuple((axis, tuple(sorted({n[axis] for n in lengths}))) for axis in ("neurons", "heads"))
-
-
-def manifest(tree) -> dict[str, dict[str, Any]]:
-  """{leaf path: {shape, dtype, checksum}} of a tree of arrays."""
-  sums = jax.device_get(_checksums(tree))
-  result = {}
-  for (path, leaf), (_, checksum) in zip(
-    jax.tree_util.tree_leaves_with_path(tree), jax.tree_util.tree_leaves_with_path(sums)
-  ):
-    result["/".join(path_names(path))] = {
-      "shape": list(leaf.shape),
-      "dtype": str(leaf.dtype),
-      "checksum": checksums.to_hex(checksum),
-    }
-  return result
-
-
-def slice_manifest(params, config: ModelConfig) -> dict[str, list[list[str]]]:
-  """{leaf path: checksums by `[layer][segment]`}: segment i is what size i adds to size i-1."""
-  sums = jax.device_get(_slice_checksums(params, _segments(config)))
-  return {
-    name: [
-      [checksums.to_hex(table[:, layer, i]) for i in range(table.shape[2])]
-      for layer in range(table.shape[1])
-    ]
-    for name, table in sums.items()
-  }
+# ---------------------------------------------------------------------- meta
 
 
 def _compare(
@@ -140,13 +73,6 @@ def _compare(
     for key in keys:
       if found[path][key] != want[key]:
         raise error(f"{where}: leaf {path} has {key} {found[path][key]}, expected {want[key]}")
-
-
-def _abstract_manifest(tree) -> dict[str, dict[str, Any]]:
-  return {
-    "/".join(path_names(path)): {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
 
 
 def _seal(meta: Mapping[str, Any]) -> str:
@@ -204,7 +130,7 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
       raise OtherCheckpoint(f"{where} holds no {name}")
     _compare(
       meta["manifest"][name],
-      _abstract_manifest(abstract),
+      manifest.describe(abstract),
       ("shape", "dtype"),
       f"{where}, {name}",
       OtherCheckpoint,
@@ -228,7 +154,7 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
     _raise_unreadable(e, where)
   for name in items:
     _compare(
-      manifest(restored[name]),
+      manifest.of(restored[name]),
       meta["manifest"][name],
       ("shape", "dtype", "checksum"),
       f"{where}, {name}",
@@ -319,7 +245,7 @@ class SliceReader:
     self._meta = read_meta(workdir, step)
     self._where = f"checkpoint {pathlib.Path(workdir) / STEPS_DIR / str(step)}"
     self._path = _for_tensorstore(workdir) / STEPS_DIR / str(step) / "params"
-    self._segments = dict(_segments(config))
+    self._config = config
 
   def read(self, names: tuple[str, ...], layers: slice, lengths: Mapping[str, int]) -> jax.Array:
     """Part of a leaf.
@@ -359,8 +285,7 @@ class SliceReader:
     if table is None:
       wanted = [known["checksum"]]
     else:
-      nested = next((a for a in axes if a in self._segments), None)
-      count = self._segments[nested].index(lengths[nested]) + 1 if nested else 1
+      count = manifest.segments(names, shape, self._config).among_first(lengths)
       wanted = [text for row in table[layers] for text in row[:count]]
     start = tuple(i.start or 0 for i in index)
     found = checksums.part(part, tuple(shape), start)
@@ -494,8 +419,8 @@ class Writer:
       "metric": metric,
       "data": dict(data),
       "card": self._card,
-      "manifest": {name: manifest(tree) for name, tree in trees.items()},
-      "slices": slice_manifest(params, self._config),
+      "manifest": {name: manifest.of(tree) for name, tree in trees.items()},
+      "slices": manifest.of_segments(params, self._config),
       **(extra or {}),
     }
     meta["seal"] = _seal(meta)
