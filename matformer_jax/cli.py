@@ -10,7 +10,7 @@ import re
 import select
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 import warnings
 
 from absl import app, flags, logging
@@ -18,6 +18,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from matformer_jax import config_files, runtime
+from matformer_jax.config_keys import Config
 from matformer_jax.errors import SEED_LIMIT, UserError
 
 EXIT_ERROR = 1
@@ -67,8 +68,8 @@ class _ConfigParser(flags.ArgumentParser):
     return "config"
 
 
-def read_config(flag) -> Any:
-  """The parsed config, a ConfigDict; Any, since its keys are typed nowhere.
+def read_config(flag) -> Config:
+  """The parsed config.
 
   Raises:
     UserError: if --config is missing.

@@ -6,9 +6,11 @@ import os
 import pathlib
 import runpy
 import traceback
+from typing import cast
 
 import ml_collections
 
+from matformer_jax.config_keys import Config
 from matformer_jax.errors import UserError, nearest
 
 _HERE = pathlib.Path(__file__).resolve().parent
@@ -16,7 +18,7 @@ _HERE = pathlib.Path(__file__).resolve().parent
 DIRECTORY = next((d for d in (_HERE / "configs", _HERE.parent / "configs") if d.is_dir()), _HERE)
 
 
-def get_config(spec: str | os.PathLike) -> ml_collections.ConfigDict:
+def get_config(spec: str | os.PathLike) -> Config:
   """Loads a config, as `--config` does.
 
   Args:
@@ -50,7 +52,7 @@ def get_config(spec: str | os.PathLike) -> ml_collections.ConfigDict:
       f"config {os.fspath(spec)!r} is a {type(config).__name__}; get_config(row) must return an "
       "ml_collections.ConfigDict"
     )
-  return config
+  return cast(Config, config)
 
 
 def names() -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from PIL import Image
 
@@ -28,6 +27,7 @@ from matformer_jax.config import (
   kind_of,
   model_config,
 )
+from matformer_jax.config_keys import Config, ModelKeys
 from matformer_jax.data.augment import Transform
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from matformer_jax.decoding.decode import Decoder, Sampling
@@ -390,8 +390,8 @@ def open_task(model: Model) -> Any:
   Raises:
     UserError: if the source no longer gives the same data.
   """
-  config: Any = ml_collections.ConfigDict(model.card["config"])
-  config.model = model.config.to_dict()
+  config = Config(model.card["config"])
+  config.model = ModelKeys(model.config.to_dict())
   config.data.tokenizer = ""  # the one beside the weights
   task = make_task(config, model.workdir)
   trained_on = model.card["identity"]

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from matformer_jax import cli, sharding, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import MatLMConfig
+from matformer_jax.config_keys import Config
 from matformer_jax.decoding.decode import Decoder, State
 from matformer_jax.errors import UserError
 from matformer_jax.models import cache as kv
@@ -399,7 +400,7 @@ def _mean(plan, trainer: Trainer, steps: int, count: int) -> dict[str, float] | 
   return row | _totals(row, steps, count)
 
 
-def advice(plan, config) -> list[str]:
+def advice(plan, config: Config) -> list[str]:
   """What does not fit, and what to change."""
   result = []
   for name, row in plan["granularities"].items():

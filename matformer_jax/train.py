@@ -21,13 +21,13 @@ import shutil
 
 from absl import flags
 import jax
-import ml_collections
 
 from matformer_jax import cli, models, runtime, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import kind_of, model_config
+from matformer_jax.config_keys import Config, ModelKeys
 from matformer_jax.data.tokenizer import TOKENIZER_FILE
 from matformer_jax.errors import UserError, check_seed
 from matformer_jax.hosts import goodput, lock, multihost
@@ -41,7 +41,7 @@ from matformer_jax.training.trainer import Trainer, TrainState
 
 
 def train(
-  config,
+  config: Config,
   workdir: str | os.PathLike,
   hosts: Hosts = Hosts(),
   profile: range = range(0),
@@ -50,7 +50,7 @@ def train(
   """Trains or resumes; returns the exit code.
 
   Args:
-    config: an `ml_collections.ConfigDict`, see configs/matlm.py.
+    config: as `get_config` returns it.
     workdir: gets config.json, tokenizer.model, checkpoints/, metrics.jsonl,
       eval.jsonl, goodput.json, tensorboard/; train.lock while it is in use. With several
       hosts, a directory they share.
@@ -74,7 +74,9 @@ def train(
     return _train(config, workdir, hosts, stop, profile)
 
 
-def _train(config, workdir: pathlib.Path, hosts: Hosts, stop: StopSignal, profile: range) -> int:
+def _train(
+  config: Config, workdir: pathlib.Path, hosts: Hosts, stop: StopSignal, profile: range
+) -> int:
   old_card = cards.read_existing(workdir)
   if hosts.first:
     _recover_tokenizer(workdir, old_card)
@@ -160,7 +162,7 @@ def _train(config, workdir: pathlib.Path, hosts: Hosts, stop: StopSignal, profil
 # ------------------------------------------------------------------ setting up
 
 
-def _start_from(config, workdir: pathlib.Path, old_card, hosts: Hosts):
+def _start_from(config: Config, workdir: pathlib.Path, old_card, hosts: Hosts):
   """The config with its model taken from `init_from`, where given; the tokenizer is copied."""
   if old_card is not None and "extracted" in old_card:
     raise UserError(
@@ -180,19 +182,19 @@ def _start_from(config, workdir: pathlib.Path, old_card, hosts: Hosts):
   own = {key: config.model[key] for key in own}
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.model = ml_collections.ConfigDict(card["model"] | own)
+    config.model = ModelKeys(card["model"] | own)
   if old_card is None and hosts.first and _keeps_head(config) and not config.data.get("tokenizer"):
     for name in kind.resolve("objective").files:
       shutil.copyfile(pathlib.Path(config.init_from) / name, workdir / name)
   return config
 
 
-def _keeps_head(config) -> bool:
+def _keeps_head(config: Config) -> bool:
   """Whether a run that starts from a trained model takes its output head over."""
-  return config.get("init_head", True)
+  return bool(config.get("init_head", True))
 
 
-def _check_tokenizer(config, card) -> None:
+def _check_tokenizer(config: Config, card) -> None:
   """Raises UserError where the trained embedding's rows would mean other tokens."""
   theirs = cards.read(config.init_from)["identity"].get("tokenizer")
   ours = card["identity"].get("tokenizer")
@@ -287,7 +289,7 @@ def _check_shared(workdir: pathlib.Path, hosts: Hosts) -> None:
     )
 
 
-def _check_config(config) -> None:
+def _check_config(config: Config) -> None:
   for name in ("steps", "batch_size", "grad_accum", "log_every"):
     value = config[name]
     if not isinstance(value, int) or value < 1:
@@ -297,7 +299,7 @@ def _check_config(config) -> None:
   check_seed(config.seed, "seed")
 
 
-def _say_what_is_trained(config, trainer: Trainer, counts, hosts: Hosts) -> None:
+def _say_what_is_trained(config: Config, trainer: Trainer, counts, hosts: Hosts) -> None:
   sizes = "  ".join(f"{name} {c.params / 1e6:,.1f}M" for name, c in counts.items())
   warmup = optim.warmup_steps(config.optim, config.steps)
   if warmup < config.optim.warmup_steps:

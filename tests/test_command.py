@@ -1,4 +1,4 @@
-"""The `matformer` command, and configs by path and by name."""
+"""The `matformer` command."""
 
 import os
 import subprocess
@@ -9,8 +9,6 @@ from helpers import ROOT, run_program
 import pytest
 
 import matformer_jax
-from matformer_jax.config import model_config
-from matformer_jax.errors import UserError
 
 
 def matformer(*args, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -97,55 +95,3 @@ def test_mistakes_and_version():
   assert result.returncode == 1
   assert result.stderr == "error: unknown program 'trian'; did you mean 'train'?\n"
   assert matformer("--version").stdout.split()[1] == matformer_jax.__version__
-
-
-@pytest.mark.parametrize("spec", ["matlm:tiny", "matlm.py:tiny", "configs/matlm.py:tiny"])
-def test_a_shipped_config_from_any_directory(spec, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  assert matformer_jax.get_config(spec) == helpers.get_config("tiny")
-  assert matformer_jax.get_config(ROOT / "configs/matlm.py").model.d_model == 192  # quickstart
-
-
-def test_an_existing_file_wins_over_a_name(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  (tmp_path / "matlm").write_text(
-    "import ml_collections\ndef get_config(row): return ml_collections.ConfigDict({'row': row})"
-  )
-  assert matformer_jax.get_config("matlm:mine").row == "mine"
-
-
-@pytest.mark.parametrize("file,rows", [("matlm", None), ("matvit", ["S32_i1k_augreg", "H14_i21k"])])
-def test_every_row_is_a_model(file, rows):
-  module = ROOT / "configs" / f"{file}.py"
-  namespace = {"__file__": str(module)}
-  exec(module.read_text(), namespace)
-  for row in [*namespace["ROWS"], *(rows or [])]:
-    config = matformer_jax.get_config(f"{file}:{row}")
-    assert model_config(config).name and config.steps and config.batch_size
-
-
-CONFIG_MISTAKES = {
-  "mutlm:tiny": ("'mutlm'", "matlm and matvit", "did you mean 'matlm'?"),
-  "configs/none.py": ("'configs/none.py'", "matlm and matvit"),
-  "matlm:tny": ("'tny'", "850M", "did you mean 'tiny'?"),
-  "matvit:B15_i21k": ("'B15_i21k'", "L16_i21k"),
-  "common": ("'common'",),
-  "broken.py": ("SyntaxError", "broken.py"),
-  "empty.py": ("get_config",),
-  "raises.py:x": ("KeyError: 'k'", "raises.py:2"),
-  "dict.py:x": ("is a dict", "ConfigDict"),
-}
-
-
-@pytest.mark.parametrize("spec", CONFIG_MISTAKES)
-def test_config_mistakes(spec, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  (tmp_path / "broken.py").write_text("def get_config(:")
-  (tmp_path / "empty.py").write_text("")
-  (tmp_path / "dict.py").write_text("def get_config(row): return {}")
-  (tmp_path / "raises.py").write_text("def get_config(row):\n  return {}['k']\n")
-  with pytest.raises(UserError) as e:
-    matformer_jax.get_config(spec)
-  assert "\n" not in str(e.value)
-  for words in CONFIG_MISTAKES[spec]:
-    assert words in str(e.value)

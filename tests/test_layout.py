@@ -9,7 +9,7 @@ PACKAGE = ROOT / "matformer_jax"
 # Lowest first. A module imports from its own layer and those below.
 LAYERS = (
   ("errors", "runtime", "tables", "plots"),
-  ("config", "config_files", "cli", "tpu"),
+  ("config", "config_keys", "config_files", "cli", "tpu"),
   ("sharding", "granularity"),
   ("data", "hosts"),
   ("models",),

@@ -16,6 +16,7 @@ from matformer_jax import granularity as gran
 from matformer_jax import runtime
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import model_config
+from matformer_jax.config_keys import Config
 from matformer_jax.errors import UserError
 from matformer_jax.hosts.multihost import differences
 from matformer_jax.runtime import say, warn
@@ -37,7 +38,7 @@ CARD_FILE = "config.json"
 FIXED = ("task", "model", "seed", "batch_size", "sampling", "identity", "optimizer")
 
 
-def make_card(config, task: Task) -> dict[str, Any]:
+def make_card(config: Config, task: Task) -> dict[str, Any]:
   """What config.json stores: everything needed to rebuild the model, and how it was made."""
   return {
     "format": checkpoint.FORMAT,
@@ -96,7 +97,7 @@ def write(workdir: pathlib.Path, card: dict[str, Any]) -> None:
   runtime.replace_file(workdir / CARD_FILE, json.dumps(card, indent=1).encode())
 
 
-def check_model(workdir: pathlib.Path, old_card, config) -> None:
+def check_model(workdir: pathlib.Path, old_card, config: Config) -> None:
   """Compares what is known before any data is read, so that a wrong workdir fails fast."""
   _raise_if_different(
     workdir, {"model": _model(old_card)}, {"model": _as_json(model_config(config).to_dict())}
@@ -113,7 +114,7 @@ def check_same_run(workdir: pathlib.Path, old_card, new_card) -> None:
     say(f"note: resuming with a changed config: {'; '.join(changed)}")
 
 
-def changed_keys(old_card, config, section: str) -> list[str]:
+def changed_keys(old_card, config: Config, section: str) -> list[str]:
   """What differs in a section of the config from the run's, e.g. of `optim`, in words."""
   new = json.loads(config.to_json_best_effort())
   return _differences({section: old_card["config"][section]}, {section: new[section]})

@@ -10,6 +10,7 @@ import jax
 
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, ModelConfig, kind_of
+from matformer_jax.config_keys import Config
 from matformer_jax.evals import Result
 
 
@@ -107,11 +108,11 @@ def sample_size(eval_config, batches: int | None, batch_size: int | None) -> tup
   return batches * batch_size, batch_size
 
 
-def make_task(config, workdir: pathlib.Path | None = None) -> Task:
+def make_task(config: Config, workdir: pathlib.Path | None = None) -> Task:
   """The task named by `config.task`, with its data. Raises UserError for an unknown one."""
   return kind_of(config).resolve("task")(config, workdir)
 
 
-def make_task_without_data(config) -> Task:
+def make_task_without_data(config: Config) -> Task:
   """The same model and loss, for whoever only compiles programs."""
   return kind_of(config).resolve("objective").from_config(config)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from matformer_jax.config import MatViTConfig
+from matformer_jax.config_keys import Config
 from matformer_jax.data import image_sources
 from matformer_jax.data.augment import Transform
 from matformer_jax.data.batches import (
@@ -47,7 +48,7 @@ class Classification:
     self.loss_name, self.mixup = loss, mixup
 
   @classmethod
-  def from_config(cls, config):
+  def from_config(cls, config: Config):
     return cls(MatViTConfig.from_dict(config.model), config.batch_size, config.loss, config.mixup)
 
   def batch_shapes(self, batch_size):
@@ -83,7 +84,7 @@ class Classification:
 class ImageClassification(Classification):
   """Classification of a set of images, augmented by index and epoch."""
 
-  def __init__(self, config, workdir=None):
+  def __init__(self, config: Config, workdir=None):
     super().__init__(
       MatViTConfig.from_dict(config.model), config.batch_size, config.loss, config.mixup
     )
@@ -95,7 +96,7 @@ class ImageClassification(Classification):
       classes=tuple(data.classes),
       data_dir=data.data_dir or None,
       label=data.label,
-      max_pixels=data.get("max_pixels", image_sources.MAX_PIXELS),  # runs of before have none
+      max_pixels=getattr(data, "max_pixels", image_sources.MAX_PIXELS),  # runs of before have none
     )
     self.train_images = self.open_split(data.train_split)
     self.validation_images = self.open_split(data.validation_split)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from matformer_jax.config import MatLMConfig
+from matformer_jax.config_keys import Config
 from matformer_jax.data import text_sources
 from matformer_jax.data.batches import ValidationWindows, Windows
 from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -48,7 +49,7 @@ class NextToken:
     self._z_loss = z_loss
 
   @classmethod
-  def from_config(cls, config):
+  def from_config(cls, config: Config):
     return cls(
       MatLMConfig.from_dict(config.model), config.batch_size, config.z_loss, _attend(config)
     )
@@ -77,7 +78,7 @@ class NextToken:
 class LanguageModeling(NextToken):
   """Next-token prediction on a corpus: a tokenizer, a token store, batches by step."""
 
-  def __init__(self, config, workdir: pathlib.Path | None = None):
+  def __init__(self, config: Config, workdir: pathlib.Path | None = None):
     super().__init__(
       MatLMConfig.from_dict(config.model), config.batch_size, config.z_loss, _attend(config)
     )
@@ -185,8 +186,8 @@ class LanguageModeling(NextToken):
       path.write_bytes(self.tokenizer.model)
 
 
-def _attend(config) -> str:
-  return config.data.get("attend", "across")
+def _attend(config: Config) -> str:
+  return getattr(config.data, "attend", "across")
 
 
 def _existing(workdir: pathlib.Path | None) -> pathlib.Path | None:

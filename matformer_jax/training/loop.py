@@ -15,6 +15,7 @@ import numpy as np
 
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import checkpoint, replicas
+from matformer_jax.config_keys import Config
 from matformer_jax.data.prefetch import Prefetcher
 from matformer_jax.errors import UserError
 from matformer_jax.hosts import goodput, multihost
@@ -48,7 +49,7 @@ class Loop:
     skipped: updates skipped so far, since loss, gradient or update was not finite.
   """
 
-  config: Any
+  config: Config
   trainer: Trainer
   programs: dict[int, Callable]
   hosts: Hosts

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from matformer_jax.config_keys import OptimKeys
 from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.sharding import logical_axes, path_names
 
@@ -13,7 +14,7 @@ OPTIMIZERS = ("adamw", "adafactor", "sgd")
 SCHEDULES = ("cosine", "rsqrt", "constant")
 
 
-def make_schedule(config, total_steps: int) -> optax.Schedule:
+def make_schedule(config: OptimKeys, total_steps: int) -> optax.Schedule:
   """Learning rate by the number of updates already made: 0 gives that of the first update.
 
   Args:
@@ -50,7 +51,7 @@ def make_schedule(config, total_steps: int) -> optax.Schedule:
   return lambda updates_made: by_number(updates_made + 1)
 
 
-def warmup_steps(config, total_steps: int) -> int:
+def warmup_steps(config: OptimKeys, total_steps: int) -> int:
   """`config.warmup_steps`, or half of a run that is not longer than that; at least 1."""
   asked = max(1, int(config.warmup_steps))
   return asked if asked < total_steps else max(1, total_steps // 2)
@@ -66,7 +67,7 @@ def is_matrix(params):
   )
 
 
-def make_optimizer(config, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimKeys, total_steps: int) -> optax.GradientTransformation:
   """Global-norm clipping, then AdamW, Adafactor or SGD with momentum, decaying matrices only.
 
   Args:

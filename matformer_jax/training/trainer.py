@@ -16,6 +16,7 @@ import optax
 from matformer_jax import granularity as gran
 from matformer_jax import models, sharding
 from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config_keys import Config
 from matformer_jax.models import slicing
 from matformer_jax.runtime import say
 from matformer_jax.tasks import Task
@@ -112,7 +113,7 @@ class Trainer:
   """A task on a mesh: shapes, shardings and compiled steps."""
 
   task: Task
-  config: Any
+  config: Config
   mesh: jax.sharding.Mesh
 
   @functools.cached_property
