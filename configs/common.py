@@ -34,13 +34,13 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
       grad_accum=1,
       dtype="auto",  # compute: float32 on CPU, bfloat16 elsewhere; parameters are float32
       remat="auto",  # none on CPU, else attn_out; or full, dots_no_batch, attn_out_ffn_pre
-      max_nonfinite=10,  # stop after so many skipped updates in a row; 0 never stops
+      max_nonfinite=10,  # stop after this many skipped updates in a row; 0 never stops
       log_every=10,
       # Copies of parameters on several devices are compared, bit for bit, before every
-      # checkpoint, and every so many steps.
+      # checkpoint, and every this many steps (0: only then).
       replica_check_every=0,
-      hang_timeout_s=1800.0,  # leave when nothing finishes for so long; 0 waits for ever
-      peer_timeout_s=60.0,  # leave when another host is silent for so long
+      hang_timeout_s=1800.0,  # exit when nothing finishes for this long; 0 waits for ever
+      peer_timeout_s=60.0,  # exit when another host is silent for this long
       mesh=dict(data=1, fsdp=1, tensor=1),  # -1: the remaining devices
       model=dict(
         num_layers=0,

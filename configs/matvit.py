@@ -79,7 +79,7 @@ def _base() -> ml_collections.ConfigDict:
       train_split="train",
       validation_split="validation",
       label="label",  # TFDS feature with the class, or several (real_label)
-      classes=(),  # keep only these, numbered anew; () keeps all
+      classes=(),  # keep only these, renumbered; () keeps all
       # Operations, see matformer_jax/data/augment.py.
       train_transform="inception_crop(224)|flip",
       eval_transform="resize_small(256)|center_crop(224)",

@@ -109,8 +109,8 @@ def fail(message: str) -> NoReturn:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
   """Runs `main` under absl and exits.
 
-  User mistakes become one line and exit code 1. Two ends are nobody's mistake and print nothing:
-  Ctrl-C (exit code 130), and a reader that wants no more of the output, as in `| head` (141).
+  User mistakes become one line and exit code 1. Two ways of ending print nothing:
+  Ctrl-C (exit code 130), and a reader that closes the pipe, as in `| head` (141).
   """
 
   def parse(argv):
@@ -148,7 +148,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 @contextlib.contextmanager
 def quiet_ends() -> Iterator[None]:
-  """Exits without a word at Ctrl-C, and where nobody reads the output any more."""
+  """Exits silently on Ctrl-C, and when the reader of the output is gone."""
   if sys.stdout is None:  # closed from the start: `>&-`
     sys.stdout = open(os.devnull, "w")
   try:

@@ -323,7 +323,7 @@ def make_plan(
     topology: e.g. `v3:16x16`.
     mesh_sizes: as `--mesh`; empty takes config.mesh.
     granularities: names; empty takes the trained ones.
-    decode_batch: also plan decoding of so many sequences; 0 does not.
+    decode_batch: also plan decoding of this many sequences; 0 does not.
     say: called with progress messages.
   """
   tpu, devices = topology_devices(topology)
@@ -601,7 +601,7 @@ if __name__ == "__main__":
     "granularities", [], "What to plan, e.g. S,XL; default all trained sizes."
   )
   _DECODE_BATCH = flags.DEFINE_integer(
-    "decode_batch", 0, "Also plan decoding of so many sequences with a full cache.", lower_bound=0
+    "decode_batch", 0, "Also plan decoding of this many sequences with a full cache.", lower_bound=0
   )
   _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
   flags.adopt_module_key_flags(cli)

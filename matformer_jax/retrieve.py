@@ -373,7 +373,7 @@ if __name__ == "__main__":
   _CORPUS = flags.DEFINE_string("corpus", None, "Split to search in; default the training split.")
   _QUERIES = flags.DEFINE_string("queries", None, "Split of queries; default the validation split.")
   _MAX_QUERIES = flags.DEFINE_integer(
-    "max_queries", 0, "Only the first so many; 0: all.", lower_bound=0
+    "max_queries", 0, "Use only this many queries; 0: all.", lower_bound=0
   )
   _K = flags.DEFINE_list("k", ["1", "20"], "Neighbours that vote.")
   _METRIC = flags.DEFINE_enum("metric", "cosine", retrieval.METRICS, "How near is measured.")

@@ -51,7 +51,7 @@ def enable_compilation_cache() -> str:
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file at once or not at all."""
+  """Writes a file atomically."""
   temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
   temporary.write_bytes(content)
   temporary.rename(path)

@@ -150,7 +150,7 @@ def constrain(x: jax.Array, axes: tuple[str, ...], execution) -> jax.Array:
 
 
 def replicate(x: jax.Array, execution) -> jax.Array:
-  """Gives every device, hence every host, all of a small result."""
+  """Gives every device, and so every host, all of a small result."""
   if execution.mesh is None:
     return x
   return jax.lax.with_sharding_constraint(x, NamedSharding(execution.mesh, PartitionSpec()))

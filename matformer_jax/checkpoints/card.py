@@ -88,12 +88,12 @@ def read_existing(workdir: pathlib.Path) -> dict[str, Any] | None:
     return read(workdir)
   except UserError as e:
     if (workdir / CARD_FILE).exists():
-      warn(f"{e}; writing it anew")
+      warn(f"{e}; writing a new one")
     return None
 
 
 def write(workdir: pathlib.Path, card: dict[str, Any]) -> None:
-  """Writes config.json at once or not at all."""
+  """Writes config.json atomically."""
   runtime.replace_file(workdir / CARD_FILE, json.dumps(card, indent=1).encode())
 
 

@@ -168,7 +168,7 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
 def _for_tensorstore(directory: str | os.PathLike) -> pathlib.Path:
   """The absolute path of a directory, by a name that tensorstore does not change.
 
-  It takes a backslash for a slash; so such a directory is named by a descriptor of it.
+  It reads a backslash as a slash, so such a directory is named by its file descriptor.
   """
   path = pathlib.Path(directory).absolute()
   return pathlib.Path(f"/proc/self/fd/{_descriptor(path)}") if "\\" in str(path) else path
@@ -265,7 +265,7 @@ class SliceReader:
     except KeyError as e:
       raise DamagedCheckpoint(
         f"{self._where} has no {e} of {name}: an earlier version wrote it, or it is another "
-        "model; resume its training for a few steps to write it anew"
+        "model; resume its training for a few steps to write a new one"
       ) from e
     axes, shape = logical_axes(names), known["shape"]
     index = [layers if a == "layers" else slice(0, lengths.get(a, n)) for a, n in zip(axes, shape)]

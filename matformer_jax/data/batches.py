@@ -53,7 +53,7 @@ class _Reader:
     return np.stack(windows).astype(np.int32)
 
   def segments(self, ids: Sequence[int]) -> dict[str, np.ndarray]:
-    """{"segments": int32 [len(ids), T]}, or {} where documents are not told apart."""
+    """{"segments": int32 [len(ids), T]}, or {} where documents are not separated."""
     if self._documents is None:
       return {}
     length = self._seq_len
@@ -65,10 +65,10 @@ class _Reader:
 class Windows:
   """Training batches of token windows, a pure function of the step.
 
-  Every token is predicted once in an epoch. Epochs are shuffled anew by `seed`.
+  Every token is predicted once in an epoch. `seed` reshuffles every epoch.
 
   Args:
-    documents: told apart within windows, where given.
+    documents: separated within windows, where given.
   """
 
   def __init__(
@@ -93,7 +93,7 @@ class Windows:
     """Rows of the batch of `step`.
 
     Returns:
-      int32 [rows, T+1]; where documents are told apart {"tokens": that, "segments": int32
+      int32 [rows, T+1]; where documents are separated {"tokens": that, "segments": int32
       [rows, T]}: the document of each input token, numbered from 0 within its window.
     """
     ids = self.window_ids(step, rows)
@@ -106,7 +106,7 @@ class ValidationWindows:
 
   Args:
     byte_lengths: [V], of the tokenizer.
-    documents: told apart within windows, where given.
+    documents: separated within windows, where given.
 
   Attributes:
     num_windows: in the split.
@@ -133,7 +133,7 @@ class ValidationWindows:
 
     Returns:
       {"tokens": int32 [n, T+1], "bytes": int32 [n], "weight": float32 [n]} and, where documents
-      are told apart, "segments" int32 [n, T]. `bytes` is how long the text of the T predicted
+      are separated, "segments" int32 [n, T]. `bytes` is how long the text of the T predicted
       tokens is. A place that is not counted repeats a window with weight 0.
     """
     counted = self.num_windows if counted is None else counted
@@ -182,7 +182,7 @@ class Corrupt:
 
 
 class ImageBatches:
-  """Training batches, a pure function of the step; epochs are shuffled anew. Picklable.
+  """Training batches, a pure function of the step; every epoch is reshuffled. Picklable.
 
   Args:
     mixup: alpha of the Beta distribution of mixup's share; 0 mixes nothing.

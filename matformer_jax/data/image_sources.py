@@ -133,7 +133,7 @@ def open_images(
     split: `train`, or what the source has for validation: `validation` or `test` for digits
       and idx, any subdirectory of a folder, any split of a TFDS dataset.
     channels: 1 or 3; images are converted.
-    classes: keep only these classes, numbered anew in this order; empty keeps all.
+    classes: keep only these classes, renumbered in this order; empty keeps all.
     data_dir: where TFDS datasets were prepared.
     label: the TFDS feature that holds the class or classes.
     max_pixels: images of more are corrupt.
@@ -295,7 +295,7 @@ def _folder(source: str, rest: str, split: str) -> Images:
 
 @dataclasses.dataclass(frozen=True)
 class _Tfds:
-  """Examples of a prepared dataset; opened anew in every process."""
+  """Examples of a prepared dataset; opened again in every process."""
 
   source: str
   name: str

@@ -321,7 +321,7 @@ class _Shard:
     self._sums[key].update(values.tobytes())
 
   def entry(self) -> dict[str, Any]:
-    """What the manifest says of it."""
+    """What the manifest says about it."""
     entries = {
       key: {"file": f, "sha256": self._sums[key].hexdigest()} for key, f in self._files.items()
     }
@@ -370,7 +370,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes at once or not at all."""
+  """Writes a file atomically."""
   runtime.replace_file(path, json.dumps(value, indent=1).encode())
 
 

@@ -63,7 +63,7 @@ class Corpus:
     return (text for _, text in self.part(0, 1))
 
   def pieces(self, index: int = 0, count: int = 1) -> Iterator[str]:
-    """The text of a part (by default of all) in pieces of bounded size, for a sample of it."""
+    """The text of a part (by default of all) in pieces of bounded size, to sample from."""
     for _, text in self.part(index, count):
       yield from store.cut(text)
 

@@ -99,11 +99,11 @@ def train_tokenizer(
   """Trains a lossless SentencePiece model with byte fallback.
 
   Args:
-    documents: the corpus; at most about `sample_bytes` of it is used, taken from
+    documents: the corpus; at most about `sample_bytes` are used, taken from
       evenly spread documents once the sample is larger than that.
     vocab_size: pieces, including 256 bytes and 4 special ones.
     model_type: `bpe` or `unigram`.
-    sample_bytes: bound on the text given to the trainer, hence on memory.
+    sample_bytes: bounds the text given to the trainer, and so its memory.
     seed: which documents are sampled.
 
   Raises:

@@ -83,7 +83,7 @@ def _exp(x: float) -> float:
 
 
 def _apply(params, batch, config, execution, granularity):
-  """(hidden [B, T, D], embedding [V, D]); attention within documents where they are told apart."""
+  """(hidden [B, T, D], embedding [V, D]); attention within documents where they are separated."""
   segments = {"segments_BxT": batch["segments"]} if "segments" in batch else {}
   return MatLM(config, execution).apply(
     {"params": params},

@@ -286,7 +286,7 @@ class Hosts:
     )
 
   def _follow(self, index: int, peer: dict[str, Any]) -> NoReturn:
-    time.sleep(0.5)  # a failure of this process's own is told first
+    time.sleep(0.5)  # so that this process's own failure is reported first
     if self._exit_code is None:
       word = "" if peer["code"] > 128 else "error: "  # a signal is not an error
       say_here(
@@ -325,7 +325,7 @@ class Hosts:
     return f"lost process 0, the coordinator at {self._coordinator}"
 
   def _give_up_alone(self, why: str) -> NoReturn:
-    """As `give_up`, where the others cannot be told."""
+    """As `give_up`, where the other processes cannot be reached."""
     self._dump(why)
     self._quit(EXIT_RETRY)
 

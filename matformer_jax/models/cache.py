@@ -4,7 +4,7 @@ A cache is a list of {"k", "v"}, laid out as the layers are run: one [B, A, N, S
 pair per layer where layers are unrolled, one [l, B, A, N, S, H] pair per stored span
 where they are scanned. A layer writes its new tokens first and then attends to the
 result: in the other order XLA copies the cache. Attention is not nested unless the
-config says so, hence one cache serves every granularity.
+config says so, so one cache serves every granularity.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One program for every submodel: the granularity of each layer as an array.
 
 A static granularity compiles a program of its own, which is fastest where few are
-used. To score thousands of mixes, or to draw each layer's size anew at every step, the
+used. To score thousands of mixes, or to redraw each layer's size at every step, the
 sizes are traced: a scan over the layers, and in it a switch over statically sliced
 branches, so that a narrow layer costs what a narrow layer costs.
 """

@@ -79,12 +79,12 @@ class Task(Protocol):
     Args:
       put: (read, batch_size) -> a global batch; see `Trainer.put`.
       consistency: also compare with the largest granularity.
-      batches: at most so many; 0 is the whole split; default the examples that the config's
+      batches: at most this many; 0 is the whole split; default the examples that the config's
         `eval.batches` of `eval.batch_size` hold. They are a sample of the split, the same one
         for a number of examples whatever the batch size, seed, mesh and number of hosts.
       batch_size: default the config's.
       should_stop: polled after every program call.
-      progress: told how many batches of how many are done.
+      progress: called with (batches done, batches in all).
 
     Returns:
       One Result per granularity, or None if stopped.

@@ -96,7 +96,7 @@ class ImageClassification(Classification):
       classes=tuple(data.classes),
       data_dir=data.data_dir or None,
       label=data.label,
-      max_pixels=getattr(data, "max_pixels", image_sources.MAX_PIXELS),  # runs of before have none
+      max_pixels=getattr(data, "max_pixels", image_sources.MAX_PIXELS),  # older runs have none
     )
     self.train_images = self.open_split(data.train_split)
     self.validation_images = self.open_split(data.validation_split)

@@ -77,7 +77,8 @@ class StepRecord:
     loss, grad_norm: as computed, of the sliced tree.
     learning_rate: of the update.
     finite: whether loss, gradient and update were, so that the update was made.
-    step_time_s: since the step before was finished; of it, `data_wait_s` waiting for data.
+    step_time_s: since the previous step finished; `data_wait_s` is the part spent waiting for
+      data.
     draw_hash: what all hosts must have drawn alike.
   """
 
