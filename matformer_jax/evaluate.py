@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-import json
 import pathlib
 
 from absl import flags
@@ -206,7 +205,7 @@ def main(argv) -> None:
     plot(model, results, _PLOT.value, baseline)
     print(f"\nwrote {_PLOT.value}")
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(json.dumps(as_json(model, results, baseline), indent=1))
+    pathlib.Path(_JSON.value).write_text(runtime.to_json(as_json(model, results, baseline), 1))
     print(f"wrote {_JSON.value}")
 
 

@@ -329,7 +329,7 @@ def main(argv) -> None:
     writer.writeheader()
     writer.writerows(flat)
   (root / "retrieval.json").write_text(
-    json.dumps(
+    runtime.to_json(
       {
         "workdir": str(model.workdir),
         "step": model.step,

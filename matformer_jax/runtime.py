@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import ctypes
 import glob
+import json
+import math
 import os
 import pathlib
 import platform
 import sys
+from typing import Any
 import warnings
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -55,6 +59,19 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
   temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
   temporary.write_bytes(content)
   temporary.rename(path)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+  """JSON of plain values; a number that is not finite, which JSON does not have, becomes null."""
+
+  def finite(value):
+    if isinstance(value, float):
+      return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+      return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+  return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def say(message: str) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 import csv
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 
@@ -351,7 +350,7 @@ def main(argv) -> None:
     writer.writeheader()
     writer.writerows(flat)
   (out / "search.json").write_text(
-    json.dumps(
+    runtime.to_json(
       {"workdir": str(model.workdir), "step": model.step, "tokens": tokens, "rows": flat}, indent=1
     )
   )

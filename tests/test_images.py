@@ -1,8 +1,10 @@
 """Image sources, operations, and batches addressed by step."""
 
+import errno
 import gzip
 import io
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -452,3 +454,16 @@ def test_whatever_pillow_raises_is_a_corrupt_image(folder, monkeypatch):
   monkeypatch.setattr(image_sources.Image, "open", fail)
   with pytest.raises(image_sources.CorruptImage, match="cat/0.JPG .* no image that can be read"):
     source.decode(0)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES])
+def test_what_the_system_refuses_is_not_skipped(folder, tmp_path, monkeypatch, number):
+  def fail(*args):
+    raise OSError(number, os.strerror(number))
+
+  reader = batches(
+    image_sources.open_images(f"folder:{folder}", "train"), corrupt=Corrupt("skip", tmp_path)
+  )
+  monkeypatch.setattr(image_sources.Image, "open", fail)
+  with pytest.raises(UserError, match=rf"cannot be read \({os.strerror(number)}\)"):
+    reader.batch(0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import errno
 import functools
 import gzip
 import hashlib
@@ -75,7 +76,12 @@ class Images:
     return dataclasses.replace(self, size=len(rows), read=shift(self.read), where=shift(self.where))
 
   def decode(self, index: int) -> tuple[Image.Image, tuple[int, ...]]:
-    """(Pillow image, classes). Raises CorruptImage."""
+    """(Pillow image, classes).
+
+    Raises:
+      CorruptImage: if it does not decode, or is gone.
+      UserError: if the system refuses to read it, which says nothing about the image.
+    """
     example = self.read(index)
     Image.MAX_IMAGE_PIXELS = self.max_pixels // 2  # it refuses images of more than twice this
     try:
@@ -92,7 +98,9 @@ class Images:
       ) from e
     except MemoryError:
       raise
-    except Exception as e:  # Pillow raises many types for damaged files
+    except Exception as e:  # Pillow raises many types for damaged files; OSError has no number then
+      if isinstance(e, OSError) and e.errno not in (None, errno.ENOENT):
+        raise UserError(f"{self.where(index)} of {self.name} cannot be read ({e.strerror})") from e
       raise CorruptImage(
         f"{self.where(index)} of {self.name} is no image that can be read "
         f"({' '.join(str(e).split())[:100]})"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-import json
 import math
 import pathlib
 import statistics
@@ -23,7 +22,7 @@ import statistics
 from absl import flags
 import numpy as np
 
-from matformer_jax import cli, plots, tables
+from matformer_jax import cli, plots, runtime, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import MatViTConfig
 from matformer_jax.experiments import commands
@@ -340,7 +339,7 @@ def main(argv) -> None:
   title = f"{config.data.source}, {_SEEDS.value} seed{'s' * (_SEEDS.value > 1)}"
   drawn = draw_plots(model, found, root, title)
   (root / "results.json").write_text(
-    json.dumps(
+    runtime.to_json(
       {
         "model": model.to_dict(),
         "steps": config.steps,

@@ -16,12 +16,11 @@ Appendix B.4. Top-1 is of the fine-tuning classes' validation images.
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 from absl import flags
 
-from matformer_jax import cli, tables
+from matformer_jax import cli, runtime, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import MatViTConfig
 from matformer_jax.experiments import commands
@@ -108,7 +107,7 @@ def main(argv) -> None:
   )
   path = root / "table7.json"
   path.write_text(
-    json.dumps(
+    runtime.to_json(
       {
         "model": model.to_dict(),
         "steps": config.steps,

@@ -6,7 +6,6 @@ import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
-import math
 import os
 import pathlib
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import tensorboardX
 
 from matformer_jax.evals import Result
+from matformer_jax.runtime import to_json
 from matformer_jax.tpu.chips import PEAK_FLOPS
 
 
@@ -58,10 +58,7 @@ class JsonLines:
     self._file = open(path, "a", buffering=1)
 
   def write(self, row: Mapping[str, Any]) -> None:
-    finite = {
-      k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-    }
-    self._file.write(json.dumps(finite) + "\n")
+    self._file.write(to_json(row) + "\n")
 
   def close(self) -> None:
     self._file.close()
