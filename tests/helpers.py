@@ -5,6 +5,7 @@ devices, programs see one.
 """
 
 import atexit
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -23,9 +24,20 @@ os.environ["MATFORMER_CACHE"] = str(CACHE)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 
+# Most of a test is compiling. XLA's fusion emitters, which jaxlib 0.11.1 can no longer turn off, take
+# more than half of that.
+_EMITTERS = "xla_cpu_use_fusion_emitters"
+_JAXLIB = tuple(int(n) for n in importlib.metadata.version("jaxlib").split(".")[:3])
+_CAN_TURN_OFF = _JAXLIB < (0, 11, 1)
+AS_USERS_COMPILE = {_EMITTERS: True} if _CAN_TURN_OFF else {}  # for `Lowered.compile`
+
+
 def xla_flags(devices: int) -> str:
-  """Virtual CPU devices, and LLVM's optimisations off: most of a test is compiling."""
-  return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+  """Virtual CPU devices, and what makes XLA compile fast."""
+  return (
+    f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+    "--xla_cpu_parallel_codegen_split_count=1" + f" --{_EMITTERS}=false" * _CAN_TURN_OFF
+  )
 
 
 # PYTHONPATH: a program out of tests/ would import whatever is installed, not this tree.
