@@ -24,8 +24,8 @@ os.environ["MATFORMER_CACHE"] = str(CACHE)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-# Most of a test is compiling. XLA's fusion emitters, which jaxlib 0.11.1 can no longer turn off, take
-# more than half of that.
+# Most of a test is compiling, and more than half of that is XLA's fusion emitters. From jaxlib
+# 0.11.1 they cannot be turned off.
 _EMITTERS = "xla_cpu_use_fusion_emitters"
 _JAXLIB = tuple(int(n) for n in importlib.metadata.version("jaxlib").split(".")[:3])
 _CAN_TURN_OFF = _JAXLIB < (0, 11, 1)
