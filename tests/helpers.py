@@ -19,6 +19,9 @@ CACHE = ROOT / "build" / "test-cache"  # token stores and compiled programs, kep
 # it waits for what it is about, and asserts causes and orders, not seconds.
 BACKSTOP_S = 1800
 ONE_SIZE = "0/0/0/1"  # sampling: one program to compile, where a test is not about sizes
+# Models of fewer sizes: less to compile for evaluation too.
+ONE_WIDTH = dict(model__ffn_ratios="(4.0,)", model__head_ratios="(1.0,)", sampling="1")
+TWO_WIDTHS = dict(model__ffn_ratios="(2.0,4.0)", model__head_ratios="(0.5,1.0)", sampling="uniform")
 
 os.environ["MATFORMER_CACHE"] = str(CACHE)
 os.environ["JAX_PLATFORMS"] = "cpu"

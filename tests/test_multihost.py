@@ -11,7 +11,7 @@ import sys
 import time
 
 import helpers
-from helpers import ONE_SIZE, ROOT, digits_args, run_program, train_args
+from helpers import ONE_WIDTH, ROOT, TWO_WIDTHS, digits_args, run_program, train_args
 import numpy as np
 import pytest
 
@@ -19,7 +19,6 @@ from matformer_jax.checkpoints import checkpoint
 from matformer_jax.hosts.lock import LOCK_FILE
 
 PEER_TIMEOUT = 15
-TWO_SIZES = "0.5/0/0/0.5"
 DEVICES = 4  # in all, whatever the number of processes: so every job runs the same program
 WORKER = pathlib.Path(__file__).parent / "multihost_worker.py"
 
@@ -40,11 +39,10 @@ class Job:
   def __init__(
     self, workdir, count: int, program=None, per_process=None, make_args=train_args, **overrides
   ):
-    # One granularity is one program to compile, unless a test wants more.
     overrides = {
       "peer_timeout_s": float(PEER_TIMEOUT),
       "log_every": 1,
-      "sampling": ONE_SIZE,
+      **ONE_WIDTH,
       **overrides,
     }
     self._logs = workdir.parent / f"logs-{time.time_ns()}"
@@ -116,7 +114,7 @@ def one_process(tmp_path_factory) -> pathlib.Path:
   """The tiny row on as many devices as the jobs have, in one process."""
   workdir = tmp_path_factory.mktemp("one_process") / "run"
   result = run_program(
-    "train", *train_args(workdir, data__log_samples=True, sampling=TWO_SIZES), env=environment(1)
+    "train", *train_args(workdir, data__log_samples=True, **TWO_WIDTHS), env=environment(1)
   )
   assert result.returncode == 0, result.stderr
   return workdir
@@ -129,7 +127,7 @@ def one_process(tmp_path_factory) -> pathlib.Path:
 def test_kills_and_other_numbers_of_processes_change_nothing(one_process, tmp_path):
   """4 processes until SIGTERM, 2 until SIGKILL, then 1: the same run as 1 process throughout."""
   workdir = tmp_path / "run"
-  changes = dict(data__log_samples=True, sampling=TWO_SIZES)
+  changes = dict(data__log_samples=True, **TWO_WIDTHS)
   job = Job(workdir, 4, program=helpers.signalled(2, 12, signal.SIGTERM), **changes)
   assert job.wait() == [143] * 4, job.logs()
   stopped = checkpoint.steps(workdir)[-1]
@@ -186,7 +184,7 @@ def test_images_are_the_same_on_two_processes(tmp_path):
     eval__every=0,
     eval__batches=2,
     data__train_transform="pad_crop(1)",
-    sampling=ONE_SIZE,
+    **ONE_WIDTH,
   )
   job = Job(tmp_path / "two", 2, make_args=digits_args, **changes)
   assert job.wait() == [0, 0], job.logs()

@@ -10,7 +10,7 @@ import sys
 import time
 
 import helpers
-from helpers import ONE_SIZE, run_program, train_args, train_until_signal
+from helpers import ONE_SIZE, TWO_WIDTHS, run_program, train_args, train_until_signal
 import jax
 import numpy as np
 import pytest
@@ -201,7 +201,7 @@ def test_embeddings_are_not_taken_for_another_tokenizer_s(tiny_run, tmp_path):
 @pytest.mark.slow
 def test_sigkill_at_any_moment_loses_at_most_the_unsaved_steps(tmp_path):
   """Kills at 10 random moments of a run that saves every second step, so mostly mid-save."""
-  changes = dict(steps=60, checkpoint__every=2, log_every=1, eval__every=0)
+  changes = dict(steps=60, checkpoint__every=2, log_every=1, eval__every=0, **TWO_WIDTHS)
   rng = random.Random(0)
   straight = tmp_path / "straight"
   assert run_program("train", *train_args(straight, **changes)).returncode == 0
