@@ -64,16 +64,16 @@ def run_program(
   return _LAUNCHER.run(f"matformer_jax.{module}", list(map(str, args)), env, timeout)
 
 
-def train_until_signal(step: int, signum: int, *args) -> subprocess.CompletedProcess:
-  """Runs the train program, which gets a signal once it has recorded `step` (0: compiling)."""
-  program = [sys.executable, "-u", *signalled(0, step, signum)]
+def train_until_signal(moment: int | str, signum: int, *args) -> subprocess.CompletedProcess:
+  """Runs the train program, which gets a signal at a step or a moment of signalled_train.py."""
+  program = [sys.executable, "-u", *signalled(0, moment, signum)]
   return _run([*program, *map(str, args)], BACKSTOP_S, {})
 
 
-def signalled(process: int, step: int, signum: int) -> list[str]:
-  """Arguments of Python: the train program, one process of which gets a signal at `step`."""
+def signalled(process: int, moment: int | str, signum: int) -> list[str]:
+  """Arguments of Python: the train program, one process of which gets a signal at a moment."""
   path = ROOT / "tests" / "signalled_train.py"
-  return [str(path), f"{process}:{step}:{int(signum)}"]
+  return [str(path), f"{process}:{moment}:{int(signum)}"]
 
 
 def get_config(row: str, file: str = "matlm"):

@@ -93,7 +93,7 @@ def test_ctrl_c_saves_too(tmp_path):
 
 def test_sigterm_before_the_first_step(tmp_path):
   args = train_args(tmp_path, steps=2, eval__batches=1, sampling=ONE_SIZE)
-  result = train_until_signal(0, signal.SIGTERM, *args)
+  result = train_until_signal("compiling", signal.SIGTERM, *args)
   assert result.returncode == 143 and "before the first step" in result.stdout, result.stderr
   assert not (tmp_path / "train.lock").exists()
   assert run_program("train", *args).returncode == 0
