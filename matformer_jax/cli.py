@@ -84,6 +84,26 @@ def define_seed(help_text: str) -> flags.FlagHolder[int]:
   return flags.DEFINE_integer("seed", 0, help_text, lower_bound=0, upper_bound=SEED_LIMIT - 1)
 
 
+def define_step() -> flags.FlagHolder[int | None]:
+  """Defines --step of a program that loads a model."""
+  return flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
+
+
+def define_sample() -> tuple[flags.FlagHolder[int | None], flags.FlagHolder[int | None]]:
+  """Defines --batches and --batch_size of a program that evaluates."""
+  return (
+    flags.DEFINE_integer(
+      "batches",
+      None,
+      "Validation batches; 0 is the whole split; default the sample that training measures.",
+      lower_bound=0,
+    ),
+    flags.DEFINE_integer(
+      "batch_size", None, "Windows or images at a time; default as in training.", lower_bound=1
+    ),
+  )
+
+
 def check(argv: list[str]) -> None:
   """Raises UserError for stray arguments."""
   if len(argv) > 1:

@@ -231,7 +231,7 @@ def as_json(model: Model, results: Sequence[Result], baseline: Result | None) ->
 
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
-  _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
+  _STEP = cli.define_step()
   _GRANULARITIES = flags.DEFINE_list(
     "granularities", [], "What to measure, e.g. S,M,'M*2+L*2',XL; default the trained sizes."
   )
@@ -244,15 +244,7 @@ if __name__ == "__main__":
     "Any of loss, agreement, kl and, of images, "
     "accuracy; default all. Agreement and KL are against the full model.",
   )
-  _BATCHES = flags.DEFINE_integer(
-    "batches",
-    None,
-    "Validation batches; 0 is the whole split; default the sample that training measures.",
-    lower_bound=0,
-  )
-  _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Windows or images at a time; default as in training.", lower_bound=1
-  )
+  _BATCHES, _BATCH_SIZE = cli.define_sample()
   _BIGRAM = flags.DEFINE_bool("bigram", False, "Also show a bigram baseline.")
   _PLOT = flags.DEFINE_string("plot", None, "Write a PNG of loss or accuracy against parameters.")
   _JSON = flags.DEFINE_string("json", None, "Write the results to this file.")

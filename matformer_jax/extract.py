@@ -148,5 +148,5 @@ if __name__ == "__main__":
   _OUT = flags.DEFINE_string("out", None, "New directory for the submodel.")
   _GRANULARITY = flags.DEFINE_string("granularity", None, "What to extract, e.g. 'M*2+L*2'.")
   _BUDGET = flags.DEFINE_string("budget", None, cli.BUDGET_HELP)
-  _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
+  _STEP = cli.define_step()
   cli.run(main)

@@ -69,7 +69,7 @@ def _draft_lengths(text: str) -> tuple[int, ...] | None:
 
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained or extracted model.")
-  _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
+  _STEP = cli.define_step()
   _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty starts a new document.")
   _GRANULARITY = flags.DEFINE_string(
     "granularity", None, "Size that decodes: S, 'M*2+L*2', XL; default everything stored."

@@ -352,7 +352,7 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained MatViT.")
-  _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
+  _STEP = cli.define_step()
   _GRANULARITIES = flags.DEFINE_list(
     "granularities", [], "Query encoders; default the trained sizes."
   )

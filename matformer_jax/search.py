@@ -387,7 +387,7 @@ def validation_batches(
 
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained or extracted model.")
-  _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
+  _STEP = cli.define_step()
   _BUDGETS = flags.DEFINE_list(
     "budgets",
     [],
@@ -398,15 +398,7 @@ if __name__ == "__main__":
   _RUNGS = flags.DEFINE_integer(
     "rungs", 25, "About how many models of the Mix'n'Match ladder.", lower_bound=2
   )
-  _BATCHES = flags.DEFINE_integer(
-    "batches",
-    None,
-    "Validation batches; 0 is the whole split; default the sample that training measures.",
-    lower_bound=0,
-  )
-  _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Windows at a time; default as in training.", lower_bound=1
-  )
+  _BATCHES, _BATCH_SIZE = cli.define_sample()
   _SEED = cli.define_seed("Of the random mixes.")
   _OUT = flags.DEFINE_string("out", None, "Directory for the results; default WORKDIR/search.")
   cli.run(main)

@@ -18,11 +18,9 @@ import dataclasses
 import json
 import multiprocessing
 import pathlib
-import sys
 import time
 
 from absl import flags
-import tqdm
 
 from matformer_jax import cli, runtime, tables
 from matformer_jax.data import store, text_sources
@@ -163,14 +161,7 @@ def _run(job: Job, out: pathlib.Path, todo: list[int], workers: int, expected: i
   """Does the parts of `todo`; returns bytes of text."""
   context = multiprocessing.get_context("spawn")
   counter = context.Value("q", 0)
-  with tqdm.tqdm(
-    total=expected or None,
-    unit="B",
-    unit_scale=True,
-    file=sys.stderr,
-    desc=f"tokenising {job.source}",
-    mininterval=1.0,
-  ) as bar:
+  with store.tokenising(job.source, expected) as bar:
     with concurrent.futures.ProcessPoolExecutor(
       min(workers, len(todo)) or 1, context, _start_worker, (counter,)
     ) as pool:

@@ -21,9 +21,11 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
+import tqdm
 
 from matformer_jax import runtime
 from matformer_jax.data.tokenizer import Tokenizer
@@ -227,6 +229,18 @@ class Split:
     end = len(text) - round(len(text) * self.fraction)
     end = text.rfind("\n", 0, end) + 1 or end
     return [("train", text[:end]), ("validation", text[end:])]
+
+
+def tokenising(name: str, expected: int) -> tqdm.tqdm:
+  """The progress bar of making a store; `expected` bytes of text, 0 if unknown."""
+  return tqdm.tqdm(
+    total=expected or None,
+    unit="B",
+    unit_scale=True,
+    file=sys.stderr,
+    desc=f"tokenising {name}",
+    mininterval=1.0,
+  )
 
 
 def cut(text: str) -> Iterator[str]:

@@ -19,14 +19,12 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import sysconfig
 import time
 from typing import Any
 
 import grain
 import numpy as np
-import tqdm
 
 from matformer_jax import runtime
 from matformer_jax.data import store, tfds_source
@@ -249,14 +247,7 @@ def get_store(
     temporary.mkdir()
     split = store.Split(validation_fraction, corpus.num_documents)
     split.say(corpus.name)
-    with tqdm.tqdm(
-      total=corpus.size or None,
-      unit="B",
-      unit_scale=True,
-      file=sys.stderr,
-      desc=f"tokenising {corpus.name}",
-      mininterval=1.0,
-    ) as bar:
+    with store.tokenising(corpus.name, corpus.size) as bar:
       store.write_part(temporary, 0, corpus.part(0, 1), tokenizer, split, bar.update)
     store.finish(temporary, 1, corpus.name, tokenizer, validation_fraction)
     temporary.rename(path)
