@@ -36,7 +36,7 @@ def main(argv) -> None:
   print(latency.table(model.config, profile))
   print(
     f"\nwrote {path}; plan with: python -m matformer_jax.describe --workdir={model.workdir} "
-    f"--budget=latency:{1.02e3 * profile.predict(gran.trained(model.config)[1]):.3g}ms"
+    f"--budget=latency:{1.02e3 * profile.predict(gran.trained(model.config)[:2][-1]):.3g}ms"
   )
 
 

@@ -238,10 +238,11 @@ class LanguageModel(Model):
     tokens = text_or_tokens
     if isinstance(tokens, str):
       tokens = self.tokenizer.encode(tokens)
+    length = np.shape(tokens)[-1:]
+    if length and length[0] < 2:
+      raise UserError(f"loss needs at least 2 tokens, got {length[0]}; give more text")
     tokens = self._check(tokens)
     batch = tokens if tokens.ndim == 2 else tokens[None]
-    if batch.shape[1] < 2:
-      raise UserError(f"loss needs at least 2 tokens, got {batch.shape[1]}; give more text")
     return float(_loss(self.params, batch, self.config, self.execution, self._parse(granularity)))
 
   def generate(
@@ -268,6 +269,8 @@ class LanguageModel(Model):
       UserError: for settings that do not fit the model.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not prompts:
+      return []
     ids = [self.tokenizer.encode(p) or [self.tokenizer.eos_id] for p in prompts]
     sampling = Sampling(temperature, top_k, top_p)
     new: list[list[int]] = []

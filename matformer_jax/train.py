@@ -21,6 +21,7 @@ import shutil
 
 from absl import flags
 import jax
+from jax.sharding import Mesh
 
 from matformer_jax import cli, models, runtime, sharding
 from matformer_jax import granularity as gran
@@ -34,10 +35,19 @@ from matformer_jax.hosts import goodput, lock, multihost
 from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.hosts.watchdog import Watchdog
 from matformer_jax.runtime import say
-from matformer_jax.tasks import make_task
+from matformer_jax.tasks import Task, make_task
 from matformer_jax.training import metrics, optim
-from matformer_jax.training.loop import Loop, SampleLog, StepProfile, StopSignal
+from matformer_jax.training.loop import Loop, SampleLog, StepProfile, StopSignal, evaluates_after
 from matformer_jax.training.trainer import Trainer, TrainState
+
+STARTED_OVER = "started_over"  # in the card: `start_over` was carried out
+# The smallest value of the config's integers.
+LEAST = {
+  **{name: 1 for name in ("steps", "batch_size", "grad_accum", "log_every")},
+  **{"eval.batch_size": 1, "checkpoint.keep_last": 1},
+  **{name: 0 for name in ("max_nonfinite", "replica_check_every", "checkpoint.keep_best")},
+  **{name: 0 for name in ("eval.every", "eval.batches", "checkpoint.every")},
+}
 
 
 def train(
@@ -56,7 +66,8 @@ def train(
       hosts, a directory they share.
     hosts: the processes that train together.
     profile: steps to trace with JAX's profiler, into profile/.
-    start_over: begin at step 0; what the workdir holds is moved to checkpoints_damaged/.
+    start_over: begin at step 0, once: the run in the workdir is moved to
+      checkpoints_damaged/run.
 
   Raises:
     UserError: for a mistake in the config, corpus or workdir, divergence, a workdir that
@@ -68,29 +79,33 @@ def train(
   _check_config(config)
   workdir.mkdir(parents=True, exist_ok=True)
   with lock.hold(workdir, hosts):
-    if start_over and hosts.first:
-      _set_run_aside(workdir)
-    hosts.barrier()
-    return _train(config, workdir, hosts, stop, profile)
+    if start_over:
+      _start_over(config, workdir, hosts)
+    return _train(config, workdir, hosts, stop, profile, start_over)
 
 
 def _train(
-  config: Config, workdir: pathlib.Path, hosts: Hosts, stop: StopSignal, profile: range
+  config: Config,
+  workdir: pathlib.Path,
+  hosts: Hosts,
+  stop: StopSignal,
+  profile: range,
+  start_over: bool,
 ) -> int:
   old_card = cards.read_existing(workdir)
   if hosts.first:
     _recover_tokenizer(workdir, old_card)
-  config = _start_from(config, workdir, old_card, hosts)
+  config = _start_from(config, workdir, old_card)
+  if hosts.first:
+    _copy_files(config, workdir, old_card)
   if old_card is not None:
     cards.check_model(workdir, old_card, config)
   _check_shared(workdir, hosts)
-  mesh = sharding.make_mesh(config.mesh)
-  task = make_task(config, workdir)
-  sharding.check_model_fits_mesh(task.model_config, mesh)
-  sharding.check_batch(config.batch_size, config.grad_accum, mesh)
-  sharding.check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
+  task, mesh = _task_on_mesh(config, workdir)
   trainer = Trainer(task, config, mesh)
   card = cards.make_card(config, task)
+  if start_over or (old_card or {}).get(STARTED_OVER):
+    card[STARTED_OVER] = True
   if old_card is None and config.get("init_from"):
     _check_tokenizer(config, card)
   if hosts.count > 1:
@@ -106,10 +121,6 @@ def _train(
   writer = checkpoint.Writer(
     workdir, config.checkpoint.keep_last, config.checkpoint.keep_best, card
   )
-  if start >= config.steps:
-    say(f"nothing to do: {workdir} is at step {start:,} of {config.steps:,}")
-    writer.close()
-    return 0
   log = metrics.RunLog(
     workdir=workdir if hosts.first else None,
     step=start,
@@ -121,9 +132,16 @@ def _train(
     flops={n: c.train_flops * task.examples_per_step for n, c in counts.items()},
     peak_flops=metrics.peak_flops(mesh),
   )
+  evaluated = hosts.gather(log.has_evaluation(start))[0]
+  owes_evaluation = start > 0 and evaluates_after(config, start) and not evaluated
+  if start >= config.steps and not owes_evaluation:
+    say(f"nothing to do: {workdir} is at step {start:,} of {config.steps:,}")
+    writer.close()
+    log.close()
+    return 0
   ledger = goodput.Ledger(workdir / goodput.GOODPUT_FILE if hosts.first else None, log.lost_s)
   ledger.enter("compile")
-  programs = trainer.compile()
+  programs = trainer.compile() if start < config.steps else {}
   ledger.enter("step")
   loop = Loop(
     config=config,
@@ -140,6 +158,7 @@ def _train(
     state=state,
     start=start,
     skipped=skipped,
+    owes_evaluation=owes_evaluation,
   )
   try:
     stopped_at = loop.run()
@@ -152,7 +171,7 @@ def _train(
   log.close()
   ledger.save()
   say(ledger.report())
-  if stopped_at < config.steps:
+  if loop.stopped:
     say(f"stopped by {stop.name}; saved step {stopped_at:,}. Run the same command to resume")
     return stop.exit_code
   say(f"done: {config.steps:,} steps in {workdir}")
@@ -162,8 +181,18 @@ def _train(
 # ------------------------------------------------------------------ setting up
 
 
-def _start_from(config: Config, workdir: pathlib.Path, old_card, hosts: Hosts):
-  """The config with its model taken from `init_from`, where given; the tokenizer is copied."""
+def _task_on_mesh(config: Config, workdir: pathlib.Path | None) -> tuple[Task, Mesh]:
+  """The task with its data, and the mesh. Raises UserError where they do not go together."""
+  mesh = sharding.make_mesh(config.mesh)
+  task = make_task(config, workdir)
+  sharding.check_model_fits_mesh(task.model_config, mesh)
+  sharding.check_batch(config.batch_size, config.grad_accum, mesh)
+  sharding.check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
+  return task, mesh
+
+
+def _start_from(config: Config, workdir: pathlib.Path, old_card) -> Config:
+  """The config with its model taken from `init_from`, where given."""
   if old_card is not None and "extracted" in old_card:
     raise UserError(
       f"--workdir={workdir} is an extracted model; to train it further give "
@@ -183,10 +212,15 @@ def _start_from(config: Config, workdir: pathlib.Path, old_card, hosts: Hosts):
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.model = ModelKeys(card["model"] | own)
-  if old_card is None and hosts.first and _keeps_head(config) and not config.data.get("tokenizer"):
-    for name in kind.resolve("objective").files:
-      shutil.copyfile(pathlib.Path(config.init_from) / name, workdir / name)
   return config
+
+
+def _copy_files(config: Config, workdir: pathlib.Path, old_card) -> None:
+  """Takes over what `init_from` holds beside its weights, such as a tokenizer."""
+  if config.get("init_from") and _keeps_head(config) and not config.data.get("tokenizer"):
+    for name in kind_of(config).resolve("objective").files:
+      if old_card is None or not (workdir / name).exists():
+        shutil.copyfile(pathlib.Path(config.init_from) / name, workdir / name)
 
 
 def _keeps_head(config: Config) -> bool:
@@ -207,13 +241,26 @@ def _check_tokenizer(config: Config, card) -> None:
     )
 
 
-def _set_run_aside(workdir: pathlib.Path) -> None:
-  """Moves what a run has written out of the way; nothing is deleted."""
-  names = [f"{checkpoint.STEPS_DIR}/{step}" for step in checkpoint.steps(workdir)]
-  names += [cards.CARD_FILE, checkpoint.BEST_FILE, "metrics.jsonl", "eval.jsonl"]
-  for path in (workdir / name for name in names):
-    if path.exists():
-      say(f"set {path} aside as {checkpoint.set_aside(path)}")
+def _start_over(config: Config, workdir: pathlib.Path, hosts: Hosts) -> None:
+  """Moves what a run has written out of the way, once; nothing is deleted.
+
+  A job that is restarted repeats its command, flags included, and must resume what it began.
+  """
+  card = cards.read_existing(workdir)
+  if card is not None and card.get(STARTED_OVER):
+    say(f"note: {workdir} was started over before, and is resumed now; --start_over works once")
+    return
+  fresh = _start_from(config, workdir, None)
+  if fresh.get("init_from") and _keeps_head(fresh) and hasattr(fresh.data, "tokenizer"):
+    with fresh.unlocked():
+      fresh.data.tokenizer = fresh.data.tokenizer or f"{fresh.init_from}/{TOKENIZER_FILE}"
+  _task_on_mesh(fresh, None)  # so that nothing is moved for a command that cannot run
+  hosts.barrier()
+  if hosts.first:
+    aside = checkpoint.set_run_aside(workdir, but=lock.LOCK_FILE)
+    if aside is not None:
+      say(f"set the run of {workdir} aside as {aside}")
+  hosts.barrier()
 
 
 def _initial_state(
@@ -290,12 +337,10 @@ def _check_shared(workdir: pathlib.Path, hosts: Hosts) -> None:
 
 
 def _check_config(config: Config) -> None:
-  for name in ("steps", "batch_size", "grad_accum", "log_every"):
-    value = config[name]
-    if not isinstance(value, int) or value < 1:
-      raise UserError(f"{name}={value!r} must be a positive integer")
-  if config.checkpoint.keep_last < 1:
-    raise UserError(f"checkpoint.keep_last={config.checkpoint.keep_last} must be at least 1")
+  for name, least in LEAST.items():
+    value = functools.reduce(getattr, name.split("."), config)
+    if not isinstance(value, int) or value < least:
+      raise UserError(f"{name}={value!r} must be an integer of at least {least}")
   check_seed(config.seed, "seed")
 
 
@@ -356,8 +401,8 @@ if __name__ == "__main__":
   _START_OVER = flags.DEFINE_bool(
     "start_over",
     False,
-    "Begin at step 0 in a --workdir that holds a run; what is there is moved to "
-    "checkpoints_damaged/, not deleted.",
+    "Begin at step 0 in a --workdir that holds a run, which is moved to "
+    "checkpoints_damaged/run. Works once: a restarted job resumes.",
   )
   _PROFILE = flags.DEFINE_string("profile", None, "Trace these steps, e.g. 100:110.")
   flags.adopt_module_key_flags(cli)

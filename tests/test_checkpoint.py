@@ -1,6 +1,7 @@
 """Checkpoints: nothing damaged is ever used silently, nothing is ever deleted."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -32,7 +33,9 @@ def saved(tmp_path_factory):
   for i, metric in ((1, 0.5), (2, 3.0), (3, 2.0), (4, None)):
     state, _ = step(state, trainer.batch(i))
     states[i] = jax.tree.map(np.array, state)
-    writer.save(i, state.params, state.opt_state, {"step": i}, {"skipped": 0}, metric)
+    if metric is not None:
+      writer.record(i, metric)
+    writer.save(i, state.params, state.opt_state, {"step": i}, {"skipped": 0})
   writer.close()
   return workdir, trainer, states
 
@@ -67,6 +70,18 @@ def test_the_best_survives_a_restart(saved, tmp_path):
   writer.save(5, states[4].params, states[4].opt_state, {"step": 5}, {"skipped": 0})
   writer.close()
   assert checkpoint.steps(tmp_path / "run") == [1, 5]
+
+
+def test_a_loss_that_is_not_finite_ranks_nothing(saved, tmp_path):
+  shutil.copytree(saved[0], tmp_path / "run")
+  best = tmp_path / "run" / checkpoint.BEST_FILE
+  known = json.loads(best.read_text())
+  best.write_text(json.dumps({**known, "0": math.nan}))  # as earlier versions wrote
+  writer = checkpoint.Writer(tmp_path / "run", 1, 1, CARD)
+  writer.record(5, math.nan)
+  writer.record(6, 4.0)
+  writer.close()
+  assert json.loads(best.read_text()) == {**known, "6": 4.0}
 
 
 @pytest.mark.parametrize("step", [1, 4])

@@ -231,8 +231,7 @@ def test_a_corpus_of_few_documents_holds_out_the_end_of_each(tmp_path, capsys):
     tokens = np.asarray(store.tokens[split])
     starts = store.documents[split].starts(0, len(tokens)).tolist()
     decoded.append([tokenizer.decode(t) for t in np.split(tokens, starts[1:])])
-    ends = 2 if split == "validation" else 0  # end-of-text only where a document ends
-    assert np.count_nonzero(tokens == tokenizer.eos_id) == ends
+    assert np.count_nonzero(tokens == tokenizer.eos_id) == 2  # each share is a document
   train, validation = decoded
   assert [a + b for a, b in zip(train, validation)] == texts
   assert all(v.startswith(f"{name} line") for v, name in zip(validation, "ab"))
@@ -325,7 +324,7 @@ def test_an_interrupted_store_is_not_mistaken_for_one(tmp_path):
 @pytest.mark.parametrize(
   "fraction,words",
   [
-    (0.0, "between 0 and 1"),
+    (0.0, "at most 0.5"),
     (1e-9, r"validation_fraction=1e-09 leaves its validation split empty"),
   ],
 )

@@ -8,7 +8,7 @@ import threading
 import time
 
 import helpers
-from helpers import ONE_SIZE, run_program, train_args
+from helpers import ONE_SIZE, ONE_WIDTH, run_program, train_args
 import jax
 import numpy as np
 import pytest
@@ -183,6 +183,17 @@ def test_a_profile_of_some_steps(profiled):
     result.stderr
   )
   assert list((workdir / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_profile_of_a_run_that_stops_and_resumes_within_it(tmp_path):
+  for steps, traced in ((3, "2 to 3"), (5, "4 to 5")):
+    args = train_args(tmp_path, eval__every=0, eval__batches=1, steps=steps, **ONE_WIDTH)
+    result = run_program("train", *args, "--profile=2:50")
+    assert result.returncode == 0, result.stderr
+    assert f"wrote a profile of steps {traced}" in result.stdout
+
+
+def test_profile_mistakes():
   assert train_program._parse_profile("4:7") == range(4, 7)
   with pytest.raises(UserError, match="--profile='7' is not FIRST:LAST"):
     train_program._parse_profile("7")

@@ -10,12 +10,13 @@ import sys
 import time
 
 import helpers
-from helpers import ONE_SIZE, TWO_WIDTHS, run_program, train_args, train_until_signal
+from helpers import ONE_SIZE, ONE_WIDTH, TWO_WIDTHS, run_program, train_args, train_until_signal
 import jax
 import numpy as np
 import pytest
 
 import matformer_jax
+from matformer_jax import train as train_program
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.data.tokenizer import train_tokenizer
 
@@ -67,6 +68,12 @@ def test_sigterm_during_a_step_then_resume_is_bit_exact(tiny_run, tmp_path):
   assert final_bytes(tmp_path) == final_bytes(tiny_run)
 
 
+def evaluated(workdir) -> list[int]:
+  """The steps that eval.jsonl has."""
+  path = workdir / "eval.jsonl"
+  return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
 def test_sigterm_during_evaluation(tiny_run, tmp_path):
   # Evaluation of thousands of batches starts after step 5 and would take minutes.
   args = train_args(tmp_path, log_every=1, eval__every=5, eval__batches=10**6)
@@ -77,9 +84,21 @@ def test_sigterm_during_evaluation(tiny_run, tmp_path):
   rest = process.communicate(timeout=helpers.BACKSTOP_S)[0]
   assert process.returncode == 143 and "validation" not in rest, rest
   assert checkpoint.steps(tmp_path) == [5]
-  again = run_program("train", *train_args(tmp_path, log_every=1))
+  again = run_program("train", *train_args(tmp_path, log_every=1, eval__every=5))
   assert again.returncode == 0, again.stderr
   assert trajectory(tmp_path) == trajectory(tiny_run)
+  assert evaluated(tmp_path) == list(range(5, 41, 5))  # the first was made up for
+
+
+def test_a_stop_in_the_last_evaluation_is_no_end(tmp_path):
+  args = train_args(tmp_path, steps=6, eval__every=3, **ONE_WIDTH)
+  result = train_until_signal("evaluating", signal.SIGTERM, *args)
+  assert result.returncode == 143 and "saved step 6" in result.stdout, result.stderr
+  assert evaluated(tmp_path) == [3]
+  for words in ("done: 6 steps", "nothing to do"):
+    result = run_program("train", *args)
+    assert result.returncode == 0 and words in result.stdout, result.stderr
+    assert evaluated(tmp_path) == [3, 6]
 
 
 def test_ctrl_c_saves_too(tmp_path):
@@ -120,11 +139,37 @@ def test_starting_over_takes_a_flag(tiny_run, tmp_path):
   assert_one_line_error(result, "none of the", "meta is unreadable", "--start_over")
   before = checkpoint.steps(tiny_run)
   assert checkpoint.steps(workdir) == before
+  nowhere = "--config.data.source=text:/nowhere/*"
+  assert_one_line_error(run_program("train", *args, "--start_over", nowhere), "/nowhere/*")
+  assert checkpoint.steps(workdir) == before  # a command that cannot run moves nothing
+  # Other text and a smaller vocabulary: the old run's tokenizer is not taken.
+  text = tmp_path / "text"
+  text.mkdir()
+  for i in range(40):
+    (text / f"{i}.txt").write_text(f"{i} " + "some other words entirely. " * 60)
+  args += [f"--config.data.source=text:{text}/*.txt", "--config.model.vocab_size=300"]
   result = run_program("train", *args, "--start_over")
   assert result.returncode == 0, result.stderr
   assert checkpoint.steps(workdir) == [2]
-  aside = {p.name for p in (workdir / checkpoint.DAMAGED_DIR).iterdir()}
-  assert aside >= {*map(str, before), "metrics.jsonl", "config.json"}
+  aside = workdir / checkpoint.DAMAGED_DIR / "run"
+  names = {p.name for p in tiny_run.iterdir()}
+  assert {p.name for p in aside.iterdir()} == names and checkpoint.steps(aside) == before
+  # A job that is restarted repeats its flags.
+  result = run_program("train", *args, "--config.steps=3", "--start_over")
+  assert result.returncode == 0 and "at step 2" in result.stdout, result.stderr
+  assert "--start_over works once" in result.stdout
+  assert [p.name for p in (workdir / checkpoint.DAMAGED_DIR).iterdir()] == ["run"]
+
+
+def test_what_init_from_holds_is_copied_again_where_it_is_missing(tiny_run, tmp_path):
+  config = helpers.get_config("tiny")
+  config.init_from = str(tiny_run)
+  train_program._copy_files(config, tmp_path, {"a": "card"})
+  copied = tmp_path / "tokenizer.model"
+  assert copied.read_bytes() == (tiny_run / "tokenizer.model").read_bytes()
+  copied.write_bytes(b"its own")
+  train_program._copy_files(config, tmp_path, {"a": "card"})
+  assert copied.read_bytes() == b"its own"
 
 
 def test_any_legal_directory_name_works(tmp_path):

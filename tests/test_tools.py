@@ -50,6 +50,21 @@ def test_describe_shows_the_choice_and_the_ends():
 # --------------------------------------------------------------------- profile
 
 
+def test_latency_of_a_model_of_one_size(tiny_run, tmp_path):
+  small = tmp_path / "s"
+  assert run_program("extract", f"--workdir={tiny_run}", "--granularity=S", f"--out={small}")
+  result = run_program("latency", f"--workdir={small}", "--rounds=1")
+  assert result.returncode == 0 and "--budget=latency:" in result.stdout, result.stderr
+
+
+def test_what_is_empty(tiny_run):
+  model = matformer_jax.load(tiny_run)
+  assert model.generate([]) == []
+  for nothing in ("", []):
+    with pytest.raises(UserError, match="at least 2 tokens, got 0"):
+      model.loss(nothing)
+
+
 def test_profile_then_plan_a_latency(tiny_run, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(tiny_run, workdir)

@@ -13,6 +13,7 @@ import pytest
 
 from matformer_jax import UserError, sharding
 from matformer_jax import granularity as gran
+from matformer_jax import train as train_program
 from matformer_jax.config import MatLMConfig
 from matformer_jax.hosts import goodput
 from matformer_jax.hosts.multihost import Hosts
@@ -280,6 +281,21 @@ def test_optimizer_errors(key, value):
 
 
 # ------------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize(
+  "key,value",
+  [
+    *(("steps", 0), ("batch_size", 2.0), ("max_nonfinite", -1), ("checkpoint.keep_last", 0)),
+    *(("eval.batch_size", 0), ("eval.batches", -1), ("eval.every", -5)),
+  ],
+)
+def test_integers_out_of_range(key, value):
+  config = helpers.get_config("tiny").copy_and_resolve_references()
+  with config.ignore_type():
+    config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=rf"^{key}={value} must be an integer of at least"):
+    train_program._check_config(config)
 
 
 def run_loop(

@@ -297,12 +297,29 @@ class SliceReader:
 def set_aside(path: pathlib.Path) -> pathlib.Path:
   """Moves a damaged file or step out of the way, into the run's checkpoints_damaged/."""
   run = path.parent.parent if path.parent.name == STEPS_DIR else path.parent
-  root = run / DAMAGED_DIR
-  root.mkdir(exist_ok=True)
-  target, n = root / path.name, 1
-  while target.exists():
-    target, n = root / f"{path.name}.{n}", n + 1
+  target = _unused(run / DAMAGED_DIR / path.name)
   path.rename(target)
+  return target
+
+
+def set_run_aside(workdir: pathlib.Path, but: str) -> pathlib.Path | None:
+  """Moves all of a run, `but` one file, into its checkpoints_damaged/run; None: there is none."""
+  found = [path for path in workdir.iterdir() if path.name not in (but, DAMAGED_DIR)]
+  if not found:
+    return None
+  target = _unused(workdir / DAMAGED_DIR / "run")
+  target.mkdir()
+  for path in found:
+    path.rename(target / path.name)
+  return target
+
+
+def _unused(path: pathlib.Path) -> pathlib.Path:
+  """`path`, or the first of `path.1`, `path.2`, ... that is not taken; in a directory that is."""
+  path.parent.mkdir(exist_ok=True)
+  target, n = path, 1
+  while target.exists():
+    target, n = path.with_name(f"{path.name}.{n}"), n + 1
   return target
 
 
@@ -393,7 +410,6 @@ class Writer:
     opt_state,
     data: Mapping[str, Any],
     extra: Mapping[str, Any] | None = None,
-    metric: float | None = None,
   ) -> None:
     """Starts saving; returns once the arrays may be overwritten.
 
@@ -403,7 +419,6 @@ class Writer:
         is not trained on.
       data: JSON state of the data source.
       extra: more JSON for `meta`.
-      metric: lower is better; ranks the step for `keep_best`.
 
     Raises:
       UserError: if this or the previous save could not be written.
@@ -416,7 +431,6 @@ class Writer:
     meta = {
       "format": FORMAT,
       "step": step,
-      "metric": metric,
       "data": dict(data),
       "card": self._card,
       "manifest": {name: manifest.of(tree) for name, tree in trees.items()},
@@ -424,8 +438,6 @@ class Writer:
       **(extra or {}),
     }
     meta["seal"] = _seal(meta)
-    if metric is not None:
-      self.record(step, metric)
     try:
       saved = self._manager.save(
         step,
@@ -444,7 +456,12 @@ class Writer:
       )
 
   def record(self, step: int, metric: float) -> None:
-    """Ranks a step, saved or about to be, for `keep_best`: the lower the better."""
+    """Ranks a step, saved or about to be, for `keep_best`: the lower the better.
+
+    One that is not finite is no rank.
+    """
+    if not math.isfinite(metric):
+      return
     self._metric[step] = metric
     if jax.process_index() == 0:
       rows = {str(step): value for step, value in sorted(self._metric.items())}
@@ -455,10 +472,10 @@ class Writer:
     found = {}
     for step in steps(workdir):
       with contextlib.suppress(DamagedCheckpoint):
-        found[step] = read_meta(workdir, step)["metric"]
+        found[step] = read_meta(workdir, step).get("metric")
     with contextlib.suppress(OSError, ValueError, AttributeError):
       found |= {int(k): float(v) for k, v in json.loads(self._best_file.read_text()).items()}
-    return {step: metric for step, metric in found.items() if metric is not None}
+    return {s: m for s, m in found.items() if m is not None and math.isfinite(m)}
 
   def wait(self) -> None:
     """Blocks until the last save is on disk. Raises UserError if it could not be written."""

@@ -66,9 +66,18 @@ def prepare(
   """Makes the store at `out`, or finishes it; says how fast.
 
   Raises:
-    UserError: if `out` holds another job, or the corpus is empty.
+    UserError: if `out` holds another job or is being written, or the corpus is empty.
   """
   out.mkdir(parents=True, exist_ok=True)
+  with text_sources.locked(out.absolute(), wait=False):
+    return _prepare(
+      corpus, job, out, workers, given_tokenizer, vocab_size, tokenizer_type, sample_bytes
+    )
+
+
+def _prepare(
+  corpus, job: Job, out, workers, given_tokenizer, vocab_size, tokenizer_type, sample_bytes
+) -> store.TokenStore:
   _check_same_job(out, job)
   store.Split(job.validation_fraction, corpus.num_documents).say(job.source)
   if (out / store.MANIFEST).exists():
@@ -220,8 +229,7 @@ def main(argv) -> None:
     return
   if not _SOURCE.value:
     raise UserError("--source is missing; give text:GLOB, stdlib or tfds:NAME[/CONFIG]:FEATURE")
-  if not 0 < _FRACTION.value < 1:
-    raise UserError(f"--validation_fraction={_FRACTION.value} must be between 0 and 1")
+  store.check_fraction(_FRACTION.value, "--validation_fraction")
   workers = _WORKERS.value or runtime.cpu_count()
   corpus = text_sources.open_corpus(_SOURCE.value, _DATA_DIR.value or None)
   tokenizer = (

@@ -187,6 +187,12 @@ def _read(
   return np.memmap(file, dtype, "r", shape=(length,)) if length else np.zeros(0, dtype)
 
 
+def check_fraction(fraction: float, name: str) -> None:
+  """Raises UserError for what is no share of the documents that can be held out."""
+  if not 0 < fraction <= 0.5:
+    raise UserError(f"{name}={fraction} must be above 0 and at most 0.5")
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
   """Which text is held out for validation: every 1/fraction-th document.
@@ -287,7 +293,7 @@ def write_part(
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-  """What is tokenised at once; whether a document begins (in its split) or ends with it."""
+  """What is tokenised at once; whether a document (its share of a split) begins or ends there."""
 
   split: str
   text: str
@@ -297,13 +303,10 @@ class _Piece:
 
 def _pieces(documents: Iterable[tuple[int, str]], split: Split) -> Iterator[_Piece]:
   for number, text in documents:
-    pieces = [
-      (name, piece, i == 0)
-      for name, share in split.share(number, text)
-      for i, piece in enumerate(cut(share))
-    ]
-    for i, (name, piece, begins) in enumerate(pieces, 1):
-      yield _Piece(name, piece, begins, i == len(pieces))
+    for name, share in split.share(number, text):
+      pieces = list(cut(share))
+      for i, piece in enumerate(pieces, 1):
+        yield _Piece(name, piece, i == 1, i == len(pieces))
 
 
 class _Shard:

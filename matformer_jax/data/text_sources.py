@@ -205,7 +205,7 @@ def get_tokenizer(
   """A tokenizer trained on the corpus, from the cache when already trained."""
   key = _key("tokenizer", corpus.identity, vocab_size, model_type, sample_bytes)
   path = _cache(cache_dir) / f"tokenizer-{key}.model"
-  with _locked(path):
+  with locked(path):
     if path.exists():
       try:
         return Tokenizer.from_file(path)
@@ -230,11 +230,10 @@ def get_store(
   Raises:
     UserError: if the corpus is empty or too small to split.
   """
-  if not 0 < validation_fraction < 1:
-    raise UserError(f"data.validation_fraction={validation_fraction} must be between 0 and 1")
+  store.check_fraction(validation_fraction, "data.validation_fraction")
   key = _key(store.STORE_VERSION, corpus.identity, tokenizer.sha256, validation_fraction)
   path = _cache(cache_dir) / f"tokens-{key}"
-  with _locked(path):
+  with locked(path):
     for leftover in path.parent.glob(f"{path.name}.tmp*"):
       shutil.rmtree(leftover)
     if path.exists():
@@ -261,10 +260,17 @@ def _cache(cache_dir: str | None) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path):
-  """Holds a file lock beside `path`; the kernel releases it if the process dies."""
+def locked(path: pathlib.Path, wait: bool = True):
+  """Holds a file lock beside `path`; the kernel releases it if the process dies.
+
+  Raises:
+    UserError: if another process holds it, unless that is to be waited for.
+  """
   with open(path.with_name(path.name + ".lock"), "w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      raise UserError(f"{path} is being written by another process; wait for it") from None
     yield
 
 

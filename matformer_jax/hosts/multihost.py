@@ -87,6 +87,8 @@ class Hosts:
     self._state: dict[str, Any] = {"host": socket.gethostname()}
     self._exit_code: int | None = None
     self.before_leaving: list[Callable[[], None]] = []
+    self._leaving = threading.Event()
+    self._leaver = threading.Thread(target=self._act_before_leaving, daemon=True)
     self._watching = False
     self._answered = time.monotonic()
     self._publishing = threading.RLock()  # a signal handler may interrupt its holder
@@ -94,6 +96,7 @@ class Hosts:
       self._publish()
       self._abort_handler = _on_abort(self._aborted)
       atexit.register(self._exit)  # runs before JAX's own, which would wait for the others
+      self._leaver.start()  # now: at the interpreter's shutdown no thread can be started
       for target in (self._watch, self._watch_coordinator):
         threading.Thread(target=target, daemon=True, name=target.__name__).start()
 
@@ -217,14 +220,18 @@ class Hosts:
 
   def _quit(self, code: int) -> NoReturn:
     """Exits at once: the actions of `before_leaving` get a second, as a file system may hang."""
-    actions = [threading.Thread(target=a, daemon=True) for a in self.before_leaving]
-    for action in actions:
-      action.start()
-    for action in actions:
-      action.join(1.0)
+    if self._leaver.ident is None:
+      self._leaver.start()
+    self._leaving.set()
+    self._leaver.join(1.0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+  def _act_before_leaving(self) -> None:
+    self._leaving.wait()
+    for action in self.before_leaving:
+      action()
 
   # ----------------------------------------------------------------- watching
 

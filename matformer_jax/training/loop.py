@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import pathlib
 import signal
@@ -47,6 +48,8 @@ class Loop:
     state: after `start` steps; then after the last one dispatched.
     start: steps done before.
     skipped: updates skipped so far, since loss, gradient or update was not finite.
+    owes_evaluation: whether the run was stopped after step `start` and before its evaluation.
+    stopped: by a signal, before all steps and their evaluations were done.
   """
 
   config: Config
@@ -63,9 +66,10 @@ class Loop:
   state: TrainState
   start: int
   skipped: int
+  owes_evaluation: bool = False
+  stopped: bool = dataclasses.field(default=False, init=False)
   _pending: _Pending | None = dataclasses.field(default=None, init=False)
   _bad_in_a_row: int = dataclasses.field(default=0, init=False)
-  _stopping: bool = dataclasses.field(default=False, init=False)
   _saved: int = dataclasses.field(default=0, init=False)  # the newest checkpoint's step
   _finished_at: float = dataclasses.field(default=0.0, init=False)  # the last step, monotonic
 
@@ -83,8 +87,12 @@ class Loop:
     self._finished_at = time.perf_counter()
     self.stop.finish_step = True
     batches = Prefetcher(trainer.batches(self.start))
-    with self.watchdog:
+    with self.watchdog, contextlib.closing(self.profile):
+      if self.owes_evaluation:
+        self._evaluate(self.start)
       for step in range(self.start + 1, config.steps + 1):
+        if self.stopped:
+          break
         asked = time.perf_counter()
         with self.ledger.phase("data"):
           batch = batches.next()
@@ -97,19 +105,16 @@ class Loop:
         self._pending = _Pending(step, index, outputs, signals, waited)
         if self.samples:
           self.samples.write(step)
-        last = step == config.steps
-        evaluates = last or _due(config.eval.every, step)
+        evaluates = evaluates_after(config, step)
         if _due(config.replica_check_every, step):
           self._check_replicas()
-        if self._stopping or evaluates or _due(config.checkpoint.every, step):
+        if self.stopped or evaluates or _due(config.checkpoint.every, step):
           self._save(step)  # first, so that an evaluation that fails loses nothing
-        if evaluates and not self._stopping:
+        if evaluates and not self.stopped:
           self._evaluate(step)
         self.profile.after(step)
-        if self._stopping:
-          break
     batches.close()
-    return step
+    return self._saved
 
   def _report(self) -> None:
     """Waits for the pending step and records it."""
@@ -118,7 +123,7 @@ class Loop:
     done, self._pending = self._pending, None
     outputs = jax.device_get(done.outputs)
     stopping = self._signals.read(done.signals, done.step)
-    self._stopping = self.stop.requested if stopping is None else stopping
+    self.stopped = self.stop.requested if stopping is None else stopping
     now = time.perf_counter()
     finite = bool(outputs["finite"])
     name = self.trainer.names[done.index]
@@ -158,8 +163,8 @@ class Loop:
 
     def should_stop() -> bool:
       self.watchdog.alive(f"evaluation after step {step:,}")
-      self._stopping = self._signals.any(self.stop.requested)
-      return self._stopping
+      self.stopped = self._signals.any(self.stop.requested)
+      return self.stopped
 
     with self.ledger.phase("evaluation"):
       results = self.trainer.task.evaluate(
@@ -183,7 +188,7 @@ class Loop:
   def _save(self, step: int) -> None:
     """Saves the state; while updates are being skipped only where the run ends."""
     self._report()
-    if self._bad_in_a_row and not self._stopping and step < self.config.steps:
+    if self._bad_in_a_row and not self.stopped and step < self.config.steps:
       return
     self.log.flush()
     with self.ledger.phase("checkpoint"):
@@ -203,6 +208,11 @@ class Loop:
 
 def _due(every: int, step: int) -> bool:
   return bool(every) and step % every == 0
+
+
+def evaluates_after(config: Config, step: int) -> bool:
+  """Whether a run evaluates after a step."""
+  return step == config.steps or _due(config.eval.every, step)
 
 
 def _draw_hash(step: int, index: int) -> int:
@@ -247,18 +257,27 @@ class StepProfile:
 
   def __init__(self, steps: range, workdir: pathlib.Path):
     self._steps, self._path = steps, workdir / "profile"
+    self._traced: list[int] = []  # while a trace is being taken
 
   def before(self, step: int) -> None:
-    if step == self._steps.start:
-      jax.profiler.start_trace(str(self._path))
+    if step in self._steps:
+      if not self._traced:
+        jax.profiler.start_trace(str(self._path))
+      self._traced.append(step)
 
   def after(self, step: int) -> None:
-    if step == self._steps.stop - 1:
+    if step + 1 not in self._steps:
+      self.close()
+
+  def close(self) -> None:
+    """Writes what was traced, also of a run that ends within the range."""
+    if self._traced:
       jax.profiler.stop_trace()
       say(
-        f"wrote a profile of steps {self._steps.start} to {step} to {self._path}; view it with "
-        "TensorBoard's profile plug-in or xprof"
+        f"wrote a profile of steps {self._traced[0]} to {self._traced[-1]} to {self._path}; view "
+        "it with TensorBoard's profile plug-in or xprof"
       )
+      self._traced.clear()
 
 
 class SampleLog:
