@@ -211,8 +211,8 @@ FAULTS = (
   Fault(
     "SIGTERM during evaluation loses the step",
     "training/loop.py",
-    "if self._stopping or evaluates or _due(config.checkpoint.every, step):",
-    "if self._stopping or _due(config.checkpoint.every, step):",
+    "if self.stopped or evaluates or _due(config.checkpoint.every, step):",
+    "if self.stopped or _due(config.checkpoint.every, step):",
     ("test_train.py::test_a_stop_during_evaluation_keeps_the_step",),
   ),
   Fault(

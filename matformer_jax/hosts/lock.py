@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import os
 import pathlib
@@ -112,17 +113,31 @@ class _Lock:
         return  # given back meanwhile
     if alive:
       raise self._refusal(holder)
-    aside = self._path.with_name(f".{LOCK_FILE}.{self._me.token}")
-    try:
-      self._path.rename(aside)
-      moved = aside.read_bytes()
-      aside.unlink()
-    except FileNotFoundError:
-      return  # another process was faster
-    if moved != found:  # another process was faster, and this is its lock
-      self._create(moved)
-      raise self._refusal(_holder(moved))
+    with self._alone():
+      if self._read() != found:
+        return  # another process was faster: look again
+      aside = self._path.with_name(f".{LOCK_FILE}.{self._me.token}")
+      try:
+        self._path.rename(aside)
+        moved = aside.read_bytes()
+        aside.unlink()
+      except FileNotFoundError:
+        return
+      if moved != found:  # only where the file system has no locks
+        self._create(moved)
+        raise self._refusal(_holder(moved))
     say(f"note: took over {self._path} of {holder or 'an unknown process'}, which is gone")
+
+  @contextlib.contextmanager
+  def _alone(self):
+    """One taker-over at a time, of this machine at least; no guard where flock is not supported."""
+    directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+      with contextlib.suppress(OSError):
+        fcntl.flock(directory, fcntl.LOCK_EX)
+      yield
+    finally:
+      os.close(directory)
 
   def _watch(self, found: bytes) -> bytes | None:
     """The lock's content once it has changed, or after `stale_s`; None where it is gone."""
