@@ -326,11 +326,14 @@ def mix_n_match(
   limit = number * costs[-1] if relative else number
   if not costs[0] <= limit <= costs[-1] * (1 + 1e-9):
     ends = " to ".join(
-      f"{c:,.4g} ({to_text(g, config)})" if kind in LATENCIES else f"{c:,} ({to_text(g, config)})"
+      f"{1e3 * c:,.4g}ms ({to_text(g, config)})"
+      if kind in LATENCIES
+      else f"{c:,} ({to_text(g, config)})"
       for c, g in ((costs[0], ladder[0]), (costs[-1], ladder[-1]))
     )
     side = "below the smallest" if limit < costs[0] else "above the largest"
-    raise UserError(f"budget {budget!r} = {limit:,.6g} {unit} is {side} granularity; give {ends}")
+    amount = f"{1e3 * limit:,.6g} milli{unit}" if kind in LATENCIES else f"{limit:,.6g} {unit}"
+    raise UserError(f"budget {budget!r} = {amount} is {side} granularity; give {ends}")
   return max(
     (g for g, c in zip(ladder, costs) if c <= limit * (1 + 1e-9)), key=lambda g: cost(config, g)
   )

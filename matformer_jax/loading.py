@@ -20,6 +20,7 @@ from matformer_jax import models, tables
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import (
+  KINDS,
   Execution,
   MatLMConfig,
   MatViTConfig,
@@ -147,7 +148,17 @@ class VisionModel(Model):
     return self.card["identity"]["classes"]
 
   def prepare(self, images: Sequence[Image.Image]) -> np.ndarray:
-    """uint8 [B, S, S, channels] from Pillow images of any size."""
+    """uint8 [B, S, S, channels] from Pillow images of any size.
+
+    Raises:
+      UserError: for what is no Pillow image.
+    """
+    for image in images:
+      if not isinstance(image, Image.Image):
+        raise UserError(
+          f"prepare takes Pillow images, got a {type(image).__name__}; make one with "
+          "PIL.Image.fromarray, or give logits uint8 arrays of the model's own size"
+        )
     mode = "L" if self.config.channels == 1 else "RGB"
     rng = np.random.default_rng(0)  # transforms for evaluation draw nothing
     return np.stack([self.transform(image.convert(mode), rng) for image in images])
@@ -357,7 +368,10 @@ def load(workdir: str | os.PathLike, step: int | None = None, kind: type[M] = Mo
   config = model_config(card)
   loaded = kind_of(config).resolve("loaded")
   if not issubclass(loaded, kind):
-    raise UserError(f"{workdir} holds a {config.name}, which this does not work with")
+    wanted = " or ".join(
+      k.config.name for k in KINDS.values() if issubclass(k.resolve("loaded"), kind)
+    )
+    raise UserError(f"{workdir} holds a {config.name}; this needs a {wanted}")
   shapes = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)

@@ -23,7 +23,7 @@ from absl import flags
 import jax
 from jax.sharding import Mesh
 
-from matformer_jax import cli, models, runtime, sharding
+from matformer_jax import cli, models, runtime, sharding, tables
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
@@ -77,6 +77,10 @@ def train(
   stop = StopSignal(hosts)
   runtime.enable_compilation_cache()
   _check_config(config)
+  if profile and profile.start > config.steps:
+    raise UserError(
+      f"--profile begins at step {profile.start}, after the last of steps={config.steps}"
+    )
   workdir.mkdir(parents=True, exist_ok=True)
   with lock.hold(workdir, hosts):
     if start_over:
@@ -345,7 +349,7 @@ def _check_config(config: Config) -> None:
 
 
 def _say_what_is_trained(config: Config, trainer: Trainer, counts, hosts: Hosts) -> None:
-  sizes = "  ".join(f"{name} {c.params / 1e6:,.1f}M" for name, c in counts.items())
+  sizes = "  ".join(f"{name} {tables.si(c.params)}" for name, c in counts.items())
   warmup = optim.warmup_steps(config.optim, config.steps)
   if warmup < config.optim.warmup_steps:
     say(

@@ -260,3 +260,15 @@ def test_the_example_runs(tmp_path):
   assert result.returncode == 0, result.stderr
   universal, extracted = re.search(r"universal (\S+), extracted (\S+)", result.stdout).groups()
   assert universal == extracted
+
+
+@pytest.mark.parametrize(
+  "command", [c for c in commands() if c.program == "train" and c.env], ids=lambda c: c.where
+)
+def test_training_on_virtual_devices_runs(command, tmp_path):
+  args = [arg for arg in command.args if not arg.startswith("--workdir")]
+  short = ["--config.steps=1", "--config.eval.every=0", "--config.sampling=0/0/0/1"]
+  result = helpers.run_program(
+    "train", *args, f"--workdir={tmp_path}", *short, env=dict(command.env)
+  )
+  assert result.returncode == 0, result.stderr

@@ -56,7 +56,7 @@ class Sampling:
   def __post_init__(self):
     if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
       raise UserError(
-        f"temperature={self.temperature} must be 0 (greedy), or a number from {LEAST_TEMPERATURE}"
+        f"temperature={self.temperature} must be 0 (greedy) or at least {LEAST_TEMPERATURE}"
       )
     if self.top_k < 0:
       raise UserError(f"top_k={self.top_k} must be 0 (keep all) or more")

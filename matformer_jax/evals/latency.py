@@ -234,7 +234,7 @@ def measure(
 
 def table(config: MatLMConfig, profile: Profile) -> str:
   """The table a person reads."""
-  blocks = [f"{profile.device}, milliseconds"]
+  blocks = [profile.device]
   for workload, c in profile.costs.items():
     ms = lambda seconds: f"{1e3 * seconds:.3f}"
     rows = [
@@ -249,5 +249,6 @@ def table(config: MatLMConfig, profile: Profile) -> str:
     ]
     shape = f"{c.batch} x {c.tokens} tokens" + (" of cache" if workload == "decode" else "")
     header = ("granularity", "embedding, head", "attention/layer", "FFN/layer", "whole model")
-    blocks.append(f"{workload}, {gran.LATENCIES[workload]}, {shape}\n{tables.table(header, rows)}")
+    what = f"{workload}, milli{gran.LATENCIES[workload]}, {shape}"
+    blocks.append(f"{what}\n{tables.table(header, rows)}")
   return "\n\n".join(blocks)

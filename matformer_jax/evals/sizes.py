@@ -74,8 +74,8 @@ def table(
   mixes = len(gran.mix_n_match_ladder(c)) - len(gran.trained(c))
   text = (
     f"{', '.join(what)}\n\n{tables.table(header, rows)}\n\n"
-    f"FLOPs are of a forward pass, attention counted in full. Between the "
-    f"sizes lie {mixes:,} Mix'n'Match models."
+    "FLOPs are of a forward pass, attention counted in full. Mix'n'Match gives "
+    f"{mixes:,} more model{'s' * (mixes != 1)} between these."
   )
   if chosen is not None:
     text += f"\nWithin --budget={budget}: {gran.to_text(chosen, config)}"

@@ -245,6 +245,8 @@ class StopSignal:
     self.exit_code = 128 + signum
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if self.finish_step:
+      if signum == signal.SIGINT:
+        print("\nstopping after this step; Ctrl-C again leaves without saving it", flush=True)
       self.requested = True
     else:
       why = f"stopped by {self.name} before the first step"
