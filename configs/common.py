@@ -33,7 +33,10 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
       sampling="uniform",
       grad_accum=1,
       dtype="auto",  # compute: float32 on CPU, bfloat16 elsewhere; parameters are float32
-      remat="auto",  # none on CPU, else attn_out; or full, dots_no_batch, attn_out_ffn_pre
+      # What layers keep for the backward pass: none on CPU, else attn_out; or full,
+      # dots_no_batch, attn_out_ffn_pre, products.
+      remat="auto",
+      layers="auto",  # scanned on accelerators and meshes; unrolled: faster, compiles longer
       max_nonfinite=10,  # stop after this many skipped updates in a row; 0 never stops
       log_every=10,
       # Copies of parameters on several devices are compared, bit for bit, before every

@@ -126,6 +126,7 @@ class Config(_Keys):
   grad_accum: int
   dtype: str
   remat: str
+  layers: str
   max_nonfinite: int
   log_every: int
   replica_check_every: int

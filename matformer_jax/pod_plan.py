@@ -41,7 +41,9 @@ from matformer_jax.tpu import chips, hlo
 from matformer_jax.training import metrics
 from matformer_jax.training.trainer import Trainer
 
-KERNEL_MATMULS = 11  # [T, T] x H products of the attention kernel: 2 forward, twice, and 7 back
+# [T, T] x H products of the attention kernel; forward twice where its result is not kept.
+KERNEL_FORWARD, KERNEL_BACKWARD = 2, 7
+KERNEL_KEPT = ("none", "products")  # remat policies
 _GIB = 2**30
 
 
@@ -137,7 +139,8 @@ def kernel_flops(trainer: Trainer, granularity: gran.Granularity) -> float:
   rows = trainer.config.batch_size / sharding.batch_shards(trainer.mesh)
   width = -(-config.head_dim // 128) * 128
   products = rows * heads * config.num_tokens**2 * width * (1 if config.causal else 2)
-  return KERNEL_MATMULS * products / trainer.mesh.shape[sharding.TENSOR]
+  forward = KERNEL_FORWARD * (1 if trainer.execution.remat in KERNEL_KEPT else 2)
+  return (forward + KERNEL_BACKWARD) * products / trainer.mesh.shape[sharding.TENSOR]
 
 
 def tree_bytes(tree) -> int:
@@ -189,8 +192,13 @@ def memory(compiled) -> dict[str, int]:
   }
 
 
-def plan_step(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu) -> dict[str, Any]:
-  """Memory, communication and time of one granularity's train step on one device."""
+def plan_step(
+  trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu, top: int = 0
+) -> dict[str, Any]:
+  """Memory, communication and time of one granularity's train step on one device.
+
+  With `top`, also that many of its dearest operations, and of the collectives nothing hides.
+  """
   cores = tpu.cores_per_chip
   state = trainer.abstract_state
   capacity = tpu.hbm_bytes // cores
@@ -245,6 +253,30 @@ def plan_step(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu) -
     "mfu": model_flops / step_time / (peak * trainer.mesh.size),
     "tokens_per_s": trainer.task.examples_per_step / step_time,
     "compile_s": time.perf_counter() - started,
+    **({"top": dearest(text, tpu, top)} if top else {}),
+  }
+
+
+def dearest(text: str, tpu: chips.Tpu, top: int) -> dict[str, list[dict[str, Any]]]:
+  """The `top` operations of a program by estimated time, and collectives that nothing hides."""
+  ring = 2 * tpu.link_bytes_per_s / tpu.cores_per_chip
+  exposed = [c for c in hlo.collectives(text) if not c.hidden]
+  exposed.sort(key=lambda c: -c.wire_bytes)
+  return {
+    "operations": [
+      {
+        "ms": 1e3 * o.cycles / tpu.clock_hz,
+        "times": o.times,
+        "shape": o.shape,
+        "op": o.op,
+        "source": o.source,
+      }
+      for o in hlo.operations(text)[:top]
+    ],
+    "exposed": [
+      {"ms": 1e3 * c.wire_bytes / ring, "times": c.times, "kind": c.kind, "bytes": c.bytes}
+      for c in exposed[:top]
+    ],
   }
 
 
@@ -315,6 +347,7 @@ def make_plan(
   granularities=(),
   decode_batch: int = 0,
   say=lambda message: None,
+  top: int = 0,
 ) -> dict[str, Any]:
   """The whole plan, ready for JSON.
 
@@ -325,6 +358,7 @@ def make_plan(
     granularities: names; empty takes the trained ones.
     decode_batch: also plan decoding of this many sequences; 0 does not.
     say: called with progress messages.
+    top: how many of each program's dearest operations to name.
   """
   tpu, devices = topology_devices(topology)
   mesh = sharding.make_mesh(parse_mesh(mesh_sizes, config.mesh), devices)
@@ -360,7 +394,7 @@ def make_plan(
       f"compiling the step of {name} for {topology} ({len(plan['granularities']) + 1}/{len(names)})"
     )
     g = gran.parse(name, model_config)
-    row = plan_step(trainer, g, tpu)
+    row = plan_step(trainer, g, tpu, top)
     plan["granularities"][name] = row | _totals(row, config.steps, count)
     if decode_batch:
       say(f"compiling decoding with {name}")
@@ -427,6 +461,25 @@ def advice(plan, config: Config) -> list[str]:
   return result
 
 
+def _dearest_tables(name: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
+  ms = lambda row: f"{row['ms']:,.2f}"
+  return [
+    f"{name}: the dearest operations of a step, without the attention kernel",
+    tables.table(
+      ["ms", "times", "result", "source", "operation"],
+      [
+        [ms(r), str(r["times"]), r["shape"][:32], r["source"], r["op"][-60:]]
+        for r in found["operations"]
+      ],
+    ),
+    f"{name}: the dearest collectives that are not hidden behind computation, around one ring",
+    tables.table(
+      ["ms", "times", "MiB of results", "kind"],
+      [[ms(r), str(r["times"]), f"{r['bytes'] / 2**20:,.1f}", r["kind"]] for r in found["exposed"]],
+    ),
+  ]
+
+
 def plan_tables(plan: dict[str, Any]) -> str:
   """Tables a person reads."""
   head = (
@@ -457,6 +510,9 @@ def plan_tables(plan: dict[str, Any]) -> str:
     ),
   ]
   timed = {name: row for name, row in rows.items() if "step_time_s" in row}
+  for name, row in timed.items():
+    if "top" in row:
+      tables_ += _dearest_tables(name, row["top"])
   if timed:
     kinds = [k for k in hlo.KINDS if any(k in row["collective_bytes"] for row in timed.values())]
     tables_ += [
@@ -583,6 +639,7 @@ def main(argv) -> None:
     _GRANULARITIES.value,
     _DECODE_BATCH.value,
     lambda message: print(message, file=sys.stderr, flush=True),
+    _TOP.value,
   )
   print(json.dumps(plan, indent=1) if _JSON.value else "\n" + plan_tables(plan))
 
@@ -602,6 +659,9 @@ if __name__ == "__main__":
   )
   _DECODE_BATCH = flags.DEFINE_integer(
     "decode_batch", 0, "Also plan decoding of this many sequences with a full cache.", lower_bound=0
+  )
+  _TOP = flags.DEFINE_integer(
+    "top", 0, "Also name this many of each step's dearest operations.", lower_bound=0
   )
   _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
   flags.adopt_module_key_flags(cli)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from matformer_jax import UserError, sharding
 from matformer_jax import granularity as gran
-from matformer_jax import sharding
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.models import attention, layers, matlm, ops, slicing
 
@@ -232,3 +232,38 @@ def test_the_tpu_kernel_computes_the_same_attention(mesh):
   plain = run(lambda q, k, v: attention.blocked_attention(q, k, v, True, 128))
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_rope_by_product_is_the_rotation(dtype, tolerance):
+  rng = np.random.default_rng(0)
+  x, g = (jnp.asarray(rng.normal(size=(2, 1, 3, 8, 6)), dtype) for _ in range(2))
+  table = ops.rope_table(8, 6, 10_000.0)
+  want, want_back = jax.vjp(lambda x: ops.apply_rope(x, *table), x)
+  have, have_back = jax.vjp(lambda x: ops.apply_rope_by_product(x, *table), x)
+  as_float = lambda y: np.asarray(y, np.float32)
+  np.testing.assert_allclose(as_float(have), as_float(want), atol=tolerance)
+  np.testing.assert_allclose(as_float(have_back(g)[0]), as_float(want_back(g)[0]), atol=tolerance)
+
+
+def test_how_an_accelerator_runs_a_model():
+  make = functools.partial(Execution.for_platform, "tpu")
+  assert make().scan_layers and not make(layers="unrolled").scan_layers
+  assert Execution.for_platform("cpu", layers="scanned").scan_layers
+  # One chunk of the logits of 16 x 1024 tokens on a v5p; less where there is less memory.
+  assert make(device_kind="TPU v5").logits_bytes > 16 * 1024 * 256_000 * 4
+  assert make(device_kind="TPU v5 lite").logits_bytes == 16 * 2**30 // 6
+  with pytest.raises(UserError, match="layers='folded'"):
+    make(layers="folded")
+
+
+def test_norms_for_accelerators_are_the_same():
+  rng = np.random.default_rng(0)
+  x, g = (jnp.asarray(rng.normal(size=(2, 8, 6)), jnp.float32) for _ in range(2))
+  scale, bias = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+  for norm, args in ((ops.rms_norm, (x, scale)), (ops.layer_norm, (x, scale, bias))):
+    outs = [jax.vjp(lambda *a, fuse=fuse: norm(*a, 1e-6, fuse), *args) for fuse in (False, True)]
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+      *((value, back(g)) for value, back in outs),
+    )

@@ -10,7 +10,7 @@ import pytest
 
 from matformer_jax import UserError, pod_plan
 from matformer_jax.config import MatLMConfig
-from matformer_jax.tpu import hlo
+from matformer_jax.tpu import chips, hlo
 
 TPU_TEXT = """HloModule jit_step
 
@@ -39,7 +39,7 @@ TPU_TEXT = """HloModule jit_step
 
 ENTRY %main (a: f32[]) -> f32[] {
   %while.1 = (s32[], bf16[8,16]) while(%t), condition=%condition, body=%body
-  %fusion.3 = f32[] fusion(%a), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"7"}
+  %fusion.3 = f32[] fusion(%a), kind=kLoop, calls=%none, metadata={op_name="jit(f)/mul" source_file="/a/ops.py" source_line=12}, backend_config={"estimated_cycles":"7"}
   %odd = f32[] fusion(%a), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %all-reduce.2 = (f32[], f32[4]) all-reduce(%a, %b), replica_groups=[2,8]<=[16], to_apply=%add
 }
@@ -60,6 +60,11 @@ def test_reading_a_tpu_program():
   assert found["reduce-scatter"].wire_bytes == 12 * 256 * 3
   assert found["all-reduce"].wire_bytes == 2 * 20 * 7 / 8
   assert hlo.estimated_cycles(TPU_TEXT) == 12 * 110 + 7
+  operations = hlo.operations(TPU_TEXT)
+  assert [(o.cycles, o.times) for o in operations] == [(1200, 12), (120, 12), (7, 1)]
+  last = operations[-1]
+  assert (last.name, last.shape) == ("fusion.3", "f32[]")
+  assert (last.op, last.source) == ("jit(f)/mul", "ops.py:12")
 
 
 def test_flops_through_loops():
@@ -201,3 +206,15 @@ def test_a_plan_of_images():
   assert set(row["collective_count"]) <= {"all-reduce", "collective-permute"}
   result = run_program("pod_plan", *args, "--decode_batch=8")
   assert result.returncode == 1 and "does not decode" in result.stderr
+
+
+def test_the_dearest_operations_are_named():
+  tpu = chips.TPUS["v5p"]
+  row = {"top": pod_plan.dearest(TPU_TEXT, tpu, 2)}
+  assert [o["ms"] for o in row["top"]["operations"]] == [
+    pytest.approx(1e3 * cycles / tpu.clock_hz) for cycles in (1200, 120)
+  ]
+  kinds = [c["kind"] for c in row["top"]["exposed"]]
+  assert kinds == ["reduce-scatter", "all-reduce"]  # the all-gather runs beside computation
+  text = "\n".join(pod_plan._dearest_tables("XL", row["top"]))
+  assert "bf16[8,64]" in text and "reduce-scatter" in text

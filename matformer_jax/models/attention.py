@@ -152,6 +152,7 @@ def flash_attention(
       block_sizes=sizes,
       head_shards=1,
       q_seq_shards=1,
+      residual_checkpoint_name="attention",
       interpret=interpret,
     )
     if origin_bxT is None:

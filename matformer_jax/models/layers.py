@@ -33,6 +33,7 @@ REMAT: dict[str, Callable | None] = {
   "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,
   "attn_out": _POLICIES.save_only_these_names("attn_out"),
   "attn_out_ffn_pre": _POLICIES.save_only_these_names("attn_out", "ffn_pre"),
+  "products": _POLICIES.save_only_these_names("qkv", "attention", "attn_out", "ffn_pre"),
 }
 
 
@@ -40,14 +41,16 @@ class Norm(nn.Module):
   """RMSNorm or LayerNorm, by kind of model: over D, in float32."""
 
   config: ModelConfig
+  execution: Execution
 
   @nn.compact
   def __call__(self, x):
+    eps, fuse = self.config.norm_eps, not self.execution.flat_weights
     scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:])
     if not self.config.layer_norm:
-      return ops.rms_norm(x, scale_D, self.config.norm_eps)
+      return ops.rms_norm(x, scale_D, eps, fuse)
     bias_D = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    return ops.layer_norm(x, scale_D, bias_D, self.config.norm_eps)
+    return ops.layer_norm(x, scale_D, bias_D, eps, fuse)
 
 
 class NestedFFN(nn.Module):
@@ -71,6 +74,8 @@ class NestedFFN(nn.Module):
     act = ops.ACTIVATION[cfg.activation]
     pre_BxTxGxK = _add_bias(self, "ffn", "in", ops.project_in(x_BxTxD, w_in, exe))
     pre_BxTxGxK = checkpoint_name(pre_BxTxGxK, "ffn_pre")
+    if not exe.flat_weights:  # else XLA's TPU backend computes it again inside the next product
+      pre_BxTxGxK = jax.lax.optimization_barrier(pre_BxTxGxK)
     if cfg.gated:
       w_gate = _weight(self, "ffn", "gate", init_in, shape)
       gate_BxTxGxK = _add_bias(self, "ffn", "gate", ops.project_in(x_BxTxD, w_gate, exe))
@@ -113,17 +118,15 @@ class Attention(nn.Module):
     init = functools.partial(ops.projection_init, cfg, cfg.d_model, cfg.d_model)
     w_qkv = _weight(self, "attention", "qkv", init(), (3,) + shape)
     w_out = _weight(self, "attention", "out", init(residual=True), shape)
-    qkv_BxTx3xAxNxH = _add_bias(self, "attention", "qkv", ops.project_in(x_BxTxD, w_qkv, exe))
-    # Split, not indexed: the transpose concatenates instead of padding three times. The
-    # barriers keep XLA's CPU backend from fusing the transposition with its neighbours.
-    qkv = jax.lax.optimization_barrier(jax.lax.split(qkv_BxTx3xAxNxH, (1, 1, 1), axis=2))
-    q, k, v = jax.lax.optimization_barrier(
-      tuple(jnp.squeeze(part, 2).transpose(0, 2, 3, 1, 4) for part in qkv)
-    )
+    b_qkv = _bias(self, "attention", "qkv", (3,) + shape[:-1])
+    project = self._split_one_product if exe.flat_weights else self._project_each
+    q, k, v = project(x_BxTxD, w_qkv, b_qkv)
     if cfg.rope_base:
+      rope = ops.apply_rope if exe.flat_weights else ops.apply_rope_by_product
       sin_cos = _rope_at(cfg, q.shape[3], start, cache, origin_BxT)
-      q, k = ops.apply_rope(q, *sin_cos), ops.apply_rope(k, *sin_cos)
+      q, k = rope(q, *sin_cos), rope(k, *sin_cos)
     q = q * jnp.asarray(cfg.head_dim**-0.5, q.dtype)
+    q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
     if cache is not None:
       # The barrier keeps XLA from copying the cache to attend to it.
       cache = jax.lax.optimization_barrier(
@@ -137,6 +140,25 @@ class Attention(nn.Module):
       out_BxAxNxTxH = cached_attention(q, k, v, start, origin_BxT)
     out = ops.project_out(out_BxAxNxTxH.transpose(0, 3, 1, 2, 4), w_out, exe)
     return _add_bias(self, "attention", "out", out), cache
+
+  def _split_one_product(self, x_BxTxD, w_qkv, b_qkv):
+    """q, k, v [B, A, N, T, H]: on CPU one wide product is faster than three."""
+    qkv_BxTx3xAxNxH = ops.project_in(x_BxTxD, w_qkv, self.execution)
+    if b_qkv is not None:
+      qkv_BxTx3xAxNxH += b_qkv
+    # Split, not indexed: the transpose concatenates instead of padding three times. The
+    # barriers keep XLA's CPU backend from fusing the transposition with its neighbours.
+    qkv = jax.lax.optimization_barrier(jax.lax.split(qkv_BxTx3xAxNxH, (1, 1, 1), axis=2))
+    return jax.lax.optimization_barrier(
+      tuple(jnp.squeeze(part, 2).transpose(0, 2, 3, 1, 4) for part in qkv)
+    )
+
+  def _project_each(self, x_BxTxD, w_qkv, b_qkv):
+    """The same, each written as attention reads it, so that nothing is transposed."""
+    heads = [ops.project_heads(x_BxTxD, w_qkv[i]) for i in range(3)]
+    if b_qkv is None:
+      return heads
+    return [x + b_qkv[i][:, :, None] for i, x in enumerate(heads)]
 
 
 class Block(nn.Module):
@@ -168,7 +190,7 @@ class Block(nn.Module):
     """x plus attention of its norm: ([B, T, D], cache)."""
     cfg = self.config
     attention = Attention(cfg, self.execution, cfg.head_counts[self.span.heads], name="attention")
-    y_BxTxD = Norm(cfg, name="attention_norm")(x_BxTxD)
+    y_BxTxD = Norm(cfg, self.execution, name="attention_norm")(x_BxTxD)
     y, cache = attention(y_BxTxD, cache, start, layer, origin_BxT)
     return x_BxTxD + self._dropped(checkpoint_name(y, "attn_out"), layer, seeds_B, 0), cache
 
@@ -177,7 +199,7 @@ class Block(nn.Module):
     cfg = self.config
     ffn = NestedFFN(cfg, self.execution, cfg.ffn_widths[self.span.ffn], name="ffn")
     hidden_seeds = None if seeds_B is None else ops.fold_seeds(seeds_B, 2)
-    y = ffn(Norm(cfg, name="ffn_norm")(x_BxTxD), hidden_seeds)
+    y = ffn(Norm(cfg, self.execution, name="ffn_norm")(x_BxTxD), hidden_seeds)
     return x_BxTxD + self._dropped(y, layer, seeds_B, 1)
 
   def _dropped(self, y, layer, seeds_B, sublayer: int):
@@ -292,10 +314,17 @@ def _declare(module, name: str, shape, init, axes: tuple[str, ...]) -> jax.Array
   return sharding.gather(stored, axes, module.execution)
 
 
+def _bias(module, parent: str, name: str, shape) -> jax.Array | None:
+  """A layer's bias, where this kind of model has biases."""
+  if not module.config.biases:
+    return None
+  axes = sharding.LOGICAL_AXES[f"{parent}/{name}_bias"][1:]
+  bias = module.param(f"{name}_bias", nn.initializers.zeros, shape)
+  return sharding.gather(bias, axes, module.execution)
+
+
 def _add_bias(module, parent: str, name: str, x) -> jax.Array:
   """x plus a bias of its last axes, where this kind of model has biases."""
-  if not module.config.biases:
-    return x
-  axes = sharding.LOGICAL_AXES[f"{parent}/{name}_bias"][1:]
-  bias = module.param(f"{name}_bias", nn.initializers.zeros, x.shape[x.ndim - len(axes) :])
-  return x + sharding.gather(bias, axes, module.execution)
+  axes = sharding.LOGICAL_AXES.get(f"{parent}/{name}_bias", ())[1:]
+  bias = _bias(module, parent, name, x.shape[x.ndim - len(axes) :])
+  return x if bias is None else x + bias

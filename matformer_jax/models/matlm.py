@@ -57,7 +57,7 @@ class MatLM(nn.Module):
     x_BxTxD = embed(embedding_VxD, tokens_BxT)
     x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe)
     x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity, origin_BxT=origin_BxT)
-    x_BxTxD = layers.Norm(cfg, name="final_norm")(x_BxTxD)
+    x_BxTxD = layers.Norm(cfg, exe, name="final_norm")(x_BxTxD)
     if return_hidden:
       return x_BxTxD, embedding_VxD
     return jnp.einsum("btd,vd->btv", x_BxTxD, embedding_VxD, preferred_element_type=jnp.float32)

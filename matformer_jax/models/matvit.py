@@ -88,7 +88,7 @@ class MatViT(nn.Module):
       x_BxTxD = ops.drop(x_BxTxD, cfg.dropout, ops.fold_seeds(seeds_B, cfg.num_layers))
     x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe)
     x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity, seeds_B)
-    x_BxTxD: jax.Array = layers.Norm(cfg, name="final_norm")(x_BxTxD)
+    x_BxTxD: jax.Array = layers.Norm(cfg, exe, name="final_norm")(x_BxTxD)
     x_BxF = x_BxTxD[:, 0] if cfg.pooling == "cls" else jnp.mean(x_BxTxD, 1)
     if cfg.representation_size:
       x_BxF = jnp.tanh(

@@ -34,6 +34,8 @@ _CALLED = re.compile(
 )
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**62
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_SOURCE = re.compile(r'source_file="[^"]*?([^"/]*)" source_line=(\d+)')
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\]\s*\{([^}]*)\})")
@@ -94,14 +96,52 @@ def collectives(text: str) -> list[Collective]:
   return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Operation:
+  """What XLA runs at once: a fusion, or an instruction that is in none.
+
+  Attributes:
+    name: its instruction's.
+    cycles: XLA's own estimate, of all runs in one call of the program.
+    times: how often it runs in one call.
+    shape: of its result, the first of several.
+    op: the JAX operations that it comes from, outermost first.
+    source: file and line of the last of them; empty where the text does not say.
+  """
+
+  name: str
+  cycles: int
+  times: int
+  shape: str
+  op: str
+  source: str
+
+
+def operations(text: str) -> list[Operation]:
+  """What has an estimate in a TPU program, dearest first: no collectives or Pallas kernels."""
+  found = []
+  for _, lines, times, _ in _executed(text, into_fusions=False):
+    for line in lines:
+      cycles = _CYCLES.search(line)
+      if cycles and int(cycles.group(1)) < _UNKNOWN_CYCLES:
+        name, _, rest = line.strip().partition(" = ")
+        shape, op, source = _SHAPE.search(rest), _OP_NAME.search(line), _SOURCE.search(line)
+        found.append(
+          Operation(
+            name=name.removeprefix("ROOT ").lstrip("%"),
+            cycles=times * int(cycles.group(1)),
+            times=times,
+            shape=shape.group(0) if shape else "",
+            op=op.group(1) if op else "",
+            source=f"{source.group(1)}:{source.group(2)}" if source else "",
+          )
+        )
+  return sorted(found, key=lambda o: -o.cycles)
+
+
 def estimated_cycles(text: str) -> int:
   """XLA's own estimate of a TPU program's cycles, without collectives and Pallas kernels."""
-  return sum(
-    times * int(cycles.group(1))
-    for _, lines, times, _ in _executed(text, into_fusions=False)
-    for line in lines
-    if (cycles := _CYCLES.search(line)) and int(cycles.group(1)) < _UNKNOWN_CYCLES
-  )
+  return sum(operation.cycles for operation in operations(text))
 
 
 def _executed(text: str, into_fusions: bool) -> list[tuple[str, list[str], int, bool]]:

@@ -120,7 +120,12 @@ class Trainer:
   def execution(self) -> Execution:
     device = self.mesh.devices.flat[0]
     return Execution.for_platform(
-      device.platform, self.mesh, self.config.dtype, self.config.remat, device.device_kind
+      device.platform,
+      self.mesh,
+      self.config.dtype,
+      self.config.remat,
+      device.device_kind,
+      getattr(self.config, "layers", "auto"),  # older runs have none
     )
 
   @functools.cached_property
