@@ -14,6 +14,21 @@ from matformer_jax.tpu import chips, hlo
 
 TPU_TEXT = """HloModule jit_step
 
+FileNames
+1 "/a/layers.py"
+2 "/b/ops.py"
+
+FunctionNames
+1 "f"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=3 end_line=3 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=1 line=12 end_line=13 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=1}
+
 %fused_computation.7 (p: bf16[8,16]) -> bf16[8,64] {
   ROOT %all-gather.9 = bf16[8,64]{1,0} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={1}
 }
@@ -39,7 +54,7 @@ TPU_TEXT = """HloModule jit_step
 
 ENTRY %main (a: f32[]) -> f32[] {
   %while.1 = (s32[], bf16[8,16]) while(%t), condition=%condition, body=%body
-  %fusion.3 = f32[] fusion(%a), kind=kLoop, calls=%none, metadata={op_name="jit(f)/mul" source_file="/a/ops.py" source_line=12}, backend_config={"estimated_cycles":"7"}
+  %fusion.3 = f32[] fusion(%a), kind=kLoop, calls=%none, metadata={op_name="jit(f)/mul" stack_frame_id=2}, backend_config={"estimated_cycles":"7"}
   %odd = f32[] fusion(%a), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %all-reduce.2 = (f32[], f32[4]) all-reduce(%a, %b), replica_groups=[2,8]<=[16], to_apply=%add
 }
@@ -65,6 +80,7 @@ def test_reading_a_tpu_program():
   last = operations[-1]
   assert (last.name, last.shape) == ("fusion.3", "f32[]")
   assert (last.op, last.source) == ("jit(f)/mul", "ops.py:12")
+  assert {o.source for o in operations[:-1]} == {""}
 
 
 def test_flops_through_loops():

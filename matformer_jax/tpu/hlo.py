@@ -35,7 +35,10 @@ _CALLED = re.compile(
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**62
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_SOURCE = re.compile(r'source_file="[^"]*?([^"/]*)" source_line=(\d+)')
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
+_FILE = re.compile(r'(\d+) ".*?([^/"]+)"')
+_LOCATION = re.compile(r"(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)")
+_FRAME_AT = re.compile(r"(\d+) \{file_location_id=(\d+)")
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\]\s*\{([^}]*)\})")
@@ -119,13 +122,13 @@ class Operation:
 
 def operations(text: str) -> list[Operation]:
   """What has an estimate in a TPU program, dearest first: no collectives or Pallas kernels."""
-  found = []
+  found, places = [], _places(text)
   for _, lines, times, _ in _executed(text, into_fusions=False):
     for line in lines:
       cycles = _CYCLES.search(line)
       if cycles and int(cycles.group(1)) < _UNKNOWN_CYCLES:
         name, _, rest = line.strip().partition(" = ")
-        shape, op, source = _SHAPE.search(rest), _OP_NAME.search(line), _SOURCE.search(line)
+        shape, op, frame = _SHAPE.search(rest), _OP_NAME.search(line), _FRAME.search(line)
         found.append(
           Operation(
             name=name.removeprefix("ROOT ").lstrip("%"),
@@ -133,10 +136,29 @@ def operations(text: str) -> list[Operation]:
             times=times,
             shape=shape.group(0) if shape else "",
             op=op.group(1) if op else "",
-            source=f"{source.group(1)}:{source.group(2)}" if source else "",
+            source=places.get(frame.group(1), "") if frame else "",
           )
         )
   return sorted(found, key=lambda o: -o.cycles)
+
+
+def _places(text: str) -> dict[str, str]:
+  """{stack frame: "file:line"}, from the tables that head a module's text."""
+  sections: dict[str, list[str]] = {}
+  current: list[str] = []
+  for line in text.splitlines():
+    if _COMPUTATION.match(line):
+      break
+    if line[:1].isalpha():
+      current = sections.setdefault(line.strip(), [])
+    current.append(line)
+  match = lambda pattern, name: filter(None, map(pattern.match, sections.get(name, [])))
+  files = {m.group(1): m.group(2) for m in match(_FILE, "FileNames")}
+  lines = {
+    m.group(1): f"{files.get(m.group(2), '?')}:{m.group(3)}"
+    for m in match(_LOCATION, "FileLocations")
+  }
+  return {m.group(1): lines.get(m.group(2), "") for m in match(_FRAME_AT, "StackFrames")}
 
 
 def estimated_cycles(text: str) -> int:
