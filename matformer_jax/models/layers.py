@@ -73,7 +73,7 @@ class NestedFFN(nn.Module):
     w_out = _weight(self, "ffn", "out", init_out, shape)
     act = ops.ACTIVATION[cfg.activation]
     pre_BxTxGxK = _add_bias(self, "ffn", "in", ops.project_in(x_BxTxD, w_in, exe))
-    pre_BxTxGxK = checkpoint_name(pre_BxTxGxK, "ffn_pre")
+    pre_BxTxGxK = _named("ffn_pre", pre_BxTxGxK, exe)
     if not exe.flat_weights:  # else XLA's TPU backend computes it again inside the next product
       pre_BxTxGxK = jax.lax.optimization_barrier(pre_BxTxGxK)
     if cfg.gated:
@@ -126,7 +126,7 @@ class Attention(nn.Module):
       sin_cos = _rope_at(cfg, q.shape[3], start, cache, origin_BxT)
       q, k = rope(q, *sin_cos), rope(k, *sin_cos)
     q = q * jnp.asarray(cfg.head_dim**-0.5, q.dtype)
-    q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+    q, k, v = (_named("qkv", x, exe) for x in (q, k, v))
     if cache is not None:
       # The barrier keeps XLA from copying the cache to attend to it.
       cache = jax.lax.optimization_barrier(
@@ -192,7 +192,7 @@ class Block(nn.Module):
     attention = Attention(cfg, self.execution, cfg.head_counts[self.span.heads], name="attention")
     y_BxTxD = Norm(cfg, self.execution, name="attention_norm")(x_BxTxD)
     y, cache = attention(y_BxTxD, cache, start, layer, origin_BxT)
-    return x_BxTxD + self._dropped(checkpoint_name(y, "attn_out"), layer, seeds_B, 0), cache
+    return x_BxTxD + self._dropped(_named("attn_out", y, self.execution), layer, seeds_B, 0), cache
 
   def feed_forward(self, x_BxTxD, layer, seeds_B):
     """x plus the FFN of its norm: [B, T, D]."""
@@ -312,6 +312,11 @@ def declare(module: nn.Module, name: str, shape: tuple[int, ...], init) -> jax.A
 def _declare(module, name: str, shape, init, axes: tuple[str, ...]) -> jax.Array:
   stored = module.param(name, init, sharding.stored_shape(shape, axes, module.execution))
   return sharding.gather(stored, axes, module.execution)
+
+
+def _named(name: str, x, execution: Execution) -> jax.Array:
+  """x, by a name that remat policies know; only under remat, since on CPU a name costs time."""
+  return x if execution.remat == "none" else checkpoint_name(x, name)
 
 
 def _bias(module, parent: str, name: str, shape) -> jax.Array | None:
