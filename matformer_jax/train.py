@@ -125,6 +125,11 @@ def _train(
   writer = checkpoint.Writer(
     workdir, config.checkpoint.keep_last, config.checkpoint.keep_best, card
   )
+  owes_evaluation = _owes_evaluation(config, workdir, start, hosts)
+  if start >= config.steps and not owes_evaluation:
+    say(f"nothing to do: {workdir} is at step {start:,} of {config.steps:,}")
+    writer.close()
+    return 0
   log = metrics.RunLog(
     workdir=workdir if hosts.first else None,
     step=start,
@@ -136,13 +141,6 @@ def _train(
     flops={n: c.train_flops * task.examples_per_step for n, c in counts.items()},
     peak_flops=metrics.peak_flops(mesh),
   )
-  evaluated = hosts.gather(log.has_evaluation(start))[0]
-  owes_evaluation = start > 0 and evaluates_after(config, start) and not evaluated
-  if start >= config.steps and not owes_evaluation:
-    say(f"nothing to do: {workdir} is at step {start:,} of {config.steps:,}")
-    writer.close()
-    log.close()
-    return 0
   ledger = goodput.Ledger(workdir / goodput.GOODPUT_FILE if hosts.first else None, log.lost_s)
   ledger.enter("compile")
   programs = trainer.compile() if start < config.steps else {}
@@ -310,6 +308,14 @@ def _initial_state(
     params = jax.jit(adapt, out_shardings=places)(found[0]["params"], state.params)
     state = TrainState(params, state.opt_state)
   return state, 0, 0
+
+
+def _owes_evaluation(config: Config, workdir: pathlib.Path, start: int, hosts: Hosts) -> bool:
+  """Whether the run was stopped after step `start` and before its evaluation."""
+  if not start or not evaluates_after(config, start):
+    return False
+  rows = metrics.read_jsonl(workdir / "eval.jsonl") if hosts.first else ()
+  return not hosts.gather(any(row.get("step") == start for row in rows))[0]
 
 
 def _recover_tokenizer(workdir: pathlib.Path, card) -> None:

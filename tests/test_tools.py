@@ -52,7 +52,8 @@ def test_describe_shows_the_choice_and_the_ends():
 
 def test_latency_of_a_model_of_one_size(tiny_run, tmp_path):
   small = tmp_path / "s"
-  assert run_program("extract", f"--workdir={tiny_run}", "--granularity=S", f"--out={small}")
+  result = run_program("extract", f"--workdir={tiny_run}", "--granularity=S", f"--out={small}")
+  assert result.returncode == 0, result.stderr
   result = run_program("latency", f"--workdir={small}", "--rounds=1")
   assert result.returncode == 0 and "--budget=latency:" in result.stdout, result.stderr
 

@@ -70,36 +70,28 @@ def prepare(
   """
   out.mkdir(parents=True, exist_ok=True)
   with text_sources.locked(out.absolute(), wait=False):
-    return _prepare(
-      corpus, job, out, workers, given_tokenizer, vocab_size, tokenizer_type, sample_bytes
-    )
-
-
-def _prepare(
-  corpus, job: Job, out, workers, given_tokenizer, vocab_size, tokenizer_type, sample_bytes
-) -> store.TokenStore:
-  _check_same_job(out, job)
-  store.Split(job.validation_fraction, corpus.num_documents).say(job.source)
-  if (out / store.MANIFEST).exists():
-    print(f"{out} is already prepared")
+    _check_same_job(out, job)
+    store.Split(job.validation_fraction, corpus.num_documents).say(job.source)
+    if (out / store.MANIFEST).exists():
+      print(f"{out} is already prepared")
+      return store.open_store(out)
+    tokenizer = _tokenizer(corpus, out, given_tokenizer, vocab_size, tokenizer_type, sample_bytes)
+    done = store.written_parts(out, job.parts)
+    todo = [i for i in range(job.parts) if i not in done]
+    if done:
+      print(f"{len(done)} of {job.parts} parts were done before", flush=True)
+    started = time.perf_counter()
+    size = _run(job, out, todo, workers, corpus.size * len(todo) // job.parts)
+    seconds = time.perf_counter() - started
+    store.finish(out, job.parts, job.source, tokenizer, job.validation_fraction)
+    if todo:
+      rate = size / seconds / workers
+      print(
+        f"tokenised {size / 1e6:,.1f} MB in {seconds:,.1f} s: {rate / 1e6:.2f} MB/s a process; at "
+        f"that rate c4/en ({C4_BYTES / 1e9:.0f} GB) takes {C4_BYTES / rate / workers / 3600:,.1f} "
+        f"hours with {workers}"
+      )
     return store.open_store(out)
-  tokenizer = _tokenizer(corpus, out, given_tokenizer, vocab_size, tokenizer_type, sample_bytes)
-  done = store.written_parts(out, job.parts)
-  todo = [i for i in range(job.parts) if i not in done]
-  if done:
-    print(f"{len(done)} of {job.parts} parts were done before", flush=True)
-  started = time.perf_counter()
-  size = _run(job, out, todo, workers, corpus.size * len(todo) // job.parts)
-  seconds = time.perf_counter() - started
-  store.finish(out, job.parts, job.source, tokenizer, job.validation_fraction)
-  if todo:
-    rate = size / seconds / workers
-    print(
-      f"tokenised {size / 1e6:,.1f} MB in {seconds:,.1f} s: {rate / 1e6:.2f} MB/s a process; at "
-      f"that rate c4/en ({C4_BYTES / 1e9:.0f} GB) takes {C4_BYTES / rate / workers / 3600:,.1f} "
-      f"hours with {workers}"
-    )
-  return store.open_store(out)
 
 
 def _check_same_job(out: pathlib.Path, job: Job) -> None:

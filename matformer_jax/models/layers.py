@@ -330,6 +330,6 @@ def _bias(module, parent: str, name: str, shape) -> jax.Array | None:
 
 def _add_bias(module, parent: str, name: str, x) -> jax.Array:
   """x plus a bias of its last axes, where this kind of model has biases."""
-  axes = sharding.LOGICAL_AXES.get(f"{parent}/{name}_bias", ())[1:]
+  axes = sharding.LOGICAL_AXES[f"{parent}/{name}_bias"][1:]
   bias = _bias(module, parent, name, x.shape[x.ndim - len(axes) :])
   return x if bias is None else x + bias

@@ -83,7 +83,6 @@ class Loop:
   def run(self) -> int:
     """Trains until the last step or a stop that all hosts agree on; returns the step saved."""
     config, trainer = self.config, self.trainer
-    step = self.start
     self._finished_at = time.perf_counter()
     self.stop.finish_step = True
     batches = Prefetcher(trainer.batches(self.start))

@@ -45,14 +45,12 @@ class JsonLines:
   will write again.
 
   Attributes:
-    kept: steps of the lines that the file begins with.
-    dropped: the later lines.
+    dropped: those lines.
   """
 
   def __init__(self, path: pathlib.Path, step: int):
     found = {row["step"]: row for row in read_jsonl(path) if "step" in row}
     rows = {s: row for s, row in found.items() if s <= step}
-    self.kept = frozenset(rows)
     self.dropped = [row for s, row in found.items() if s > step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(rows[s]) + "\n" for s in sorted(rows)))
@@ -174,10 +172,6 @@ class RunLog:
       f"ETA {_clock((self._total - step) * mean)}",
       flush=True,
     )
-
-  def has_evaluation(self, step: int) -> bool:
-    """Whether validation metrics of a step that was done before are recorded."""
-    return self._recording and step in self._evals.kept
 
   def evaluation(self, step: int, results: Sequence[Result]) -> None:
     """Records validation metrics."""
