@@ -119,9 +119,7 @@ def dense_programs(config: MatLMConfig, width: int, trainer: Trainer):
 
   def loss(params, batch):
     hidden = dense_hidden(params, batch[:, :-1], config, execution)
-    targets = batch[:, 1:]
-    chunks = losses.num_chunks(targets.shape, config.vocab_size, execution)
-    return losses.chunked_cross_entropy(hidden, params["embedding"], targets, chunks)[0]
+    return losses.cross_entropy(hidden, params["embedding"], batch[:, 1:], execution)[0]
 
   def step(state, batch):
     value, grads = jax.value_and_grad(loss)(state.params, batch)

@@ -520,7 +520,8 @@ class Execution:
       on TPU.
     attention_block: queries taken at a time by the attention, each block against
       only the keys it may see.
-    flash_attention: use the TPU kernel where the number of tokens allows it.
+    kernels: the TPU whose Pallas kernels are used, for attention and the loss, where the sizes
+      allow it; None uses none.
     logits_bytes: float32 logits that the loss and evaluation hold at a time, per device.
       What fits a cache is fastest on CPU; elsewhere every chunk reads the whole embedding
       and adds to its whole gradient, so that chunks should be few.
@@ -533,7 +534,7 @@ class Execution:
   scan_layers: bool = False
   flat_weights: bool = True
   attention_block: int = 128
-  flash_attention: bool = False
+  kernels: chips.Tpu | None = None
   logits_bytes: int = 32 * 2**20
 
   @classmethod
@@ -568,6 +569,10 @@ class Execution:
       raise UserError(f"layers={layers!r} is not one of {LAYERS}")
     if mesh is not None and mesh.size == 1:
       mesh = None
+    tpu = chips.find(device_kind)
+    kernels = None
+    if platform == "tpu" and device_kind != "TPU v2":
+      kernels = tpu or chips.TPUS["v5p"]  # as which a chip that came later is taken
     return cls(
       mesh=mesh,
       dtype=dtype,
@@ -575,18 +580,17 @@ class Execution:
       scan_layers=layers == "scanned" if layers != "auto" else not cpu or mesh is not None,
       flat_weights=cpu and mesh is None,
       attention_block=128 if cpu else 1024,
-      flash_attention=platform == "tpu" and device_kind not in ("TPU v2", "TPU v3"),
-      logits_bytes=32 * 2**20 if cpu else _logits_bytes(device_kind),
+      kernels=kernels if kernels and kernels.runs_kernels else None,
+      logits_bytes=32 * 2**20 if cpu else _logits_bytes(tpu),
     )
 
 
-def _logits_bytes(device_kind: str) -> int:
+def _logits_bytes(tpu: chips.Tpu | None) -> int:
   """A sixth of a TPU's memory; 512 MiB where that is not known.
 
   Every chunk of logits reads the whole embedding and adds to its whole gradient: of 850M on a
   v5p, one chunk instead of 32 takes 12% off the step.
   """
-  tpu = next((tpu for tpu in chips.TPUS.values() if tpu.device_kind == device_kind), None)
   return tpu.hbm_bytes // tpu.cores_per_chip // 6 if tpu else 512 * 2**20
 
 

@@ -441,6 +441,4 @@ def _loss(params, tokens, config, execution, granularity):
   hidden, embedding = model.apply(
     {"params": params}, tokens[:, :-1], granularity=granularity, return_hidden=True
   )
-  targets = tokens[:, 1:]
-  chunks = losses.num_chunks(targets.shape, config.vocab_size, execution)
-  return losses.chunked_cross_entropy(hidden, embedding, targets, chunks)[1]
+  return losses.cross_entropy(hidden, embedding, tokens[:, 1:], execution)[1]

@@ -12,6 +12,7 @@ and reads memory, collectives and estimated cycles out of the result. Needs the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import dataclasses
 import functools
 import importlib.util
@@ -108,19 +109,24 @@ def parse_mesh(text: str, default) -> dict[str, int]:
 
 def matmul_flops(jaxpr) -> float:
   """FLOPs of all matrix products in a jaxpr; loops counted as often as they run."""
-  total = 0.0
+  return sum(times * _product_flops(eqn) for eqn, times in _equations(jaxpr, "dot_general"))
+
+
+def _product_flops(eqn) -> float:
+  (contract, _), _ = eqn.params["dimension_numbers"]
+  depth = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+  return 2.0 * math.prod(eqn.outvars[0].aval.shape) * depth
+
+
+def _equations(jaxpr, primitive: str, times: int = 1) -> Iterator[tuple[Any, int]]:
+  """(equation, how often it runs) of a primitive, outside of kernels."""
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "dot_general":
-      (contract, _), _ = eqn.params["dimension_numbers"]
-      depth = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-      total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * depth
-      continue
-    inner = [matmul_flops(sub) for value in eqn.params.values() for sub in _jaxprs(value)]
-    if eqn.primitive.name == "cond":
-      total += max(inner, default=0.0)
-    elif eqn.primitive.name != "pallas_call":  # counted by `kernel_flops`
-      total += sum(inner) * eqn.params.get("length", 1)
-  return total
+    if eqn.primitive.name == primitive:
+      yield eqn, times
+    elif eqn.primitive.name != "pallas_call":
+      for value in eqn.params.values():
+        for inner in _jaxprs(value):
+          yield from _equations(inner, primitive, times * eqn.params.get("length", 1))
 
 
 def _jaxprs(value) -> list:
@@ -130,10 +136,44 @@ def _jaxprs(value) -> list:
   return [value] if hasattr(value, "eqns") else []
 
 
-def kernel_flops(trainer: Trainer, granularity: gran.Granularity) -> float:
-  """Per device, of the attention kernel: half where causal, heads padded to 128 lanes."""
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+  """The work of a step's Pallas kernels on one device, of which XLA gives no cycles.
+
+  Attributes:
+    attention: FLOPs.
+    loss: (FLOPs, bytes to or from memory) of each call.
+  """
+
+  attention: float
+  loss: list[tuple[float, float]]
+
+  @property
+  def flops(self) -> float:
+    """Of all of them."""
+    return self.attention + sum(flops for flops, _ in self.loss)
+
+  def seconds(self, peak: float, bandwidth: float) -> float:
+    """At a chip's peak FLOP/s or bytes/s, whichever takes longer."""
+    loss = sum(max(flops / peak, moved / bandwidth) for flops, moved in self.loss)
+    return self.attention / peak + loss
+
+
+def kernels(trainer: Trainer, granularity: gran.Granularity, jaxpr) -> Kernels:
+  """The kernels of a traced step."""
+  calls = [
+    (eqn.params["cost_estimate"], times)
+    for eqn, times in _equations(jaxpr, "pallas_call")
+    if eqn.params["cost_estimate"] and "splash" not in str(eqn.params["name"])
+  ]
+  loss = [(c.flops, c.bytes_accessed) for c, times in calls for _ in range(times)]
+  return Kernels(attention_flops(trainer, granularity), loss)
+
+
+def attention_flops(trainer: Trainer, granularity: gran.Granularity) -> float:
+  """Of the attention kernel: half where causal, heads padded to 128 lanes."""
   config = trainer.task.model_config
-  if not trainer.execution.flash_attention or config.num_tokens % 128:
+  if not trainer.execution.kernels or config.num_tokens % 128:
     return 0.0
   heads = sum(config.head_counts[i] for i in granularity.heads)
   rows = trainer.config.batch_size / sharding.batch_shards(trainer.mesh)
@@ -223,8 +263,8 @@ def plan_step(
   wire = sum(c.wire_bytes for c in collectives)
   exposed = sum(c.wire_bytes for c in collectives if not c.hidden)
   tensor = trainer.mesh.shape[sharding.TENSOR]
-  kernels = kernel_flops(trainer, granularity)
-  flops = matmul_flops(traced.jaxpr.jaxpr) / tensor + kernels
+  own = kernels(trainer, granularity, traced.jaxpr.jaxpr)
+  flops = matmul_flops(traced.jaxpr.jaxpr) / tensor + own.flops
   peak, bandwidth = tpu.peak_flops / cores, tpu.hbm_bytes_per_s / cores
   bounds = {
     "compute_s": flops / peak,
@@ -233,7 +273,8 @@ def plan_step(
     "network_s": wire / (tpu.links * tpu.link_bytes_per_s / cores),
   }
   cycles = hlo.estimated_cycles(text)
-  busy = max(cycles / tpu.clock_hz + kernels / peak, bounds["compute_s"], bounds["memory_s"])
+  busy = cycles / tpu.clock_hz + own.seconds(peak, bandwidth)
+  busy = max(busy, bounds["compute_s"], bounds["memory_s"])
   # Around one ring, both ways: what XLA does not hide behind computation adds to the step.
   step_time = busy + exposed / (2 * tpu.link_bytes_per_s / cores)
   config = trainer.task.model_config
@@ -384,7 +425,7 @@ def make_plan(
     "grad_accum": config.grad_accum,
     "dtype": trainer.execution.dtype,
     "remat": trainer.execution.remat,
-    "attention": "flash" if trainer.execution.flash_attention else "blocks",
+    "attention": "flash" if trainer.execution.kernels else "blocks",
     "optimizer": config.optim.name,
     "steps": config.steps,
     "granularities": {},

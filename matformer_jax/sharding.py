@@ -245,6 +245,14 @@ def on_head_shards(f, execution):
   )
 
 
+def on_whole_vocabulary(f, execution):
+  """f of arrays that a device of a train step has whole, for kernels, as `on_head_shards`."""
+  if execution.mesh is None:
+    return f
+  whole = PartitionSpec()
+  return jax.shard_map(f, in_specs=whole, out_specs=whole, axis_names={TENSOR}, check_vma=False)
+
+
 def on_each_device(gradient, mesh: Mesh):
   """Runs (params, rows) -> (loss, gradients) on every device's own shards and rows.
 

@@ -22,7 +22,7 @@ from matformer_jax import sharding
 
 def self_attention(q, k, v, causal: bool, execution, origin_BxT=None) -> jax.Array:
   """Attention of [B, A, N, T, H] to itself, by what suits the device; see `blocked_attention`."""
-  if execution.flash_attention and q.shape[3] % 128 == 0:
+  if execution.kernels and q.shape[3] % 128 == 0:
     return flash_attention(q, k, v, causal, execution, origin_BxT)
   return blocked_attention(q, k, v, causal, execution.attention_block, origin_BxT)
 

@@ -10,26 +10,63 @@ import optax
 
 from matformer_jax import sharding
 from matformer_jax.config import Execution
+from matformer_jax.models import loss_kernel
 
 
-def num_chunks(shape: tuple[int, int], vocab_size: int, execution: Execution = Execution()) -> int:
+def cross_entropy(hidden, embedding, targets, execution: Execution, z_loss: float = 0.0):
+  """`chunked_cross_entropy`, by the Pallas kernels where they run, in chunks that fit."""
+  batch, length, width = hidden.shape
+  vocab = embedding.shape[0]
+  chunks = num_chunks((batch, length), vocab, execution)
+  if not _runs_kernels(hidden, execution):
+    return chunked_cross_entropy(hidden, embedding, targets, chunks, z_loss)
+  if not loss_kernel.keep_logits(width, execution.kernels):
+    chunks = num_chunks((batch, length), vocab, execution, bytes_per_logit=2)
+  rows = batch * length // chunks
+  tiles = loss_kernel.choose_tiles(rows, vocab, width, execution.kernels)
+  loss = lambda x, e, y: chunked_cross_entropy(x, e, y, chunks, z_loss, tiles)
+  return sharding.on_whole_vocabulary(loss, execution)(hidden, embedding, targets)
+
+
+def _runs_kernels(hidden, execution: Execution) -> bool:
+  """Whether each device has rows of its own and the whole vocabulary, in bfloat16."""
+  mesh = execution.mesh
+  alone = mesh is None or (execution.per_device and mesh.shape[sharding.TENSOR] == 1)
+  return execution.kernels is not None and alone and hidden.dtype == jnp.bfloat16
+
+
+def num_chunks(
+  shape: tuple[int, int],
+  vocab_size: int,
+  execution: Execution = Execution(),
+  bytes_per_logit: int = 4,
+) -> int:
   """Smallest divisor of T whose chunks' logits fit `execution.logits_bytes` per device.
 
   Args:
     shape: (B, T) of the tokens that the program sees.
+    bytes_per_logit: that are held at a time.
   """
   batch, length = shape
   mesh = execution.mesh
   rows = batch if execution.per_device else max(batch // sharding.batch_shards(mesh), 1)
   vocab = vocab_size // (mesh.shape[sharding.TENSOR] if mesh else 1)
+  row_bytes = rows * vocab * bytes_per_logit
   for n in range(1, length + 1):
-    if length % n == 0 and rows * (length // n) * vocab * 4 <= execution.logits_bytes:
+    if length % n == 0 and length // n * row_bytes <= execution.logits_bytes:
       return n
   return length
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def chunked_cross_entropy(hidden, embedding, targets, chunks: int = 1, z_loss: float = 0.0):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def chunked_cross_entropy(
+  hidden,
+  embedding,
+  targets,
+  chunks: int = 1,
+  z_loss: float = 0.0,
+  tiles: loss_kernel.Tiles | None = None,
+):
   """Mean next-token cross-entropy of logits = hidden @ embedding.T, never held whole.
 
   Gradients are computed in the forward scan, so each chunk's logits are made once.
@@ -40,41 +77,32 @@ def chunked_cross_entropy(hidden, embedding, targets, chunks: int = 1, z_loss: f
     targets: [B, T] int32.
     chunks: T is cut into this many pieces; must divide T.
     z_loss: weight of mean(logsumexp^2), which keeps logits small (PaLM, 5).
+    tiles: of the Pallas kernels; None leaves it to XLA.
 
   Returns:
     (objective, cross_entropy): float32 scalars in nats per token; the objective
     adds the z-loss.
   """
-  return _forward(hidden, embedding, targets, chunks, z_loss, with_grad=False)[0]
+  return _forward(hidden, embedding, targets, chunks, z_loss, tiles, with_grad=False)[0]
 
 
-def _forward(hidden, embedding, targets, chunks, z_loss, with_grad):
+def _forward(hidden, embedding, targets, chunks, z_loss, tiles, with_grad):
   batch, length, width = hidden.shape
   vocab = embedding.shape[0]
   scale = 1.0 / (batch * length)
   x = jnp.moveaxis(hidden.reshape(batch, chunks, length // chunks, width), 1, 0)
   y = jnp.moveaxis(targets.reshape(batch, chunks, length // chunks), 1, 0)
+  part = functools.partial(_part_by_kernels, tiles) if tiles else _part
 
   def chunk(sums, xs):
     x_c, y_c = xs
-    logits = jnp.einsum("btd,vd->btv", x_c, embedding, preferred_element_type=jnp.float32)
-    top = jnp.max(logits, -1, keepdims=True)
-    exp = jnp.exp(logits - top)
-    total = jnp.sum(exp, -1, keepdims=True)
-    lse = top + jnp.log(total)
-    target = jnp.einsum(
-      "btd,btd->bt", x_c, jnp.take(embedding, y_c, axis=0), preferred_element_type=jnp.float32
-    )
+    lse, target, gradients = part(x_c, embedding, y_c)
     loss, z, d_embedding = sums
-    loss += jnp.sum(lse[..., 0] - target)
+    loss += jnp.sum(lse - target)
     z += jnp.sum(jnp.square(lse))
     if not with_grad:
       return (loss, z, d_embedding), None
-    slope = (1.0 + 2.0 * z_loss * lse) / total
-    hit = jax.lax.broadcasted_iota(y_c.dtype, logits.shape, 2) == y_c[..., None]
-    d_logits = ((exp * slope - hit) * scale).astype(embedding.dtype)
-    d_logits = jax.lax.optimization_barrier(d_logits)  # made once, used by both products
-    d_x = jnp.einsum("btv,vd->btd", d_logits, embedding)
+    d_logits, d_x = gradients(scale, z_loss)
     # [D, V], not [V, D]: on CPU it is cheaper to transpose the narrow operand.
     d_embedding += jnp.einsum("btd,btv->dv", x_c, d_logits, preferred_element_type=jnp.float32)
     return (loss, z, d_embedding), d_x
@@ -91,6 +119,45 @@ def _forward(hidden, embedding, targets, chunks, z_loss, with_grad):
   return value, (d_hidden, d_embedding.T.astype(embedding.dtype))
 
 
+def _part(x, embedding, y):
+  """(log-sum-exp [B, t], targets' logits [B, t], gradients) of some tokens, float32.
+
+  `gradients(scale, z_loss)` are those of scale * sum(lse - target + z_loss * lse^2) to the
+  logits [B, t, V] and to x.
+  """
+  logits = jnp.einsum("btd,vd->btv", x, embedding, preferred_element_type=jnp.float32)
+  top = jnp.max(logits, -1, keepdims=True)
+  exp = jnp.exp(logits - top)
+  total = jnp.sum(exp, -1, keepdims=True)
+  lse = top + jnp.log(total)
+  target = jnp.einsum(
+    "btd,btd->bt", x, jnp.take(embedding, y, axis=0), preferred_element_type=jnp.float32
+  )
+
+  def gradients(scale, z_loss):
+    slope = (1.0 + 2.0 * z_loss * lse) / total
+    hit = jax.lax.broadcasted_iota(y.dtype, logits.shape, 2) == y[..., None]
+    d_logits = ((exp * slope - hit) * scale).astype(embedding.dtype)
+    d_logits = jax.lax.optimization_barrier(d_logits)  # made once, used by both products
+    return d_logits, jnp.einsum("btv,vd->btd", d_logits, embedding)
+
+  return lse[..., 0], target, gradients
+
+
+def _part_by_kernels(tiles, x, embedding, y):
+  """The same."""
+  x_RxD, y_R = x.reshape(-1, x.shape[-1]), y.reshape(-1)
+  lse, target, logits = loss_kernel.logits_sums(x_RxD, embedding, y_R, tiles)
+
+  def gradients(scale, z_loss):
+    d_logits, d_x = loss_kernel.gradients(
+      x_RxD, embedding, y_R, lse, logits, scale, z_loss, tiles
+    )
+    return d_logits.reshape(*y.shape, -1), d_x.reshape(x.shape)
+
+  return lse.reshape(y.shape), target.reshape(y.shape), gradients
+
+
 def _scan(body, init, xs):
   """`lax.scan`, inlined when there is a single step."""
   if xs[0].shape[0] > 1:
@@ -99,11 +166,11 @@ def _scan(body, init, xs):
   return carry, None if y is None else y[None]
 
 
-def _cross_entropy_fwd(hidden, embedding, targets, chunks, z_loss):
-  return _forward(hidden, embedding, targets, chunks, z_loss, with_grad=True)
+def _cross_entropy_fwd(hidden, embedding, targets, chunks, z_loss, tiles):
+  return _forward(hidden, embedding, targets, chunks, z_loss, tiles, with_grad=True)
 
 
-def _cross_entropy_bwd(chunks, z_loss, grads, cotangent):
+def _cross_entropy_bwd(chunks, z_loss, tiles, grads, cotangent):
   d_hidden, d_embedding = grads
   objective_bar = cotangent[0]  # the reported cross-entropy carries no gradient
   return (

@@ -71,8 +71,7 @@ class NextToken:
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     segments = {"segments_BxT": batch["segments"]} if within else {}
     hidden, embedding = model.apply({"params": sub_params}, inputs, return_hidden=True, **segments)
-    chunks = losses.num_chunks(inputs.shape, sub_config.vocab_size, execution)
-    return losses.chunked_cross_entropy(hidden, embedding, targets, chunks, self._z_loss)
+    return losses.cross_entropy(hidden, embedding, targets, execution, self._z_loss)
 
 
 class LanguageModeling(NextToken):

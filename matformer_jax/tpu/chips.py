@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Tpu:
     peak_flops: bf16 FLOP/s per chip.
     hbm_bytes_per_s: per chip.
     links, link_bytes_per_s: inter-chip links of a chip, and one link's rate one way.
+    vmem_bytes: on-chip vector memory of a core, of those that run Pallas kernels; else 0.
     multiplies: bf16 multiply-accumulates per cycle and chip; with peak_flops, the clock.
     accelerator_type, chip_config: how the machine is described to the compiler library.
     example: a topology.
@@ -32,10 +33,16 @@ class Tpu:
   hbm_bytes_per_s: float
   links: int
   link_bytes_per_s: float
+  vmem_bytes: int
   multiplies: int
   accelerator_type: str
   chip_config: str
   example: str
+
+  @property
+  def runs_kernels(self) -> bool:
+    """Whether Pallas kernels compile for it."""
+    return self.vmem_bytes > 0
 
   @property
   def clock_hz(self) -> float:
@@ -43,6 +50,7 @@ class Tpu:
     return self.peak_flops / (2 * self.multiplies)
 
 
+# Vector memory: JAX's table of chips (jax._src.pallas.mosaic.tpu_info).
 # Sources: Google Cloud's TPU system architecture pages. Links: v3 656 Gbit/s each; of later
 # generations the pages give a chip's total, both ways counted once (v4 2400, v5e 1600,
 # v5p 4800, v6e 3584 Gbit/s). Matrix units: 128 x 128, and 256 x 256 from v6e.
@@ -58,6 +66,7 @@ TPUS = {
       900e9,
       4,
       82e9,
+      0,
       4 * 128**2,
       "v3-32",
       "default",
@@ -72,6 +81,7 @@ TPUS = {
       1228e9,
       6,
       50e9,
+      16 * MIB,
       8 * 128**2,
       "v4-128",
       "megacore",
@@ -86,6 +96,7 @@ TPUS = {
       819e9,
       4,
       50e9,
+      128 * MIB,
       4 * 128**2,
       "v5litepod-256",
       "default",
@@ -100,6 +111,7 @@ TPUS = {
       2765e9,
       6,
       100e9,
+      64 * MIB,
       8 * 128**2,
       "v5p-128",
       "default",
@@ -114,6 +126,7 @@ TPUS = {
       1640e9,
       4,
       112e9,
+      128 * MIB,
       4 * 256**2,
       "v6e-256",
       "default",
@@ -122,13 +135,21 @@ TPUS = {
   )
 }
 
+_OTHER_KINDS = {"TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v6e": "v6e"}
+
+
+def find(device_kind: str) -> Tpu | None:
+  """The TPU that JAX names so."""
+  kinds = {tpu.device_kind: tpu for tpu in TPUS.values()}
+  kinds |= {kind: TPUS[name] for kind, name in _OTHER_KINDS.items()}
+  return kinds.get(device_kind)
+
+
 # Peak dense bf16 FLOP/s of one JAX device.
 PEAK_FLOPS = {
   **{tpu.device_kind: tpu.peak_flops / tpu.cores_per_chip for tpu in TPUS.values()},
+  **{kind: TPUS[name].peak_flops for kind, name in _OTHER_KINDS.items()},
   "TPU v2": 22.5e12,
-  "TPU v5e": 197e12,
-  "TPU v5p": 459e12,
-  "TPU v6e": 918e12,
   "NVIDIA A100-SXM4-40GB": 312e12,
   "NVIDIA A100-SXM4-80GB": 312e12,
   "NVIDIA H100 80GB HBM3": 989e12,
