@@ -9,7 +9,8 @@ import pytest
 
 from matformer_jax import evals, sharding
 from matformer_jax.config import Execution
-from matformer_jax.models import losses
+from matformer_jax.models import loss_kernel, losses
+from matformer_jax.tpu import chips
 
 
 def plain(hidden, embedding, targets, z_loss):
@@ -37,6 +38,45 @@ def test_value_and_gradient(chunks, z_loss):
   scaled = lambda f: jax.grad(lambda x, e: 3.0 * f(x, e)[0], (0, 1))(x, e)
   for a, b in zip(scaled(ours), scaled(lambda x, e: plain(x, e, y, z_loss))):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep_logits", [True, False])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_tpu_kernels_compute_the_same_loss(keep_logits, chunks):
+  """Interpreted on CPU, several tiles each way; the plain path in float32."""
+  x, e, y = inputs(batch=2, length=256, width=32, vocab=640)
+  x, e = x.astype(jnp.bfloat16), (e / 4).astype(jnp.bfloat16)
+  tiles = loss_kernel.Tiles(128, 128, keep_logits, vmem_bytes=0, interpret=True)
+  ours = lambda x, e: losses.chunked_cross_entropy(x, e, y, chunks, 1e-2, tiles)
+  exact = lambda x, e: plain(x.astype(jnp.float32), e.astype(jnp.float32), y, 1e-2)
+  np.testing.assert_allclose(ours(x, e), exact(x, e), rtol=1e-5)
+  scaled = lambda f: jax.grad(lambda x, e: 3.0 * f(x, e)[0], (0, 1))(x, e)
+  for have, want in zip(scaled(ours), scaled(exact)):
+    have, want = np.asarray(have, np.float32), np.asarray(want, np.float32)
+    assert np.linalg.norm(have - want) < 0.01 * np.linalg.norm(want)
+
+
+def test_the_kernels_keep_accuracy_with_large_logits():
+  """A row whose largest logits come last, and one whose come first, far from zero."""
+  x = jnp.array([[1.0] * 8, [-1.0] * 8] * 64, jnp.bfloat16)[None]
+  e = (jnp.linspace(-60, 60, 256)[:, None] * jnp.ones(8) / 4).astype(jnp.bfloat16)
+  y = jnp.tile(jnp.array([0, 255]), 64)[None]
+  tiles = loss_kernel.Tiles(128, 128, True, vmem_bytes=0, interpret=True)
+  ours = losses.chunked_cross_entropy(x, e, y, 1, 0.0, tiles)
+  np.testing.assert_allclose(ours, plain(x.astype(jnp.float32), e, y, 0.0), rtol=1e-5)
+
+
+def test_tiles_fit_the_chip():
+  v4, v5e, v5p = (chips.TPUS[name] for name in ("v4", "v5e", "v5p"))
+  tiles = loss_kernel.choose_tiles(16384, 256_000, 1536, v5p)
+  assert tiles is not None and tiles.keep_logits
+  assert 16384 % tiles.rows == 0 and 256_000 % tiles.vocab == 0
+  small = loss_kernel.choose_tiles(16384, 256_000, 1536, v4)
+  assert small is not None and small.rows * small.vocab < tiles.rows * tiles.vocab
+  # Where D is small it is the memory that limits, and logits are computed twice.
+  assert not loss_kernel.keep_logits(256, v5e) and loss_kernel.keep_logits(3072, v5e)
+  assert loss_kernel.choose_tiles(16384, 50_257, 1536, v5p) is None
+  assert loss_kernel.choose_tiles(100, 256_000, 1536, v5p) is None
 
 
 def test_num_chunks_divides_and_fits():

@@ -145,7 +145,10 @@ def flash_attention(
     block = next(b for b in (512, 256, 128) if length % b == 0)
     fields = [f.name for f in dataclasses.fields(splash.BlockSizes)]
     blocks: Any = {name: block for name in fields if name.startswith("block_")}
-    sizes = splash.BlockSizes(**blocks)
+    # As XLA's products write them, with tokens along the lanes: else each is copied.
+    by_token = splash.QKVLayout.SEQ_MINOR
+    layouts = {f"{name}_layout": by_token for name in "qkv"}
+    sizes = splash.BlockSizes(**blocks, **layouts)
     mask = (masks.CausalMask if causal else masks.FullMask)((length, length))
     kernel: Any = splash.make_splash_mha(
       masks.MultiHeadMask([mask] * count),

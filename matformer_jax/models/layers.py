@@ -138,6 +138,7 @@ class Attention(nn.Module):
       mine = cache if layer is None else jax.tree.map(lambda leaf: leaf[layer], cache)
       k, v = (mine[name][:, :, : self.heads // cfg.head_groups] for name in ("k", "v"))
       out_BxAxNxTxH = cached_attention(q, k, v, start, origin_BxT)
+    w_out = w_out.reshape(out_BxAxNxTxH.shape[1:3] + w_out.shape[2:])
     out = ops.project_out(out_BxAxNxTxH.transpose(0, 3, 1, 2, 4), w_out, exe)
     return _add_bias(self, "attention", "out", out), cache
 
@@ -155,10 +156,11 @@ class Attention(nn.Module):
 
   def _project_each(self, x_BxTxD, w_qkv, b_qkv):
     """The same, each written as attention reads it, so that nothing is transposed."""
-    heads = [ops.project_heads(x_BxTxD, w_qkv[i]) for i in range(3)]
+    one_group = lambda w: w.reshape((1, -1) + w.shape[2:])
+    heads = [ops.project_heads(x_BxTxD, one_group(w_qkv[i])) for i in range(3)]
     if b_qkv is None:
       return heads
-    return [x + b_qkv[i][:, :, None] for i, x in enumerate(heads)]
+    return [x + one_group(b_qkv[i])[:, :, None] for i, x in enumerate(heads)]
 
 
 class Block(nn.Module):
