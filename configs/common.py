@@ -33,10 +33,14 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
       sampling="uniform",
       grad_accum=1,
       dtype="auto",  # compute: float32 on CPU, bfloat16 elsewhere; parameters are float32
-      # What layers keep for the backward pass: none on CPU, else attn_out; or full,
-      # dots_no_batch, attn_out_ffn_pre, products.
+      # What layers keep for the backward pass: full (their inputs only), attn_out, dots_no_batch,
+      # attn_out_ffn_pre, products, none (all). auto: none on CPU; on a TPU products, or attn_out
+      # or full where those do not fit; attn_out elsewhere.
       remat="auto",
-      layers="auto",  # scanned on accelerators and meshes; unrolled: faster, compiles longer
+      # scanned, or unrolled, which is faster and compiles longer. auto: unrolled on TPUs up to 32
+      # layers and on one CPU, scanned elsewhere.
+      layers="auto",
+      logits_gib=0.0,  # logits that the loss holds at a time, per device; 0: a sixth of a TPU's
       max_nonfinite=10,  # stop after this many skipped updates in a row; 0 never stops
       log_every=10,
       # Copies of parameters on several devices are compared, bit for bit, before every

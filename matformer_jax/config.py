@@ -546,15 +546,19 @@ class Execution:
     remat: str = "auto",
     device_kind: str = "",
     layers: str = "auto",
+    logits_gib: float = 0.0,
   ) -> Execution:
     """What measured best on `cpu`, `gpu` or `tpu`, where dtype, remat and layers are `auto`.
 
+    How a train step is run depends on its model too: see training/auto.py.
+
     Args:
-      device_kind: e.g. `TPU v5 lite`; v2 and v3 cannot run the attention kernel.
+      device_kind: e.g. `TPU v5 lite`; v2 and v3 cannot run the kernels.
       layers: `scanned` or `unrolled`; auto scans on accelerators and meshes.
+      logits_gib: `logits_bytes` in GiB; 0 takes what suits the device.
 
     Raises:
-      UserError: for an unknown dtype, remat policy or way to run layers.
+      UserError: for an unknown dtype, remat policy or way to run layers, or negative memory.
     """
     cpu = platform == "cpu"
     if dtype == "auto":
@@ -567,6 +571,8 @@ class Execution:
       raise UserError(f"remat={remat!r} is not one of {('auto',) + REMAT_POLICIES}")
     if layers not in LAYERS:
       raise UserError(f"layers={layers!r} is not one of {LAYERS}")
+    if not isinstance(logits_gib, (int, float)) or logits_gib < 0:
+      raise UserError(f"logits_gib={logits_gib!r} must be a number of GiB, or 0 to choose")
     if mesh is not None and mesh.size == 1:
       mesh = None
     tpu = chips.find(device_kind)
@@ -581,7 +587,7 @@ class Execution:
       flat_weights=cpu and mesh is None,
       attention_block=128 if cpu else 1024,
       kernels=kernels if kernels and kernels.runs_kernels else None,
-      logits_bytes=32 * 2**20 if cpu else _logits_bytes(tpu),
+      logits_bytes=int(logits_gib * 2**30) or (32 * 2**20 if cpu else _logits_bytes(tpu)),
     )
 
 

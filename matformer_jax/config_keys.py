@@ -127,6 +127,7 @@ class Config(_Keys):
   dtype: str
   remat: str
   layers: str
+  logits_gib: float
   max_nonfinite: int
   log_every: int
   replica_check_every: int

@@ -16,7 +16,7 @@ LAYERS = (
   ("evals", "decoding"),
   ("tasks",),
   ("training", "checkpoints"),
-  ("loading",),
+  ("loading", "planning"),
   ("programs", "experiments"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from matformer_jax import UserError, pod_plan
+from matformer_jax import UserError
 from matformer_jax.config import MatLMConfig
+from matformer_jax.planning import estimate, report, slices
 from matformer_jax.tpu import chips, hlo
 
 TPU_TEXT = """HloModule jit_step
@@ -90,7 +91,7 @@ def test_flops_through_loops():
 
   w, x = jnp.ones((5, 8, 8)), jnp.ones((3, 8))
   product = 2 * 3 * 8 * 8
-  count = lambda f: pod_plan.matmul_flops(jax.jit(f).trace(w, x).jaxpr.jaxpr)
+  count = lambda f: estimate.matmul_flops(jax.jit(f).trace(w, x).jaxpr.jaxpr)
   assert count(f) == 5 * product
   assert count(jax.grad(f, (0, 1))) == 5 * 4 * product  # forward, again, and two gradients
 
@@ -104,13 +105,13 @@ def test_flops_through_loops():
   ],
 )
 def test_mesh_flag(text, sizes):
-  assert pod_plan.parse_mesh(text, {"fsdp": 3}) == sizes
+  assert slices.parse_mesh(text, {"fsdp": 3}) == sizes
 
 
 @pytest.mark.parametrize("text", ["fsdp=16", "rows:3", "fsdp:x"])
 def test_mesh_mistakes(text):
   with pytest.raises(UserError, match="is not AXIS:SIZE"):
-    pod_plan.parse_mesh(text, {})
+    slices.parse_mesh(text, {})
 
 
 @pytest.mark.parametrize(
@@ -132,10 +133,10 @@ def test_mistakes(args, words):
 
 
 def test_without_the_compiler(monkeypatch):
-  monkeypatch.setattr(pod_plan.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(slices.importlib.util, "find_spec", lambda name: None)
   monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
   with pytest.raises(UserError, match=r"pip install 'matformer_jax\[tpu\]'"):
-    pod_plan.topology_devices("v5e:4x4")
+    slices.topology_devices("v5e:4x4")
 
 
 def test_list_of_chips():
@@ -226,11 +227,11 @@ def test_a_plan_of_images():
 
 def test_the_dearest_operations_are_named():
   tpu = chips.TPUS["v5p"]
-  row = {"top": pod_plan.dearest(TPU_TEXT, tpu, 2)}
+  row = {"top": estimate.dearest(TPU_TEXT, tpu, 2)}
   assert [o["ms"] for o in row["top"]["operations"]] == [
     pytest.approx(1e3 * cycles / tpu.clock_hz) for cycles in (1200, 120)
   ]
   kinds = [c["kind"] for c in row["top"]["exposed"]]
   assert kinds == ["reduce-scatter", "all-reduce"]  # the all-gather runs beside computation
-  text = "\n".join(pod_plan._dearest_tables("XL", row["top"]))
+  text = "\n".join(report._dearest_tables("XL", row["top"]))
   assert "bf16[8,64]" in text and "reduce-scatter" in text

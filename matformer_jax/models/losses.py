@@ -150,9 +150,7 @@ def _part_by_kernels(tiles, x, embedding, y):
   lse, target, logits = loss_kernel.logits_sums(x_RxD, embedding, y_R, tiles)
 
   def gradients(scale, z_loss):
-    d_logits, d_x = loss_kernel.gradients(
-      x_RxD, embedding, y_R, lse, logits, scale, z_loss, tiles
-    )
+    d_logits, d_x = loss_kernel.gradients(x_RxD, embedding, y_R, lse, logits, scale, z_loss, tiles)
     return d_logits.reshape(*y.shape, -1), d_x.reshape(x.shape)
 
   return lse.reshape(y.shape), target.reshape(y.shape), gradients

@@ -20,7 +20,7 @@ from matformer_jax.config_keys import Config
 from matformer_jax.models import slicing
 from matformer_jax.runtime import say
 from matformer_jax.tasks import Task
-from matformer_jax.training import optim
+from matformer_jax.training import auto, optim
 
 
 @functools.partial(
@@ -118,14 +118,9 @@ class Trainer:
 
   @functools.cached_property
   def execution(self) -> Execution:
-    device = self.mesh.devices.flat[0]
-    return Execution.for_platform(
-      device.platform,
-      self.mesh,
-      self.config.dtype,
-      self.config.remat,
-      device.device_kind,
-      getattr(self.config, "layers", "auto"),  # older runs have none
+    """How the steps run."""
+    return auto.choose_execution(
+      self.config, self.task.model_config, self.mesh, self.abstract_state
     )
 
   @functools.cached_property

@@ -1,0 +1,295 @@
+"""Compiles one program for a TPU and reads memory, collectives and time out of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from matformer_jax import granularity as gran
+from matformer_jax import sharding
+from matformer_jax.config import MatLMConfig
+from matformer_jax.decoding.decode import Decoder, State
+from matformer_jax.models import cache as kv
+from matformer_jax.tpu import chips, hlo
+from matformer_jax.training import auto
+from matformer_jax.training.trainer import Trainer
+
+# [T, T] x H products of the attention kernel; forward twice where its result is not kept.
+KERNEL_FORWARD, KERNEL_BACKWARD = 2, 7
+KERNEL_KEPT = ("none", "products")  # remat policies
+
+
+def matmul_flops(jaxpr) -> float:
+  """FLOPs of all matrix products in a jaxpr; loops counted as often as they run."""
+  return sum(times * _product_flops(eqn) for eqn, times in _equations(jaxpr, "dot_general"))
+
+
+def _product_flops(eqn) -> float:
+  (contract, _), _ = eqn.params["dimension_numbers"]
+  depth = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+  return 2.0 * math.prod(eqn.outvars[0].aval.shape) * depth
+
+
+def _equations(jaxpr, primitive: str, times: int = 1) -> Iterator[tuple[Any, int]]:
+  """(equation, how often it runs) of a primitive, outside of kernels."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == primitive:
+      yield eqn, times
+    elif eqn.primitive.name != "pallas_call":
+      for value in eqn.params.values():
+        for inner in _jaxprs(value):
+          yield from _equations(inner, primitive, times * eqn.params.get("length", 1))
+
+
+def _jaxprs(value) -> list:
+  if isinstance(value, (tuple, list)):
+    return [j for v in value for j in _jaxprs(v)]
+  value = getattr(value, "jaxpr", value)
+  return [value] if hasattr(value, "eqns") else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+  """The work of a step's Pallas kernels on one device, of which XLA gives no cycles.
+
+  Attributes:
+    attention: FLOPs.
+    loss: (FLOPs, bytes to or from memory) of each call.
+  """
+
+  attention: float
+  loss: list[tuple[float, float]]
+
+  @property
+  def flops(self) -> float:
+    """Of all of them."""
+    return self.attention + sum(flops for flops, _ in self.loss)
+
+  def seconds(self, peak: float, bandwidth: float) -> float:
+    """At a chip's peak FLOP/s or bytes/s, whichever takes longer."""
+    loss = sum(max(flops / peak, moved / bandwidth) for flops, moved in self.loss)
+    return self.attention / peak + loss
+
+
+def kernels(trainer: Trainer, granularity: gran.Granularity, jaxpr) -> Kernels:
+  """The kernels of a traced step."""
+  calls = [
+    (eqn.params["cost_estimate"], times)
+    for eqn, times in _equations(jaxpr, "pallas_call")
+    if eqn.params["cost_estimate"] and "splash" not in str(eqn.params["name"])
+  ]
+  loss = [(c.flops, c.bytes_accessed) for c, times in calls for _ in range(times)]
+  return Kernels(attention_flops(trainer, granularity), loss)
+
+
+def attention_flops(trainer: Trainer, granularity: gran.Granularity) -> float:
+  """Of the attention kernel: half where causal, heads padded to 128 lanes."""
+  config = trainer.task.model_config
+  if not trainer.execution.kernels or config.num_tokens % 128:
+    return 0.0
+  heads = sum(config.head_counts[i] for i in granularity.heads)
+  rows = trainer.config.batch_size / sharding.batch_shards(trainer.mesh)
+  width = -(-config.head_dim // 128) * 128
+  products = rows * heads * config.num_tokens**2 * width * (1 if config.causal else 2)
+  forward = KERNEL_FORWARD * (1 if trainer.execution.remat in KERNEL_KEPT else 2)
+  return (forward + KERNEL_BACKWARD) * products / trainer.mesh.shape[sharding.TENSOR]
+
+
+class DoesNotFit(Exception):
+  """The compiler found no way to run a program in the memory there is.
+
+  Attributes:
+    bytes: what it would take, or its temporaries alone would.
+    temporaries_only: which of the two.
+  """
+
+  def __init__(self, size: str, unit: str | None, temporaries_only: bool):
+    self.bytes = int(float(size) * 1024 ** " KMGT".index(unit or " "))
+    self.temporaries_only = temporaries_only
+
+
+def compile_program(lowered):
+  """(compiled, optimized HLO text). Raises DoesNotFit where memory does not suffice."""
+  with tempfile.TemporaryDirectory() as directory:
+    try:
+      # `as_text` cannot print what the compiler makes for a v5p; its own dump can.
+      compiled = lowered.compile(compiler_options={"xla_dump_to": directory})
+    except jax.errors.JaxRuntimeError as e:
+      size = r"([\d.]+)([KMGT])?"
+      used = re.search(f"Used {size} of .* hbm", str(e))
+      temporaries = re.search(rf"HLO temporaries \({size}\) exceeds", str(e))
+      if "RESOURCE_EXHAUSTED" not in str(e) or not (used or temporaries):
+        raise
+      raise DoesNotFit(*(used or temporaries).groups(), temporaries_only=not used) from e
+    dumps = pathlib.Path(directory).glob("*.after_codegen.txt")
+    return compiled, max(dumps, key=lambda path: path.stat().st_size).read_text()
+
+
+def memory(compiled) -> dict[str, int]:
+  """Bytes per device by purpose."""
+  m = compiled.memory_analysis()
+  return {
+    "arguments": m.argument_size_in_bytes,
+    "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,
+    "temporaries": m.temp_size_in_bytes,
+    "code": m.generated_code_size_in_bytes,
+  }
+
+
+def plan_step(
+  trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu, top: int = 0
+) -> dict[str, Any]:
+  """Memory, communication and time of one granularity's train step on one device.
+
+  With `top`, also that many of its dearest operations, and of the collectives nothing hides.
+  """
+  cores = tpu.cores_per_chip
+  state = trainer.abstract_state
+  capacity = tpu.hbm_bytes // cores
+  parts = {
+    "parameters": auto.tree_bytes(state.params),
+    "optimizer": auto.tree_bytes(state.opt_state),
+  }
+  result: dict[str, Any] = {"hbm_capacity": capacity, "hbm": parts}
+  started = time.perf_counter()
+  traced = trainer.trace(granularity)
+  try:
+    compiled, text = compile_program(traced.lower())
+  except DoesNotFit as e:
+    parts["temporaries"] = e.bytes - (0 if e.temporaries_only else sum(parts.values()))
+    return result | {
+      "fits": False,
+      "hbm_bytes_per_core": sum(parts.values()),
+      "compile_s": time.perf_counter() - started,
+    }
+  used = memory(compiled)
+  parts |= {k: used[k] for k in ("temporaries", "code")}
+  parts["batch and other"] = used["arguments"] + used["outputs"] - auto.tree_bytes(state)
+  collectives = hlo.collectives(text)
+  kinds = {kind: [c for c in collectives if c.kind == kind] for kind in hlo.KINDS}
+  wire = sum(c.wire_bytes for c in collectives)
+  exposed = sum(c.wire_bytes for c in collectives if not c.hidden)
+  tensor = trainer.mesh.shape[sharding.TENSOR]
+  own = kernels(trainer, granularity, traced.jaxpr.jaxpr)
+  flops = matmul_flops(traced.jaxpr.jaxpr) / tensor + own.flops
+  peak, bandwidth = tpu.peak_flops / cores, tpu.hbm_bytes_per_s / cores
+  bounds = {
+    "compute_s": flops / peak,
+    # Every live byte is written and read at least once.
+    "memory_s": (used["arguments"] + used["outputs"] + 2 * used["temporaries"]) / bandwidth,
+    "network_s": wire / (tpu.links * tpu.link_bytes_per_s / cores),
+  }
+  cycles = hlo.estimated_cycles(text)
+  busy = cycles / tpu.clock_hz + own.seconds(peak, bandwidth)
+  busy = max(busy, bounds["compute_s"], bounds["memory_s"])
+  # Around one ring, both ways: what XLA does not hide behind computation adds to the step.
+  step_time = busy + exposed / (2 * tpu.link_bytes_per_s / cores)
+  config = trainer.task.model_config
+  model_flops = gran.count(config, granularity).train_flops * trainer.task.examples_per_step
+  return result | {
+    "fits": sum(parts.values()) <= capacity,
+    "hbm_bytes_per_core": sum(parts.values()),
+    "collective_bytes": {k: sum(c.bytes * c.times for c in v) for k, v in kinds.items() if v},
+    "collective_count": {k: sum(c.arrays * c.times for c in v) for k, v in kinds.items() if v},
+    "wire_bytes": int(wire),
+    "exposed_wire_bytes": int(exposed),
+    "flops_per_core": flops,
+    "model_flops": model_flops,
+    "estimated_cycles": cycles,
+    "bounds": bounds,
+    "step_time_s": step_time,
+    "mfu": model_flops / step_time / (peak * trainer.mesh.size),
+    "tokens_per_s": trainer.task.examples_per_step / step_time,
+    "compile_s": time.perf_counter() - started,
+    **({"top": dearest(text, tpu, top)} if top else {}),
+  }
+
+
+def dearest(text: str, tpu: chips.Tpu, top: int) -> dict[str, list[dict[str, Any]]]:
+  """The `top` operations of a program by estimated time, and collectives that nothing hides."""
+  ring = 2 * tpu.link_bytes_per_s / tpu.cores_per_chip
+  exposed = [c for c in hlo.collectives(text) if not c.hidden]
+  exposed.sort(key=lambda c: -c.wire_bytes)
+  return {
+    "operations": [
+      {
+        "ms": 1e3 * o.cycles / tpu.clock_hz,
+        "times": o.times,
+        "shape": o.shape,
+        "op": o.op,
+        "source": o.source,
+      }
+      for o in hlo.operations(text)[:top]
+    ],
+    "exposed": [
+      {"ms": 1e3 * c.wire_bytes / ring, "times": c.times, "kind": c.kind, "bytes": c.bytes}
+      for c in exposed[:top]
+    ],
+  }
+
+
+def plan_decode(
+  trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu, batch: int, length: int
+) -> dict[str, Any]:
+  """Memory and time of decoding one token of `batch` sequences with a cache of `length`."""
+  mesh, config = trainer.mesh, trainer.task.model_config
+  assert isinstance(config, MatLMConfig)
+  decoder = Decoder(config, dataclasses.replace(trainer.execution, remat="none"), granularity)
+  place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch",)))
+  row: Any = lambda dtype, *shape: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=place)
+  params = trainer.abstract_state.params
+  weights = jax.tree.map(
+    lambda s, like: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=like.sharding),
+    jax.eval_shape(decoder.lay_out, params),
+    params,
+  )
+  cache = jax.eval_shape(functools.partial(kv.init_cache, config, decoder.execution, batch, length))
+  cache = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape,
+      leaf.dtype,
+      sharding=jax.sharding.NamedSharding(mesh, sharding.spec(kv.logical_axes(leaf))),
+    ),
+    cache,
+  )
+  keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(batch, jnp.uint32)))
+  state = State(
+    row(jnp.int32, length),
+    row(jnp.int32),
+    row(jnp.int32),
+    row(jnp.bool_),
+    row(keys.dtype),
+    cache,
+    None,
+    decoder.heads,
+  )
+  capacity = tpu.hbm_bytes // tpu.cores_per_chip
+  try:
+    compiled, text = compile_program(Decoder._advance.lower(decoder, weights, state, jnp.int32(1)))
+  except DoesNotFit as e:
+    return {"fits": False, "hbm_bytes_per_core": e.bytes, "hbm_capacity": capacity}
+  used = memory(compiled)
+  # One pass through the loop; what is read must be read once a token.
+  exposed = sum(c.wire_bytes for c in hlo.collectives(text))
+  seconds = max(
+    hlo.estimated_cycles(text) / tpu.clock_hz,
+    used["arguments"] / (tpu.hbm_bytes_per_s / tpu.cores_per_chip),
+  )
+  seconds += exposed / (2 * tpu.link_bytes_per_s / tpu.cores_per_chip)
+  return {
+    "fits": sum(used.values()) <= capacity,
+    "hbm_bytes_per_core": sum(used.values()),
+    "hbm_capacity": capacity,
+    "token_time_s": seconds,
+    "tokens_per_s": batch / seconds,
+  }

@@ -1,0 +1,137 @@
+"""The plan of a training run on a slice: every size's step, their mean, what does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matformer_jax import granularity as gran
+from matformer_jax import sharding
+from matformer_jax.config_keys import Config
+from matformer_jax.errors import UserError
+from matformer_jax.planning.estimate import plan_decode, plan_step
+from matformer_jax.planning.slices import parse_mesh, topology_devices
+from matformer_jax.tasks import make_task_without_data
+from matformer_jax.tpu.chips import GIB
+from matformer_jax.training import metrics
+from matformer_jax.training.trainer import Trainer
+
+
+def make_plan(
+  config,
+  topology: str,
+  mesh_sizes: str = "",
+  granularities=(),
+  decode_batch: int = 0,
+  say=lambda message: None,
+  top: int = 0,
+) -> dict[str, Any]:
+  """The whole plan, ready for JSON.
+
+  Args:
+    config: a training config; its data is not touched.
+    topology: e.g. `v3:16x16`.
+    mesh_sizes: as `--mesh`; empty takes config.mesh.
+    granularities: names; empty takes the trained ones.
+    decode_batch: also plan decoding of this many sequences; 0 does not.
+    say: called with progress messages.
+    top: how many of each program's dearest operations to name.
+  """
+  tpu, devices = topology_devices(topology)
+  mesh = sharding.make_mesh(parse_mesh(mesh_sizes, config.mesh), devices)
+  task = make_task_without_data(config)
+  model_config = task.model_config
+  if decode_batch and not model_config.causal:
+    raise UserError(
+      f"--decode_batch={decode_batch}: a model of task {config.task!r} does not decode"
+    )
+  sharding.check_model_fits_mesh(model_config, mesh)
+  sharding.check_batch(config.batch_size, config.grad_accum, mesh)
+  trainer = Trainer(task, config, mesh)
+  names = list(granularities) or trainer.names
+  count = len(devices) // tpu.cores_per_chip
+  plan: dict[str, Any] = {
+    "topology": topology,
+    "chips": count,
+    "cores": len(devices),
+    "mesh": {k: int(v) for k, v in mesh.shape.items()},
+    "batch_size": config.batch_size,
+    "tokens_per_step": task.examples_per_step,
+    "unit": task.examples_unit,
+    "grad_accum": config.grad_accum,
+    "dtype": trainer.execution.dtype,
+    "remat": trainer.execution.remat,
+    "attention": "flash" if trainer.execution.kernels else "blocks",
+    "optimizer": config.optim.name,
+    "steps": config.steps,
+    "granularities": {},
+  }
+  for name in names:
+    say(
+      f"compiling the step of {name} for {topology} ({len(plan['granularities']) + 1}/{len(names)})"
+    )
+    g = gran.parse(name, model_config)
+    row = plan_step(trainer, g, tpu, top)
+    plan["granularities"][name] = row | _totals(row, config.steps, count)
+    if decode_batch:
+      say(f"compiling decoding with {name}")
+      plan["granularities"][name]["decode"] = plan_decode(
+        trainer, g, tpu, decode_batch, model_config.num_tokens
+      )
+  plan["mean"] = _mean(plan, trainer, config.steps, count)
+  plan["fits"] = all(row["fits"] for row in plan["granularities"].values())
+  plan["advice"] = advice(plan, config)
+  return plan
+
+
+def _totals(row, steps: int, count: int) -> dict[str, float]:
+  if "step_time_s" not in row:
+    return {}
+  days = steps * row["step_time_s"] / 86_400
+  return {"days": days, "chip_hours": 24 * days * count}
+
+
+def _mean(plan, trainer: Trainer, steps: int, count: int) -> dict[str, float] | None:
+  """Of the steps that sampling makes; None unless all sampled sizes were planned and fit."""
+  rows = [
+    (p, plan["granularities"].get(name))
+    for name, p in zip(trainer.names, trainer.probabilities)
+    if p > 0
+  ]
+  if any(row is None or "step_time_s" not in row for _, row in rows):
+    return None
+  seconds = sum(p * row["step_time_s"] for p, row in rows)
+  peak = metrics.peak_flops(trainer.mesh)
+  assert peak  # every chip that can be planned for is known
+  row = {
+    "step_time_s": seconds,
+    "tokens_per_s": plan["tokens_per_step"] / seconds,
+    "mfu": sum(p * row["model_flops"] for p, row in rows) / seconds / peak,
+  }
+  return row | _totals(row, steps, count)
+
+
+def advice(plan, config: Config) -> list[str]:
+  """What does not fit, and what to change."""
+  result = []
+  for name, row in plan["granularities"].items():
+    if row["fits"]:
+      continue
+    hbm, missing = row["hbm"], row["hbm_bytes_per_core"] - row["hbm_capacity"]
+    kept = hbm["parameters"] + hbm["optimizer"]
+    what = (
+      f"{name} needs {row['hbm_bytes_per_core'] / GIB:.2f} GiB a core, "
+      f"{missing / GIB:.2f} more than there is: "
+    )
+    if kept > row["hbm_capacity"] / 2:
+      what += (
+        f"parameters and optimizer take {kept / GIB:.2f}; raise mesh.fsdp="
+        f"{plan['mesh']['fsdp']}"
+        + ("" if config.optim.name == "adafactor" else ", or use --config.optim.name=adafactor")
+      )
+    else:
+      ways = [f"--config.grad_accum={2 * plan['grad_accum']}"]
+      ways += ["--config.remat=full"] if plan["remat"] != "full" else []
+      ways += ["a larger slice, or a smaller --config.batch_size"]
+      what += f"activations take {hbm['temporaries'] / GIB:.2f}; try {', '.join(ways)}"
+    result.append(what)
+  return result

@@ -1,0 +1,96 @@
+"""What `auto` stands for in a training config: how this machine runs a step of this model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from matformer_jax import sharding
+from matformer_jax.config import Execution, MatLMConfig, ModelConfig
+from matformer_jax.config_keys import Config
+from matformer_jax.tpu import chips
+
+# Layers of which a TPU program is unrolled: 11% off 850M's step on a v5p, and twice the time to
+# compile, which grows with their number.
+UNROLLED = 32
+_SHARE = 0.9  # of a core's memory; the rest is for what `remat_for` does not count
+_LANES = 128  # to which the attention kernel pads heads
+
+
+def choose_execution(
+  config: Config, model_config: ModelConfig, mesh: jax.sharding.Mesh, state
+) -> Execution:
+  """The execution of a run's steps.
+
+  Args:
+    state: shapes and shardings of the train state.
+
+  Raises:
+    UserError: for an unknown dtype, remat policy or way to run layers, or for negative memory.
+  """
+  device = mesh.devices.flat[0]
+  layers, remat = getattr(config, "layers", "auto"), config.remat  # older runs lack the former
+  if layers == "auto" and device.platform == "tpu" and model_config.num_layers <= UNROLLED:
+    layers = "unrolled"
+  execution = Execution.for_platform(
+    device.platform,
+    mesh,
+    config.dtype,
+    remat,
+    device.device_kind,
+    layers,
+    getattr(config, "logits_gib", 0.0),
+  )
+  tpu = chips.find(device.device_kind)
+  if remat != "auto" or tpu is None:
+    return execution
+  rows = config.batch_size // sharding.batch_shards(mesh) // config.grad_accum
+  policy = remat_for(model_config, rows, tree_bytes(state), execution.logits_bytes, tpu)
+  return dataclasses.replace(execution, remat=policy)
+
+
+def remat_for(
+  config: ModelConfig, rows: int, stored_bytes: int, logits_bytes: int, tpu: chips.Tpu
+) -> str:
+  """The remat policy that recomputes least among those whose saved arrays fit.
+
+  Args:
+    config: of the universal model.
+    rows: sequences or images of a micro-batch on one device.
+    stored_bytes: parameters and optimizer state on one device.
+    logits_bytes: as in Execution.
+  """
+  left = _SHARE * tpu.hbm_bytes / tpu.cores_per_chip - stored_bytes
+  left -= head_bytes(config, rows, logits_bytes)
+  fitting = [p for p in ("products", "attn_out") if saved_bytes(config, rows, p) <= left]
+  return fitting[0] if fitting else "full"
+
+
+def saved_bytes(config: ModelConfig, rows: int, remat: str) -> int:
+  """bfloat16 that the layers keep from forward to backward: `products`, `attn_out` or `full`."""
+  d, heads = config.d_model, config.num_heads
+  attention = heads * (math.ceil(config.head_dim / _LANES) * _LANES + 2)  # and log-sum-exp
+  per_token = {
+    "full": d,
+    "attn_out": 2 * d,
+    "products": 5 * d + attention + config.ffn_widths[-1],
+  }[remat]
+  return 2 * rows * config.num_tokens * config.num_layers * per_token
+
+
+def head_bytes(config: ModelConfig, rows: int, logits_bytes: int) -> int:
+  """Of a vocabulary: a chunk's logits and their gradient, the embedding and its gradient."""
+  if not isinstance(config, MatLMConfig):
+    return 0
+  logits = min(4 * rows * config.num_tokens * config.vocab_size, logits_bytes)
+  return logits * 3 // 2 + config.vocab_size * config.d_model * (2 + 4 + 2)
+
+
+def tree_bytes(tree) -> int:
+  """Of one device's shards."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
