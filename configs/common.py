@@ -34,8 +34,8 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
       grad_accum=1,
       dtype="auto",  # compute: float32 on CPU, bfloat16 elsewhere; parameters are float32
       # What layers keep for the backward pass: full (their inputs only), attn_out, dots_no_batch,
-      # attn_out_ffn_pre, products, none (all). auto: none on CPU; on a TPU products, or attn_out
-      # or full where those do not fit; attn_out elsewhere.
+      # attn_out_ffn_pre, products, none (all). auto: none on CPU; on a TPU the first of none (of
+      # unrolled layers), products, attn_out and full that fits; attn_out elsewhere.
       remat="auto",
       # scanned, or unrolled, which is faster and compiles longer. auto: unrolled on TPUs up to 32
       # layers and on one CPU, scanned elsewhere.

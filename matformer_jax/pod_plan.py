@@ -3,6 +3,7 @@
   python -m matformer_jax.pod_plan --config=configs/matlm.py:850M --topology=v3:16x16
   python -m matformer_jax.pod_plan --config=configs/matlm.py:78M --topology=v5e:4x4 \\
       --mesh=fsdp:4,tensor:2
+  python -m matformer_jax.pod_plan --config=configs/matlm.py:850M --topology=v5p:4x4x4 --tune
   python -m matformer_jax.pod_plan --topology=list
 
 Compiles the train step of every granularity ahead of time for the slice, on this CPU,
@@ -19,6 +20,7 @@ from absl import flags
 
 from matformer_jax import cli
 from matformer_jax.errors import UserError
+from matformer_jax.planning import tune
 from matformer_jax.planning.plan import make_plan
 from matformer_jax.planning.report import plan_tables
 from matformer_jax.planning.slices import list_topologies
@@ -32,16 +34,32 @@ def main(argv) -> None:
   config = cli.read_config(_CONFIG)
   if not _TOPOLOGY.value:
     raise UserError("--topology is missing; give e.g. --topology=v3:16x16, or list")
+  say = lambda message: print(message, file=sys.stderr, flush=True)
+  if _TUNE.value:
+    _tune(config, say)
+    return
   plan = make_plan(
     config,
     _TOPOLOGY.value,
     _MESH.value,
     _GRANULARITIES.value,
     _DECODE_BATCH.value,
-    lambda message: print(message, file=sys.stderr, flush=True),
+    say,
     _TOP.value,
   )
   print(json.dumps(plan, indent=1) if _JSON.value else "\n" + plan_tables(plan))
+
+
+def _tune(config, say) -> None:
+  for flag, given in (("mesh", _MESH.value), ("decode_batch", _DECODE_BATCH.value)):
+    if given:
+      raise UserError(f"--{flag}={given} is not for --tune, which starts from the config's mesh")
+  if len(_GRANULARITIES.value) > 1:
+    raise UserError(
+      f"--granularities={','.join(_GRANULARITIES.value)}: --tune compares candidates for one size"
+    )
+  result = tune.tune(config, _TOPOLOGY.value, "".join(_GRANULARITIES.value), say)
+  print(json.dumps(result, indent=1) if _JSON.value else "\n" + tune.tune_tables(result))
 
 
 if __name__ == "__main__":
@@ -62,6 +80,12 @@ if __name__ == "__main__":
   )
   _TOP = flags.DEFINE_integer(
     "top", 0, "Also name this many of each step's dearest operations.", lower_bound=0
+  )
+  _TUNE = flags.DEFINE_bool(
+    "tune",
+    False,
+    "Search for the fastest mesh, remat, layers, micro-batches and logits memory that fit; prints "
+    "what was tried, and the winner as flags. About 10 minutes.",
   )
   _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
   flags.adopt_module_key_flags(cli)

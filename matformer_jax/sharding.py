@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import functools
 
 import jax
+from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -95,7 +96,11 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
       "the sizes must multiply to that number (one may be -1 for the rest)"
     )
   auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices)
+  try:
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices)
+  except NotImplementedError:  # an axis of the slice's torus has to be split between two of ours
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=auto)
 
 
 def check_model_fits_mesh(config, mesh: Mesh) -> None:

@@ -18,9 +18,9 @@ from matformer_jax.config import MatLMConfig
 from matformer_jax.hosts import goodput
 from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.hosts.watchdog import Watchdog
-from matformer_jax.models import matlm
+from matformer_jax.models import loss_kernel, matlm
 from matformer_jax.tasks.language import NextToken
-from matformer_jax.tpu import hlo
+from matformer_jax.tpu import chips, hlo
 from matformer_jax.training import metrics, optim
 from matformer_jax.training.loop import Loop, StepProfile
 from matformer_jax.training.trainer import Trainer, TrainState
@@ -389,3 +389,19 @@ def test_a_run_records_every_step(tiny_run):
 def test_loss_metric_has_full_precision(tiny_run):
   row = json.loads((tiny_run / "metrics.jsonl").read_text().splitlines()[0])
   assert np.float32(row["loss"]) == row["loss"]  # the float32, not a rounded print of it
+
+
+def test_a_sharded_step_with_the_loss_kernels(monkeypatch):
+  """Interpreted on CPU, each device on its own rows: as without the kernels."""
+  tiles = loss_kernel.Tiles(rows=16, vocab=128, keep_logits=True, vmem_bytes=0, interpret=True)
+  monkeypatch.setattr(loss_kernel, "choose_tiles", lambda *sizes: tiles)
+  model = dataclasses.replace(MODEL, vocab_size=256)
+  found = []
+  for kernels in (None, chips.TPUS["v5p"]):
+    trainer = make_trainer(dict(data=2, fsdp=4), model, dtype="bfloat16")
+    trainer.__dict__["execution"] = dataclasses.replace(trainer.execution, kernels=kernels)
+    traced = trainer.trace(trainer.granularities[1])
+    assert ("logits_gradients" in str(traced.jaxpr)) == bool(kernels)
+    _, out = traced.lower().compile()(trainer.init(0), trainer.batch(1))
+    found.append([float(out["loss"]), float(out["grad_norm"])])
+  np.testing.assert_allclose(found[1], found[0], rtol=2e-3)

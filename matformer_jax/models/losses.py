@@ -15,24 +15,26 @@ from matformer_jax.models import loss_kernel
 
 def cross_entropy(hidden, embedding, targets, execution: Execution, z_loss: float = 0.0):
   """`chunked_cross_entropy`, by the Pallas kernels where they run, in chunks that fit."""
-  batch, length, width = hidden.shape
-  vocab = embedding.shape[0]
-  chunks = num_chunks((batch, length), vocab, execution)
-  if not _runs_kernels(hidden, execution):
-    return chunked_cross_entropy(hidden, embedding, targets, chunks, z_loss)
-  if not loss_kernel.keep_logits(width, execution.kernels):
-    chunks = num_chunks((batch, length), vocab, execution, bytes_per_logit=2)
-  rows = batch * length // chunks
-  tiles = loss_kernel.choose_tiles(rows, vocab, width, execution.kernels)
+  chunks, tiles = cut(hidden.shape, embedding.shape[0], hidden.dtype, execution)
   loss = lambda x, e, y: chunked_cross_entropy(x, e, y, chunks, z_loss, tiles)
-  return sharding.on_whole_vocabulary(loss, execution)(hidden, embedding, targets)
+  if tiles:
+    loss = sharding.on_whole_vocabulary(loss, execution)
+  return loss(hidden, embedding, targets)
 
 
-def _runs_kernels(hidden, execution: Execution) -> bool:
-  """Whether each device has rows of its own and the whole vocabulary, in bfloat16."""
-  mesh = execution.mesh
+def cut(shape: tuple[int, int, int], vocab_size: int, dtype, execution: Execution):
+  """(chunks, tiles of the kernels or None) of the loss of hidden states [B, T, D]."""
+  batch, length, width = shape
+  mesh, tpu = execution.mesh, execution.kernels
+  # Each device must have rows of its own and the whole vocabulary.
   alone = mesh is None or (execution.per_device and mesh.shape[sharding.TENSOR] == 1)
-  return execution.kernels is not None and alone and hidden.dtype == jnp.bfloat16
+  if tpu and alone and dtype == jnp.bfloat16:
+    kept = 4 if loss_kernel.keep_logits(width, tpu) else 2  # bytes
+    chunks = num_chunks((batch, length), vocab_size, execution, kept)
+    tiles = loss_kernel.choose_tiles(batch * length // chunks, vocab_size, width, tpu)
+    if tiles:
+      return chunks, tiles
+  return num_chunks((batch, length), vocab_size, execution), None
 
 
 def num_chunks(

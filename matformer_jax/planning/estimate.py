@@ -146,6 +146,14 @@ def memory(compiled) -> dict[str, int]:
   }
 
 
+def least_seconds(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu) -> float:
+  """A step's matrix products at the chip's peak: known before anything is compiled."""
+  jaxpr = trainer.trace(granularity).jaxpr.jaxpr
+  flops = matmul_flops(jaxpr) / trainer.mesh.shape[sharding.TENSOR]
+  flops += kernels(trainer, granularity, jaxpr).flops
+  return flops / (tpu.peak_flops / tpu.cores_per_chip)
+
+
 def plan_step(
   trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu, top: int = 0
 ) -> dict[str, Any]:

@@ -11,9 +11,27 @@ from matformer_jax.errors import UserError
 from matformer_jax.planning.estimate import plan_decode, plan_step
 from matformer_jax.planning.slices import parse_mesh, topology_devices
 from matformer_jax.tasks import make_task_without_data
+from matformer_jax.tpu import chips
 from matformer_jax.tpu.chips import GIB
 from matformer_jax.training import metrics
 from matformer_jax.training.trainer import Trainer
+
+
+def open_trainer(config: Config, topology: str, mesh_sizes: str = "") -> tuple[Trainer, chips.Tpu]:
+  """The trainer of a config on a slice, without its data.
+
+  Args:
+    mesh_sizes: as `--mesh`; empty takes config.mesh.
+
+  Raises:
+    UserError: for an unknown slice, or sizes that do not divide over it.
+  """
+  tpu, devices = topology_devices(topology)
+  mesh = sharding.make_mesh(parse_mesh(mesh_sizes, config.mesh), devices)
+  task = make_task_without_data(config)
+  sharding.check_model_fits_mesh(task.model_config, mesh)
+  sharding.check_batch(config.batch_size, config.grad_accum, mesh)
+  return Trainer(task, config, mesh), tpu
 
 
 def make_plan(
@@ -36,23 +54,19 @@ def make_plan(
     say: called with progress messages.
     top: how many of each program's dearest operations to name.
   """
-  tpu, devices = topology_devices(topology)
-  mesh = sharding.make_mesh(parse_mesh(mesh_sizes, config.mesh), devices)
-  task = make_task_without_data(config)
+  trainer, tpu = open_trainer(config, topology, mesh_sizes)
+  mesh, task = trainer.mesh, trainer.task
   model_config = task.model_config
   if decode_batch and not model_config.causal:
     raise UserError(
       f"--decode_batch={decode_batch}: a model of task {config.task!r} does not decode"
     )
-  sharding.check_model_fits_mesh(model_config, mesh)
-  sharding.check_batch(config.batch_size, config.grad_accum, mesh)
-  trainer = Trainer(task, config, mesh)
   names = list(granularities) or trainer.names
-  count = len(devices) // tpu.cores_per_chip
+  count = mesh.size // tpu.cores_per_chip
   plan: dict[str, Any] = {
     "topology": topology,
     "chips": count,
-    "cores": len(devices),
+    "cores": mesh.size,
     "mesh": {k: int(v) for k, v in mesh.shape.items()},
     "batch_size": config.batch_size,
     "tokens_per_step": task.examples_per_step,

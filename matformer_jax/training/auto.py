@@ -47,14 +47,21 @@ def choose_execution(
   if remat != "auto" or tpu is None:
     return execution
   rows = config.batch_size // sharding.batch_shards(mesh) // config.grad_accum
-  policy = remat_for(model_config, rows, tree_bytes(state), execution.logits_bytes, tpu)
+  # With a loop over layers, saving everything costs more than computing some of it again.
+  policies = ("products", "attn_out") if execution.scan_layers else ("none", "products", "attn_out")
+  policy = remat_for(policies, model_config, rows, tree_bytes(state), execution.logits_bytes, tpu)
   return dataclasses.replace(execution, remat=policy)
 
 
 def remat_for(
-  config: ModelConfig, rows: int, stored_bytes: int, logits_bytes: int, tpu: chips.Tpu
+  policies: tuple[str, ...],
+  config: ModelConfig,
+  rows: int,
+  stored_bytes: int,
+  logits_bytes: int,
+  tpu: chips.Tpu,
 ) -> str:
-  """The remat policy that recomputes least among those whose saved arrays fit.
+  """The first of some remat policies whose saved arrays fit; else `full`.
 
   Args:
     config: of the universal model.
@@ -64,18 +71,22 @@ def remat_for(
   """
   left = _SHARE * tpu.hbm_bytes / tpu.cores_per_chip - stored_bytes
   left -= head_bytes(config, rows, logits_bytes)
-  fitting = [p for p in ("products", "attn_out") if saved_bytes(config, rows, p) <= left]
-  return fitting[0] if fitting else "full"
+  return next((p for p in policies if saved_bytes(config, rows, p) <= left), "full")
 
 
 def saved_bytes(config: ModelConfig, rows: int, remat: str) -> int:
-  """bfloat16 that the layers keep from forward to backward: `products`, `attn_out` or `full`."""
-  d, heads = config.d_model, config.num_heads
+  """bfloat16 that the layers keep from forward to backward.
+
+  Raises:
+    KeyError: for a policy other than none, products, attn_out and full.
+  """
+  d, heads, hidden = config.d_model, config.num_heads, config.ffn_widths[-1]
   attention = heads * (math.ceil(config.head_dim / _LANES) * _LANES + 2)  # and log-sum-exp
   per_token = {
     "full": d,
     "attn_out": 2 * d,
-    "products": 5 * d + attention + config.ffn_widths[-1],
+    "products": 5 * d + attention + hidden,
+    "none": 8 * d + attention + (4 if config.gated else 2) * hidden,
   }[remat]
   return 2 * rows * config.num_tokens * config.num_layers * per_token
 

@@ -1,0 +1,302 @@
+"""Searches the settings with which a slice trains a config fastest.
+
+One setting after the other is changed, for the largest size; what is faster and fits stays. The
+best few are then compiled for every size, and the best sampled mean wins. Nothing that is
+searched changes what is learned, beyond the order in which numbers are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from matformer_jax import granularity as gran
+from matformer_jax import sharding, tables
+from matformer_jax.config import MatLMConfig
+from matformer_jax.config_keys import Config
+from matformer_jax.errors import UserError
+from matformer_jax.models import losses
+from matformer_jax.planning import estimate, plan
+from matformer_jax.tpu import chips
+from matformer_jax.training.trainer import Trainer
+
+MARGIN = 0.05  # of a core's memory, kept free
+FINALISTS = 2
+REMAT = ("products", "dots_no_batch", "attn_out_ffn_pre", "attn_out", "full", "none")
+Overrides = dict[str, Any]  # config key -> value, e.g. {"mesh.fsdp": 64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+  """A candidate that was tried.
+
+  Attributes:
+    overrides: what it changes of the config.
+    settings: what it comes to, where `auto` stands in the config.
+    row: of `plan_step`; empty where it was skipped.
+    verdict: in words.
+  """
+
+  overrides: Overrides
+  settings: dict[str, Any]
+  row: dict[str, Any]
+  verdict: str
+
+  @property
+  def seconds(self) -> float:
+    """Of a step; infinite where it cannot be run with the margin."""
+    return self.row["step_time_s"] if fits(self.row) else float("inf")
+
+
+def fits(row: dict[str, Any]) -> bool:
+  """Whether a planned step leaves the margin free."""
+  limit = (1 - MARGIN) * row.get("hbm_capacity", 0)
+  return "step_time_s" in row and row["hbm_bytes_per_core"] <= limit
+
+
+@dataclasses.dataclass
+class Search:
+  """A search under way; `ladder` grows."""
+
+  config: Config
+  topology: str
+  size: str
+  say: Callable[[str], None]
+  ladder: list[Rung] = dataclasses.field(default_factory=list)
+
+  @property
+  def best(self) -> Rung | None:
+    """The fastest that fits."""
+    done = [rung for rung in self.ladder if fits(rung.row)]
+    return min(done, key=lambda rung: rung.seconds, default=None)
+
+  def run(self) -> None:
+    """Tries the config as it is, then one setting after the other."""
+    self.attempt({})
+    for options in (self._remats, self._meshes, self._layers, self._micro_batches, self._logits):
+      for overrides in options():
+        self.attempt(overrides)
+
+  def attempt(self, overrides: Overrides) -> None:
+    """Compiles a candidate, unless it is known or cannot be better."""
+    config = changed(self.config, overrides)
+    try:
+      trainer, tpu = plan.open_trainer(config, self.topology)
+    except UserError:
+      return  # a mesh or micro-batch that the sizes do not divide into
+    settings = describe(trainer)
+    if any(rung.settings == settings for rung in self.ladder):
+      return
+    granularity = gran.parse(self.size, trainer.task.model_config)
+    bound = estimate.least_seconds(trainer, granularity, tpu)
+    best = self.best
+    if best and bound >= best.seconds:
+      row, verdict = {}, f"skipped: takes {1e3 * bound:,.0f} ms or more"
+    else:
+      row = estimate.plan_step(trainer, granularity, tpu)
+      verdict = "does not fit" if not fits(row) else ""
+      if fits(row) and (best is None or row["step_time_s"] < best.seconds):
+        verdict = "best so far"
+    self.ladder.append(Rung(overrides, settings, row, verdict))
+    self.say(f"{len(self.ladder)}: {in_words(settings)}: {_outcome(self.ladder[-1])}")
+
+  def _from_best(self, **overrides) -> Overrides:
+    """The best candidate with some settings changed; `__` stands for a dot."""
+    mine = self.best.overrides if self.best else {}
+    return mine | {name.replace("__", "."): value for name, value in overrides.items()}
+
+  def _remats(self) -> Iterator[Overrides]:
+    for remat in REMAT:
+      yield self._from_best(remat=remat)
+
+  def _meshes(self) -> Iterator[Overrides]:
+    """More and less fsdp, each as long as it helps."""
+    for factor in (2.0, 0.5):
+      while True:
+        before = self.best
+        fsdp = int(((before or self.ladder[0]).settings["fsdp"]) * factor)
+        if fsdp < 1:
+          break
+        yield self._from_best(mesh__data=-1, mesh__fsdp=fsdp)
+        if self.best is before:
+          break
+
+  def _layers(self) -> Iterator[Overrides]:
+    for layers in ("unrolled", "scanned"):
+      yield self._from_best(layers=layers)
+
+  def _micro_batches(self) -> Iterator[Overrides]:
+    """Halves the batch for what did not fit."""
+    for rung in self._too_large():
+      for parts in (2, 4):
+        yield rung.overrides | {"grad_accum": parts * self.config.grad_accum}
+
+  def _logits(self) -> Iterator[Overrides]:
+    """Fewer logits at a time for what did not fit, and more where they are in chunks."""
+    for rung in self._too_large():
+      yield rung.overrides | {"logits_gib": rung.settings["logits_gib"] / 2}
+    best = self.best
+    while best and best.settings["chunks"] > 1:
+      yield self._from_best(logits_gib=2 * best.settings["logits_gib"])
+      if self.best is best:
+        break
+      best = self.best
+
+  def _too_large(self) -> list[Rung]:
+    return [rung for rung in self.ladder if rung.row and not fits(rung.row)]
+
+
+def tune(
+  config: Config, topology: str, size: str = "", say: Callable[[str], None] = lambda message: None
+) -> dict[str, Any]:
+  """The whole search, ready for JSON.
+
+  Args:
+    config: a training config; its data is not touched.
+    topology: e.g. `v5p:4x4x4`.
+    size: for which candidates are compared; default the largest.
+    say: called with progress messages.
+
+  Returns:
+    {"ladder": [...], "finalists": [...], "overrides": of the winner, "plan": its plan}.
+
+  Raises:
+    UserError: where the config as it is cannot be planned, or nothing fits.
+  """
+  trainer, _ = plan.open_trainer(config, topology)
+  search = Search(config, topology, size or trainer.names[-1], say)
+  search.run()
+  fitting = sorted((r for r in search.ladder if fits(r.row)), key=lambda rung: rung.seconds)
+  if not fitting:
+    raise UserError(
+      f"nothing that was tried leaves {100 * MARGIN:.0f}% of a core's memory free on {topology}; "
+      "take a larger slice or a smaller batch_size"
+    )
+  finalists = []
+  for rung in fitting[:FINALISTS]:
+    say(f"all sizes with {in_words(rung.settings)}")
+    whole = plan.make_plan(changed(config, rung.overrides), topology, say=say)
+    finalists.append({"overrides": rung.overrides, "settings": rung.settings, "plan": whole})
+  possible = [f for f in finalists if all(map(fits, f["plan"]["granularities"].values()))]
+  winner = min(possible or finalists[:1], key=lambda f: f["plan"]["mean"]["step_time_s"])
+  return {
+    "topology": topology,
+    "size": search.size,
+    "ladder": [dataclasses.asdict(rung) for rung in search.ladder],
+    "finalists": [
+      {"overrides": f["overrides"], "settings": f["settings"], "mean": f["plan"]["mean"]}
+      for f in finalists
+    ],
+    "overrides": winner["overrides"],
+    "settings": winner["settings"],
+    "plan": winner["plan"],
+  }
+
+
+def changed(config: Config, overrides: Overrides) -> Config:
+  """A copy of a config with some keys set."""
+  copy = config.copy_and_resolve_references()
+  for name, value in overrides.items():
+    if "." not in name and name not in copy:
+      copy[name] = value  # a key that configs made before do not have
+    else:
+      copy.update_from_flattened_dict({name: value})
+  return copy
+
+
+def describe(trainer: Trainer) -> dict[str, Any]:
+  """What a config comes to on a slice."""
+  execution = trainer.execution
+  return {
+    "data": int(trainer.mesh.shape[sharding.DATA]),
+    "fsdp": int(trainer.mesh.shape[sharding.FSDP]),
+    "tensor": int(trainer.mesh.shape[sharding.TENSOR]),
+    "remat": execution.remat,
+    "layers": "scanned" if execution.scan_layers else "unrolled",
+    "grad_accum": trainer.config.grad_accum,
+    "chunks": _chunks(trainer),
+    "logits_gib": execution.logits_bytes / chips.GIB,
+  }
+
+
+def _chunks(trainer: Trainer) -> int:
+  """Of the logits, on a device."""
+  config = trainer.task.model_config
+  if not isinstance(config, MatLMConfig):
+    return 1
+  parts = sharding.batch_shards(trainer.mesh) * trainer.config.grad_accum
+  shape = (trainer.config.batch_size // parts, config.num_tokens, config.d_model)
+  execution = dataclasses.replace(trainer.execution, per_device=True)
+  return losses.cut(shape, config.vocab_size, jnp.dtype(execution.dtype), execution)[0]
+
+
+def in_words(settings: dict[str, Any]) -> str:
+  """Settings in a line."""
+  mesh = "x".join(str(settings[axis]) for axis in sharding.MESH_AXES)
+  return (
+    f"mesh {mesh}, remat {settings['remat']}, {settings['layers']}, "
+    f"{settings['grad_accum']} micro-batch(es), logits in {settings['chunks']}"
+  )
+
+
+def _outcome(rung: Rung) -> str:
+  ms = f"{1e3 * rung.row['step_time_s']:,.1f} ms" if "step_time_s" in rung.row else ""
+  gib = f"{rung.row['hbm_bytes_per_core'] / chips.GIB:.1f} GiB" if rung.row else ""
+  return ", ".join(filter(None, (ms, gib, rung.verdict)))
+
+
+def as_flags(overrides: Overrides) -> str:
+  """Overrides as a command line takes them."""
+  return " ".join(f"--config.{name}={value}" for name, value in overrides.items())
+
+
+def _time(row) -> list[str]:
+  return [f"{1e3 * row['step_time_s']:,.1f}", f"{100 * row['mfu']:.1f}%"]
+
+
+def tune_tables(result: dict[str, Any]) -> str:
+  """The ladder, and what won, for a person to read."""
+  rows = []
+  for place, rung in enumerate(result["ladder"], 1):
+    row, s = rung["row"], rung["settings"]
+    rows.append(
+      [
+        str(place),
+        "x".join(str(s[axis]) for axis in sharding.MESH_AXES),
+        s["remat"],
+        s["layers"],
+        str(s["grad_accum"]),
+        str(s["chunks"]),
+        f"{row['hbm_bytes_per_core'] / chips.GIB:.1f}" if row else "",
+        *(_time(row) if "step_time_s" in row else ["", ""]),
+        rung["verdict"],
+      ]
+    )
+  head = ["", "data x fsdp x tensor", "remat", "layers", "micro-batches", "logits in", "GiB a core"]
+  finalists = [
+    [
+      in_words(f["settings"]),
+      f"{1e3 * f['mean']['step_time_s']:,.1f}",
+      f"{100 * f['mean']['mfu']:.1f}%",
+    ]
+    for f in result["finalists"]
+    if f["mean"]
+  ]
+  mean = result["plan"]["mean"]
+  won = (
+    f"best: {1e3 * mean['step_time_s']:,.1f} ms a step, {100 * mean['mfu']:.1f}% MFU, "
+    f"{mean['tokens_per_s']:,.0f} {result['plan']['unit']}/s over the sampled sizes\n"
+    f"{as_flags(result['overrides']) or 'the config as it is'}"
+  )
+  return "\n\n".join(
+    [
+      f"{result['topology']}, step of {result['size']}",
+      tables.table([*head, "ms", "MFU", ""], rows),
+      "Mean over the sampled sizes",
+      tables.table(["", "ms", "MFU"], finalists),
+      won,
+    ]
+  )
