@@ -216,12 +216,14 @@ def test_rms_norm_gradient():
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [None, dict(fsdp=2, tensor=2, data=2)])
-def test_the_tpu_kernel_computes_the_same_attention(mesh):
-  """Interpreted on CPU, alone and split over a mesh."""
+@pytest.mark.parametrize(
+  "mesh,length", [(None, 256), (dict(fsdp=2, tensor=2, data=2), 256), (None, 384)]
+)
+def test_the_tpu_kernel_computes_the_same_attention(mesh, length):
+  """Interpreted on CPU, alone and split over a mesh; in one block, and in three."""
   execution = Execution(mesh=mesh and sharding.make_mesh(mesh))
   q, k, v = (
-    jax.random.normal(key, (4, 2, 2, 256, 16)) for key in jax.random.split(jax.random.key(0), 3)
+    jax.random.normal(key, (4, 2, 2, length, 16)) for key in jax.random.split(jax.random.key(0), 3)
   )
   weights = jnp.arange(16.0)
 
@@ -244,6 +246,13 @@ def test_rope_by_product_is_the_rotation(dtype, tolerance):
   as_float = lambda y: np.asarray(y, np.float32)
   np.testing.assert_allclose(as_float(have), as_float(want), atol=tolerance)
   np.testing.assert_allclose(as_float(have_back(g)[0]), as_float(want_back(g)[0]), atol=tolerance)
+
+
+def test_blocks_of_the_attention_kernel():
+  assert attention.kernel_block(1024, 96) == (1024, True)
+  assert attention.kernel_block(2048, 128) == (1024, False)
+  assert attention.kernel_block(1024, 192) == (512, False)  # wide heads need the room
+  assert attention.kernel_block(384, 64) == (128, False)
 
 
 def test_how_an_accelerator_runs_a_model():

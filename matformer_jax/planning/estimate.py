@@ -19,13 +19,14 @@ from matformer_jax import granularity as gran
 from matformer_jax import sharding
 from matformer_jax.config import MatLMConfig
 from matformer_jax.decoding.decode import Decoder, State
+from matformer_jax.models import attention
 from matformer_jax.models import cache as kv
 from matformer_jax.tpu import chips, hlo
 from matformer_jax.training import auto
 from matformer_jax.training.trainer import Trainer
 
 # [T, T] x H products of the attention kernel; forward twice where its result is not kept.
-KERNEL_FORWARD, KERNEL_BACKWARD = 2, 7
+KERNEL_FORWARD, KERNEL_BACKWARD, KERNEL_BACKWARD_FUSED = 2, 7, 5
 KERNEL_KEPT = ("none", "products")  # remat policies
 
 
@@ -93,16 +94,24 @@ def kernels(trainer: Trainer, granularity: gran.Granularity, jaxpr) -> Kernels:
 
 
 def attention_flops(trainer: Trainer, granularity: gran.Granularity) -> float:
-  """Of the attention kernel: half where causal, heads padded to 128 lanes."""
+  """Of the attention kernel: of the blocks that it does not skip, heads padded to 128 lanes."""
   config = trainer.task.model_config
-  if not trainer.execution.kernels or config.num_tokens % 128:
+  length = config.num_tokens
+  if not trainer.execution.kernels or length % 128:
     return 0.0
   heads = sum(config.head_counts[i] for i in granularity.heads)
   rows = trainer.config.batch_size / sharding.batch_shards(trainer.mesh)
-  width = -(-config.head_dim // 128) * 128
-  products = rows * heads * config.num_tokens**2 * width * (1 if config.causal else 2)
+  block, fused = attention.kernel_block(length, config.head_dim)
+  product = 2 * product_area(length, block, config.causal) * (-(-config.head_dim // 128) * 128)
   forward = KERNEL_FORWARD * (1 if trainer.execution.remat in KERNEL_KEPT else 2)
-  return (forward + KERNEL_BACKWARD) * products / trainer.mesh.shape[sharding.TENSOR]
+  backward = KERNEL_BACKWARD_FUSED if fused else KERNEL_BACKWARD
+  return rows * heads * (forward + backward) * product / trainer.mesh.shape[sharding.TENSOR]
+
+
+def product_area(length: int, block: int, causal: bool) -> float:
+  """Scores that attention in blocks computes of [T, T]."""
+  blocks = length // block
+  return length**2 * ((blocks + 1) / (2 * blocks) if causal else 1.0)
 
 
 class DoesNotFit(Exception):
