@@ -41,6 +41,7 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
       # layers and on one CPU, scanned elsewhere.
       layers="auto",
       logits_gib=0.0,  # logits that the loss holds at a time, per device; 0: a sixth of a TPU's
+      kernels="auto",  # Pallas kernels on TPU v4 and later; none leaves attention and loss to XLA
       max_nonfinite=10,  # stop after this many skipped updates in a row; 0 never stops
       log_every=10,
       # Copies of parameters on several devices are compared, bit for bit, before every

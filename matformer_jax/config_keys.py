@@ -128,6 +128,7 @@ class Config(_Keys):
   remat: str
   layers: str
   logits_gib: float
+  kernels: str
   max_nonfinite: int
   log_every: int
   replica_check_every: int

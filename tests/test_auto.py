@@ -3,9 +3,10 @@
 import dataclasses
 
 import helpers
+import jax
 import pytest
 
-from matformer_jax import UserError
+from matformer_jax import UserError, sharding
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.tpu import chips
 from matformer_jax.training import auto
@@ -41,3 +42,15 @@ def test_memory_for_logits():
   assert make("tpu", logits_gib=1.5).logits_bytes == 3 * 2**29
   with pytest.raises(UserError, match="logits_gib=-1"):
     make("tpu", logits_gib=-1)
+
+
+@pytest.mark.parametrize(
+  "changes,words",
+  [({"kernels": "some"}, "kernels='some'"), ({"logits_gib": -2.0}, "logits_gib=-2.0")],
+)
+def test_mistakes(changes, words):
+  config = helpers.get_config("tiny")
+  config.update(changes)
+  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  with pytest.raises(UserError, match=words):
+    auto.choose_execution(config, MatLMConfig.from_dict(config.model), mesh, {})

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
+
+import jax.numpy as jnp
 
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
+from matformer_jax.config import MatLMConfig
 from matformer_jax.config_keys import Config
 from matformer_jax.errors import UserError
+from matformer_jax.models import losses
 from matformer_jax.planning.estimate import plan_decode, plan_step
 from matformer_jax.planning.slices import parse_mesh, topology_devices
 from matformer_jax.tasks import make_task_without_data
@@ -75,6 +80,8 @@ def make_plan(
     "dtype": trainer.execution.dtype,
     "remat": trainer.execution.remat,
     "attention": "flash" if trainer.execution.kernels else "blocks",
+    "layers": "scanned" if trainer.execution.scan_layers else "unrolled",
+    "loss": _loss_in_words(trainer),
     "optimizer": config.optim.name,
     "steps": config.steps,
     "granularities": {},
@@ -95,6 +102,22 @@ def make_plan(
   plan["fits"] = all(row["fits"] for row in plan["granularities"].values())
   plan["advice"] = advice(plan, config)
   return plan
+
+
+def loss_cut(trainer: Trainer) -> tuple[int, Any]:
+  """(chunks of the logits on a device, tiles of the loss's kernels or None)."""
+  config = trainer.task.model_config
+  if not isinstance(config, MatLMConfig):
+    return 1, None
+  parts = sharding.batch_shards(trainer.mesh) * trainer.config.grad_accum
+  shape = (trainer.config.batch_size // parts, config.num_tokens, config.d_model)
+  execution = dataclasses.replace(trainer.execution, per_device=True)
+  return losses.cut(shape, config.vocab_size, jnp.dtype(execution.dtype), execution)
+
+
+def _loss_in_words(trainer: Trainer) -> str:
+  chunks, tiles = loss_cut(trainer)
+  return f"{chunks} chunk{'s'[: chunks > 1]}, {'kernels' if tiles else 'XLA'}"
 
 
 def _totals(row, steps: int, count: int) -> dict[str, float]:

@@ -33,7 +33,8 @@ def plan_tables(plan: dict[str, Any]) -> str:
   head = (
     f"{plan['topology']}: {plan['chips']} chips, {plan['cores']} cores, mesh {plan['mesh']}, "
     f"{plan['tokens_per_step']:,} {plan['unit']}/step, {plan['dtype']}, remat {plan['remat']}, "
-    f"{plan['attention']} attention, {plan['optimizer']}"
+    f"{plan['layers']} layers, {plan['attention']} attention, loss in {plan['loss']}, "
+    f"{plan['optimizer']}"
   )
   gib = lambda value: f"{value / GIB:.2f}"
   mib = lambda value: f"{value / 2**20:,.0f}"

@@ -11,20 +11,17 @@ from collections.abc import Callable, Iterator
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
 from matformer_jax import granularity as gran
 from matformer_jax import sharding, tables
-from matformer_jax.config import MatLMConfig
 from matformer_jax.config_keys import Config
 from matformer_jax.errors import UserError
-from matformer_jax.models import losses
 from matformer_jax.planning import estimate, plan
 from matformer_jax.tpu import chips
 from matformer_jax.training.trainer import Trainer
 
 MARGIN = 0.05  # of a core's memory, kept free
 FINALISTS = 2
+TOO_LARGE = 3  # candidates for which memory is looked for
 REMAT = ("products", "dots_no_batch", "attn_out_ffn_pre", "attn_out", "full", "none")
 Overrides = dict[str, Any]  # config key -> value, e.g. {"mesh.fsdp": 64}
 
@@ -76,7 +73,7 @@ class Search:
   def run(self) -> None:
     """Tries the config as it is, then one setting after the other."""
     self.attempt({})
-    for options in (self._remats, self._meshes, self._layers, self._micro_batches, self._logits):
+    for options in (self._remats, self._logits, self._micro_batches, self._meshes, self._layers):
       for overrides in options():
         self.attempt(overrides)
 
@@ -128,12 +125,6 @@ class Search:
     for layers in ("unrolled", "scanned"):
       yield self._from_best(layers=layers)
 
-  def _micro_batches(self) -> Iterator[Overrides]:
-    """Halves the batch for what did not fit."""
-    for rung in self._too_large():
-      for parts in (2, 4):
-        yield rung.overrides | {"grad_accum": parts * self.config.grad_accum}
-
   def _logits(self) -> Iterator[Overrides]:
     """Fewer logits at a time for what did not fit, and more where they are in chunks."""
     for rung in self._too_large():
@@ -145,8 +136,17 @@ class Search:
         break
       best = self.best
 
+  def _micro_batches(self) -> Iterator[Overrides]:
+    """Halves the batch for what did not fit."""
+    for rung in self._too_large():
+      yield rung.overrides | {"grad_accum": 2 * rung.settings["grad_accum"]}
+
   def _too_large(self) -> list[Rung]:
-    return [rung for rung in self.ladder if rung.row and not fits(rung.row)]
+    """What would be faster than the best if there were more memory, fastest first."""
+    limit = self.best.seconds if self.best else float("inf")
+    time = lambda rung: rung.row.get("step_time_s", 0.0)
+    wanted = [r for r in self.ladder if r.row and not fits(r.row) and time(r) < limit]
+    return sorted(wanted, key=time)[:TOO_LARGE]
 
 
 def tune(
@@ -217,20 +217,9 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     "remat": execution.remat,
     "layers": "scanned" if execution.scan_layers else "unrolled",
     "grad_accum": trainer.config.grad_accum,
-    "chunks": _chunks(trainer),
+    "chunks": plan.loss_cut(trainer)[0],
     "logits_gib": execution.logits_bytes / chips.GIB,
   }
-
-
-def _chunks(trainer: Trainer) -> int:
-  """Of the logits, on a device."""
-  config = trainer.task.model_config
-  if not isinstance(config, MatLMConfig):
-    return 1
-  parts = sharding.batch_shards(trainer.mesh) * trainer.config.grad_accum
-  shape = (trainer.config.batch_size // parts, config.num_tokens, config.d_model)
-  execution = dataclasses.replace(trainer.execution, per_device=True)
-  return losses.cut(shape, config.vocab_size, jnp.dtype(execution.dtype), execution)[0]
 
 
 def in_words(settings: dict[str, Any]) -> str:

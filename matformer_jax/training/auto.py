@@ -10,8 +10,10 @@ import jax
 from matformer_jax import sharding
 from matformer_jax.config import Execution, MatLMConfig, ModelConfig
 from matformer_jax.config_keys import Config
+from matformer_jax.errors import UserError
 from matformer_jax.tpu import chips
 
+KERNELS = ("auto", "none")
 # Layers of which a TPU program is unrolled: 11% off 850M's step on a v5p, and twice the time to
 # compile, which grows with their number.
 UNROLLED = 32
@@ -28,10 +30,10 @@ def choose_execution(
     state: shapes and shardings of the train state.
 
   Raises:
-    UserError: for an unknown dtype, remat policy or way to run layers, or for negative memory.
+    UserError: for a setting with a value that it cannot have.
   """
   device = mesh.devices.flat[0]
-  layers, remat = getattr(config, "layers", "auto"), config.remat  # older runs lack the former
+  layers, remat = getattr(config, "layers", "auto"), config.remat  # older runs have none
   if layers == "auto" and device.platform == "tpu" and model_config.num_layers <= UNROLLED:
     layers = "unrolled"
   execution = Execution.for_platform(
@@ -43,6 +45,11 @@ def choose_execution(
     layers,
     getattr(config, "logits_gib", 0.0),
   )
+  kernels = getattr(config, "kernels", "auto")
+  if kernels not in KERNELS:
+    raise UserError(f"kernels={kernels!r} is not one of {KERNELS}")
+  if kernels == "none":
+    execution = dataclasses.replace(execution, kernels=None)
   tpu = chips.find(device.device_kind)
   if remat != "auto" or tpu is None:
     return execution
