@@ -14,15 +14,16 @@ from matformer_jax.training import auto
 POLICIES = ("none", "products", "attn_out")
 
 
-def chosen(row: str, rows: int, chip: str) -> str:
+def chosen(row: str, rows: int, chip: str, scanned: bool = False) -> str:
   config = MatLMConfig.from_dict(helpers.get_config(row).model)
   tpu = chips.TPUS[chip]
   logits = Execution.for_platform("tpu", device_kind=tpu.device_kind).logits_bytes
-  return auto.remat_for(POLICIES, config, rows, 2**30, logits, tpu)
+  return auto.remat_for(config, rows, 2**30, logits, tpu, scanned)
 
 
 def test_more_is_recomputed_where_memory_is_scarce():
   assert chosen("850M", 16, "v5p") == "none"
+  assert chosen("850M", 16, "v5p", scanned=True) == "products"
   assert chosen("2.6B", 4, "v5e") == "attn_out"
   assert chosen("2.6B", 64, "v5e") == "full"
   order = [*POLICIES, "full"]

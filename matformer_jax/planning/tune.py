@@ -22,7 +22,8 @@ from matformer_jax.training.trainer import Trainer
 MARGIN = 0.05  # of a core's memory, kept free
 FINALISTS = 2
 TOO_LARGE = 3  # candidates for which memory is looked for
-REMAT = ("products", "dots_no_batch", "attn_out_ffn_pre", "attn_out", "full", "none")
+# Each recomputes more than the one before, and keeps less.
+REMAT = ("none", "products", "dots_no_batch", "attn_out_ffn_pre", "attn_out", "full")
 Overrides = dict[str, Any]  # config key -> value, e.g. {"mesh.fsdp": 64}
 
 
@@ -106,8 +107,14 @@ class Search:
     return mine | {name.replace("__", "."): value for name, value in overrides.items()}
 
   def _remats(self) -> Iterator[Overrides]:
+    """Until two in a row fit and are no faster than what keeps more."""
+    slower = 0
     for remat in REMAT:
       yield self._from_best(remat=remat)
+      last = self.ladder[-1]
+      slower = slower + 1 if fits(last.row) and last is not self.best else 0
+      if slower == 2:
+        break
 
   def _meshes(self) -> Iterator[Overrides]:
     """More and less fsdp, each as long as it helps."""

@@ -54,30 +54,40 @@ def choose_execution(
   if remat != "auto" or tpu is None:
     return execution
   rows = config.batch_size // sharding.batch_shards(mesh) // config.grad_accum
-  # With a loop over layers, saving everything costs more than computing some of it again.
-  policies = ("products", "attn_out") if execution.scan_layers else ("none", "products", "attn_out")
-  policy = remat_for(policies, model_config, rows, tree_bytes(state), execution.logits_bytes, tpu)
+  policy = remat_for(
+    model_config,
+    rows,
+    tree_bytes(state),
+    execution.logits_bytes,
+    tpu,
+    execution.scan_layers,
+  )
   return dataclasses.replace(execution, remat=policy)
 
 
 def remat_for(
-  policies: tuple[str, ...],
   config: ModelConfig,
   rows: int,
   stored_bytes: int,
   logits_bytes: int,
   tpu: chips.Tpu,
+  scanned: bool,
 ) -> str:
-  """The first of some remat policies whose saved arrays fit; else `full`.
+  """The remat policy that recomputes least among those whose saved arrays fit.
 
   Args:
     config: of the universal model.
     rows: sequences or images of a micro-batch on one device.
     stored_bytes: parameters and optimizer state on one device.
     logits_bytes: as in Execution.
+    scanned: whether layers are a loop, in which saving everything costs more time than
+      computing some of it again.
   """
   left = _SHARE * tpu.hbm_bytes / tpu.cores_per_chip - stored_bytes
   left -= head_bytes(config, rows, logits_bytes)
+  if not scanned:
+    left -= gathered_bytes(config)
+  policies = ("products", "attn_out") if scanned else ("none", "products", "attn_out")
   return next((p for p in policies if saved_bytes(config, rows, p) <= left), "full")
 
 
@@ -98,12 +108,18 @@ def saved_bytes(config: ModelConfig, rows: int, remat: str) -> int:
   return 2 * rows * config.num_tokens * config.num_layers * per_token
 
 
+def gathered_bytes(config: ModelConfig) -> int:
+  """The layers' weights in bfloat16, gathered once for forward and backward."""
+  d, matrices = config.d_model, 3 if config.gated else 2
+  return 2 * config.num_layers * d * (4 * d + matrices * config.ffn_widths[-1])
+
+
 def head_bytes(config: ModelConfig, rows: int, logits_bytes: int) -> int:
-  """Of a vocabulary: a chunk's logits and their gradient, the embedding and its gradient."""
+  """Of a vocabulary: a chunk's logits and their gradient, the embedding, its float32 gradient."""
   if not isinstance(config, MatLMConfig):
     return 0
   logits = min(4 * rows * config.num_tokens * config.vocab_size, logits_bytes)
-  return logits * 3 // 2 + config.vocab_size * config.d_model * (2 + 4 + 2)
+  return logits * 3 // 2 + config.vocab_size * config.d_model * (2 + 4)
 
 
 def tree_bytes(tree) -> int:
