@@ -194,11 +194,44 @@ def plan_step(
   parts["batch and other"] = used["arguments"] + used["outputs"] - auto.tree_bytes(state)
   collectives = hlo.collectives(text)
   kinds = {kind: [c for c in collectives if c.kind == kind] for kind in hlo.KINDS}
+  jaxpr = traced.jaxpr.jaxpr
+  own = kernels(trainer, granularity, jaxpr)
+  flops = matmul_flops(jaxpr) / trainer.mesh.shape[sharding.TENSOR] + own.flops
+  timed = timing(text, own, flops, used, tpu)
+  config = trainer.task.model_config
+  model_flops = gran.count(config, granularity).train_flops * trainer.task.examples_per_step
+  peak = trainer.mesh.size * tpu.peak_flops / cores
+  return result | {
+    "fits": sum(parts.values()) <= capacity,
+    "hbm_bytes_per_core": sum(parts.values()),
+    "collective_bytes": {k: sum(c.bytes * c.times for c in v) for k, v in kinds.items() if v},
+    "collective_count": {k: sum(c.arrays * c.times for c in v) for k, v in kinds.items() if v},
+    **timed,
+    "flops_per_core": flops,
+    "model_flops": model_flops,
+    "mfu": model_flops / timed["step_time_s"] / peak,
+    "tokens_per_s": trainer.task.examples_per_step / timed["step_time_s"],
+    "compile_s": time.perf_counter() - started,
+    **({"top": dearest(text, tpu, top)} if top else {}),
+  }
+
+
+def timing(
+  text: str, own: Kernels, flops: float, used: dict[str, int], tpu: chips.Tpu
+) -> dict[str, Any]:
+  """Communication and time of one run of a program on one device.
+
+  Args:
+    text: its optimized HLO.
+    own: its Pallas kernels.
+    flops: of its matrix products and kernels.
+    used: its `memory`.
+    tpu: the chip it was compiled for.
+  """
+  cores = tpu.cores_per_chip
+  collectives = hlo.collectives(text)
   wire = sum(c.wire_bytes for c in collectives)
   exposed = sum(c.wire_bytes for c in collectives if not c.hidden)
-  tensor = trainer.mesh.shape[sharding.TENSOR]
-  own = kernels(trainer, granularity, traced.jaxpr.jaxpr)
-  flops = matmul_flops(traced.jaxpr.jaxpr) / tensor + own.flops
   peak, bandwidth = tpu.peak_flops / cores, tpu.hbm_bytes_per_s / cores
   bounds = {
     "compute_s": flops / peak,
@@ -211,24 +244,12 @@ def plan_step(
   busy = max(busy, bounds["compute_s"], bounds["memory_s"])
   # Around one ring, both ways: what XLA does not hide behind computation adds to the step.
   step_time = busy + exposed / (2 * tpu.link_bytes_per_s / cores)
-  config = trainer.task.model_config
-  model_flops = gran.count(config, granularity).train_flops * trainer.task.examples_per_step
-  return result | {
-    "fits": sum(parts.values()) <= capacity,
-    "hbm_bytes_per_core": sum(parts.values()),
-    "collective_bytes": {k: sum(c.bytes * c.times for c in v) for k, v in kinds.items() if v},
-    "collective_count": {k: sum(c.arrays * c.times for c in v) for k, v in kinds.items() if v},
+  return {
     "wire_bytes": int(wire),
     "exposed_wire_bytes": int(exposed),
-    "flops_per_core": flops,
-    "model_flops": model_flops,
     "estimated_cycles": cycles,
     "bounds": bounds,
     "step_time_s": step_time,
-    "mfu": model_flops / step_time / (peak * trainer.mesh.size),
-    "tokens_per_s": trainer.task.examples_per_step / step_time,
-    "compile_s": time.perf_counter() - started,
-    **({"top": dearest(text, tpu, top)} if top else {}),
   }
 
 
