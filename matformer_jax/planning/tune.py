@@ -86,7 +86,7 @@ class Search:
     except UserError:
       return  # a mesh or micro-batch that the sizes do not divide into
     settings = describe(trainer)
-    if any(rung.settings == settings for rung in self.ladder):
+    if any(_same(rung.settings, settings) for rung in self.ladder):
       return
     granularity = gran.parse(self.size, trainer.task.model_config)
     bound = estimate.least_seconds(trainer, granularity, tpu)
@@ -154,6 +154,11 @@ class Search:
     time = lambda rung: rung.row.get("step_time_s", 0.0)
     wanted = [r for r in self.ladder if r.row and not fits(r.row) and time(r) < limit]
     return sorted(wanted, key=time)[:TOO_LARGE]
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+  """Whether settings come to the same program: logits matter by their chunks alone."""
+  return {**a, "logits_gib": 0} == {**b, "logits_gib": 0}
 
 
 def tune(
