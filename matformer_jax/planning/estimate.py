@@ -28,9 +28,6 @@ from matformer_jax.training.trainer import Trainer
 # [T, T] x H products of the attention kernel; forward twice where its result is not kept.
 KERNEL_FORWARD, KERNEL_BACKWARD, KERNEL_BACKWARD_FUSED = 2, 7, 5
 KERNEL_KEPT = ("none", "products")  # remat policies
-# Of the peak. The schedules that the compiler makes of their tiles take 0.99 (d_model 1536) to
-# 1.14 (256) times as long as their products at peak; waiting for memory is not in them.
-LOSS_EFFICIENCY = 0.85
 
 
 def matmul_flops(jaxpr) -> float:
@@ -79,10 +76,21 @@ class Kernels:
     """Of all of them."""
     return self.attention + sum(flops for flops, _ in self.loss)
 
-  def seconds(self, peak: float, bandwidth: float) -> float:
-    """At a chip's FLOP/s or bytes/s, whichever takes longer."""
-    loss = sum(max(f / (LOSS_EFFICIENCY * peak), moved / bandwidth) for f, moved in self.loss)
-    return self.attention / peak + loss
+  def seconds(self, tpu: chips.Tpu) -> float:
+    """Attention at a core's peak; the loss at less, or at its memory's rate."""
+    peak, bandwidth = (x / tpu.cores_per_chip for x in (tpu.peak_flops, tpu.hbm_bytes_per_s))
+    rate = loss_efficiency(tpu) * peak
+    return self.attention / peak + sum(max(f / rate, b / bandwidth) for f, b in self.loss)
+
+
+def loss_efficiency(tpu: chips.Tpu) -> float:
+  """Of the peak, that the loss's kernels are taken to reach.
+
+  The instructions that the compiler schedules for a tile fit into the time of its products at
+  peak where d_model is 1536 or more, and take 1.13 times as long where it is 256; 1.4 times on
+  a v4, whose tiles are small. Waiting for memory is not in them.
+  """
+  return 0.85 if tpu.vmem_bytes >= 64 * chips.MIB else 0.7
 
 
 def kernels(trainer: Trainer, granularity: gran.Granularity, jaxpr) -> Kernels:
@@ -249,7 +257,7 @@ def timing(
     "network_s": wire / (tpu.links * tpu.link_bytes_per_s / cores),
   }
   cycles = hlo.estimated_cycles(text)
-  busy = cycles / tpu.clock_hz + own.seconds(peak, bandwidth)
+  busy = cycles / tpu.clock_hz + own.seconds(tpu)
   busy = max(busy, bounds["compute_s"], bounds["memory_s"])
   # Around one ring, both ways: what XLA does not hide behind computation adds to the step.
   step_time = busy + exposed / (2 * tpu.link_bytes_per_s / cores)
