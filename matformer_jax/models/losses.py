@@ -96,6 +96,10 @@ def _forward(hidden, embedding, targets, chunks, z_loss, tiles, with_grad):
   y = jnp.moveaxis(targets.reshape(batch, chunks, length // chunks), 1, 0)
   part = functools.partial(_part_by_kernels, tiles) if tiles else _part
 
+  # On CPU [D, V]: it is cheaper to transpose the narrow operand.
+  by_token = tiles is not None
+  product = "btd,btv->vd" if by_token else "btd,btv->dv"
+
   def chunk(sums, xs):
     x_c, y_c = xs
     lse, target, gradients = part(x_c, embedding, y_c)
@@ -105,12 +109,12 @@ def _forward(hidden, embedding, targets, chunks, z_loss, tiles, with_grad):
     if not with_grad:
       return (loss, z, d_embedding), None
     d_logits, d_x = gradients(scale, z_loss)
-    # [D, V], not [V, D]: on CPU it is cheaper to transpose the narrow operand.
-    d_embedding += jnp.einsum("btd,btv->dv", x_c, d_logits, preferred_element_type=jnp.float32)
+    d_embedding += jnp.einsum(product, x_c, d_logits, preferred_element_type=jnp.float32)
     return (loss, z, d_embedding), d_x
 
   zero = jnp.zeros((), jnp.float32)
-  accumulator = jnp.zeros((width, vocab) if with_grad else (), jnp.float32)
+  shape = (vocab, width) if by_token else (width, vocab)
+  accumulator = jnp.zeros(shape if with_grad else (), jnp.float32)
   (loss, z, d_embedding), d_x = _scan(chunk, (zero, zero, accumulator), (x, y))
   value = (loss * scale + z_loss * z * scale, loss * scale)
   if not with_grad:
@@ -118,7 +122,8 @@ def _forward(hidden, embedding, targets, chunks, z_loss, tiles, with_grad):
   d_embedding = jax.lax.optimization_barrier(d_embedding)
   assert d_x is not None
   d_hidden = jnp.moveaxis(d_x, 0, 1).reshape(hidden.shape)
-  return value, (d_hidden, d_embedding.T.astype(embedding.dtype))
+  d_embedding = d_embedding if by_token else d_embedding.T
+  return value, (d_hidden, d_embedding.astype(embedding.dtype))
 
 
 def _part(x, embedding, y):
