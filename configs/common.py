@@ -34,11 +34,11 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
       grad_accum=1,
       dtype="auto",  # compute: float32 on CPU, bfloat16 elsewhere; parameters are float32
       # What layers keep for the backward pass: full (their inputs only), attn_out, dots_no_batch,
-      # attn_out_ffn_pre, products, none (all). auto: none on CPU; on a TPU the first of none (of
-      # unrolled layers), products, attn_out and full that fits; attn_out elsewhere.
+      # attn_out_ffn_pre, products, none (all). auto: none on CPU; where the attention kernel runs,
+      # the first that fits of none (if unrolled), products, attn_out and full; else attn_out.
       remat="auto",
-      # scanned, or unrolled, which is faster and compiles longer. auto: unrolled on TPUs up to 32
-      # layers and on one CPU, scanned elsewhere.
+      # scanned, or unrolled, which is faster and compiles longer. auto: unrolled on one CPU, and
+      # up to 32 layers where the attention kernel runs; else scanned.
       layers="auto",
       logits_gib=0.0,  # logits that the loss holds at a time, per device; 0: a sixth of a TPU's
       kernels="auto",  # Pallas kernels on TPU v4 and later; none leaves attention and loss to XLA

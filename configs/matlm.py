@@ -4,7 +4,8 @@ Rows of Table 4 (16 layers, 16 heads, 256k vocabulary, 1024 context, 1M-token ba
 
   78M 180M 310M 463M 850M 2.6B
 
-and two small ones that run on the embedded corpus, the Python standard library:
+each as it is or as it trains fastest on a slice, e.g. 850M@v5p:4x4x4 (PLANS below), and two
+small ones that run on the embedded corpus, the Python standard library:
 
   quickstart   4 minutes on 2 CPU cores: make quickstart
   tiny         seconds; what the tests train
@@ -30,7 +31,21 @@ TABLE_4 = {
   "850M": (1536, 80),
   "2.6B": (3072, 80),  # named in the text; the paper gives no token count: 850M's is kept
 }
-ROWS = tuple(TABLE_4) + ("quickstart", "tiny")
+
+# ROW@SLICE: what `matformer pod_plan --config=matlm:ROW --topology=SLICE --tune` found, and its
+# estimate (libtpu 0.0.52) of a step's mean over the sizes. Other settings are left to `auto`.
+PLANS: dict[str, dict] = {
+  # 238 ms, 66.3% MFU, 4.41M tokens/s; XL 279 ms, 33.9 GiB: what `auto` comes to there, set down
+  "850M@v5p:4x4x4": {"remat": "none", "layers": "unrolled"},
+  # PLACEHOLDER
+  "2.6B@v5e:16x16": {
+    "remat": "products",
+    "layers": "unrolled",
+    "mesh.fsdp": 64,
+    "logits_gib": 1.33,
+  },
+}
+ROWS = (*TABLE_4, *PLANS, "quickstart", "tiny")
 
 
 def get_config(row: str = "quickstart") -> ml_collections.ConfigDict:
@@ -38,8 +53,10 @@ def get_config(row: str = "quickstart") -> ml_collections.ConfigDict:
   if row not in ROWS:
     raise ValueError(f"configs/matlm.py has no row {row!r}; rows are {', '.join(ROWS)}")
   config = _base()
-  if row in TABLE_4:
-    _table_4(config, *TABLE_4[row])
+  size = row.partition("@")[0]
+  if size in TABLE_4:
+    _table_4(config, *TABLE_4[size])
+    config.update_from_flattened_dict(PLANS.get(row, {}))
   elif row == "quickstart":
     _quickstart(config)
   else:

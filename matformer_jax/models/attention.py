@@ -22,9 +22,14 @@ from matformer_jax import sharding
 
 def self_attention(q, k, v, causal: bool, execution, origin_BxT=None) -> jax.Array:
   """Attention of [B, A, N, T, H] to itself, by what suits the device; see `blocked_attention`."""
-  if execution.kernels and q.shape[3] % 128 == 0:
+  if runs_kernel(q.shape[3], execution):
     return flash_attention(q, k, v, causal, execution, origin_BxT)
   return blocked_attention(q, k, v, causal, execution.attention_block, origin_BxT)
+
+
+def runs_kernel(length: int, execution) -> bool:
+  """Whether attention to that many tokens is `flash_attention`."""
+  return execution.kernels is not None and length % 128 == 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

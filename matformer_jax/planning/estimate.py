@@ -114,7 +114,7 @@ def attention_flops(
   """
   config = trainer.task.model_config
   length = config.num_tokens
-  if not trainer.execution.kernels or length % 128:
+  if not attention.runs_kernel(length, trainer.execution):
     return 0.0
   heads = sum(config.head_counts[i] for i in granularity.heads)
   rows = trainer.config.batch_size / sharding.batch_shards(trainer.mesh)

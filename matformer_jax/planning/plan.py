@@ -12,7 +12,7 @@ from matformer_jax import sharding
 from matformer_jax.config import MatLMConfig
 from matformer_jax.config_keys import Config
 from matformer_jax.errors import UserError
-from matformer_jax.models import losses
+from matformer_jax.models import attention, losses
 from matformer_jax.planning.estimate import plan_decode, plan_step
 from matformer_jax.planning.slices import parse_mesh, topology_devices
 from matformer_jax.tasks import make_task_without_data
@@ -68,6 +68,7 @@ def make_plan(
     )
   names = list(granularities) or trainer.names
   count = mesh.size // tpu.cores_per_chip
+  flash = attention.runs_kernel(model_config.num_tokens, trainer.execution)
   plan: dict[str, Any] = {
     "topology": topology,
     "chips": count,
@@ -79,7 +80,7 @@ def make_plan(
     "grad_accum": config.grad_accum,
     "dtype": trainer.execution.dtype,
     "remat": trainer.execution.remat,
-    "attention": "flash" if trainer.execution.kernels else "blocks",
+    "attention": "flash" if flash else "blocks",
     "layers": "scanned" if trainer.execution.scan_layers else "unrolled",
     "loss": _loss_in_words(trainer),
     "optimizer": config.optim.name,

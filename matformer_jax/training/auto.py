@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,11 +12,12 @@ from matformer_jax import sharding
 from matformer_jax.config import Execution, MatLMConfig, ModelConfig
 from matformer_jax.config_keys import Config
 from matformer_jax.errors import UserError
+from matformer_jax.models import attention
 from matformer_jax.tpu import chips
 
 KERNELS = ("auto", "none")
-# Layers of which a TPU program is unrolled: 11% off 850M's step on a v5p, and twice the time to
-# compile, which grows with their number.
+# Layers of which a TPU program with the attention kernel is unrolled: 14% off 850M's step on a
+# v5p, and twice the time to compile, which grows with their number.
 UNROLLED = 32
 _SHARE = 0.9  # of a core's memory; the rest is for what `remat_for` does not count
 _LANES = 128  # to which the attention kernel pads heads
@@ -33,36 +35,33 @@ def choose_execution(
     UserError: for a setting with a value that it cannot have.
   """
   device = mesh.devices.flat[0]
-  layers, remat = getattr(config, "layers", "auto"), config.remat  # older runs have none
-  if layers == "auto" and device.platform == "tpu" and model_config.num_layers <= UNROLLED:
-    layers = "unrolled"
+  get = functools.partial(getattr, config)  # older runs lack some keys
+  layers, kernels = get("layers", "auto"), get("kernels", "auto")
   execution = Execution.for_platform(
     device.platform,
     mesh,
     config.dtype,
-    remat,
+    config.remat,
     device.device_kind,
     layers,
-    getattr(config, "logits_gib", 0.0),
+    get("logits_gib", 0.0),
   )
-  kernels = getattr(config, "kernels", "auto")
   if kernels not in KERNELS:
     raise UserError(f"kernels={kernels!r} is not one of {KERNELS}")
   if kernels == "none":
     execution = dataclasses.replace(execution, kernels=None)
   tpu = chips.find(device.device_kind)
-  if remat != "auto" or tpu is None:
+  # Without the attention kernel scores are saved or computed again, which is not counted below.
+  if tpu is None or not attention.runs_kernel(model_config.num_tokens, execution):
     return execution
-  rows = config.batch_size // sharding.batch_shards(mesh) // config.grad_accum
-  policy = remat_for(
-    model_config,
-    rows,
-    tree_bytes(state),
-    execution.logits_bytes,
-    tpu,
-    execution.scan_layers,
-  )
-  return dataclasses.replace(execution, remat=policy)
+  if layers == "auto":
+    execution = dataclasses.replace(execution, scan_layers=model_config.num_layers > UNROLLED)
+  if config.remat == "auto":
+    rows = config.batch_size // sharding.batch_shards(mesh) // config.grad_accum
+    sizes = rows, tree_bytes(state), execution.logits_bytes
+    remat = remat_for(model_config, *sizes, tpu, execution.scan_layers)
+    execution = dataclasses.replace(execution, remat=remat)
+  return execution
 
 
 def remat_for(
