@@ -36,7 +36,7 @@ def main(argv) -> None:
     raise UserError("--topology is missing; give e.g. --topology=v3:16x16, or list")
   say = lambda message: print(message, file=sys.stderr, flush=True)
   if _TUNE.value:
-    _tune(config, say)
+    _tune(config, _TOPOLOGY.value, say)
     return
   plan = make_plan(
     config,
@@ -50,7 +50,7 @@ def main(argv) -> None:
   print(json.dumps(plan, indent=1) if _JSON.value else "\n" + plan_tables(plan))
 
 
-def _tune(config, say) -> None:
+def _tune(config, topology: str, say) -> None:
   for flag, given in (("mesh", _MESH.value), ("decode_batch", _DECODE_BATCH.value)):
     if given:
       raise UserError(f"--{flag}={given} is not for --tune, which starts from the config's mesh")
@@ -58,7 +58,7 @@ def _tune(config, say) -> None:
     raise UserError(
       f"--granularities={','.join(_GRANULARITIES.value)}: --tune compares candidates for one size"
     )
-  result = tune.tune(config, _TOPOLOGY.value, "".join(_GRANULARITIES.value), say)
+  result = tune.tune(config, topology, "".join(_GRANULARITIES.value), say)
   print(json.dumps(result, indent=1) if _JSON.value else "\n" + tune.tune_tables(result))
 
 
