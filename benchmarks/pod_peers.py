@@ -181,7 +181,8 @@ def compile_steps(
     if step:
       theirs[remat] = step
   if not theirs:
-    raise UserError(f"MaxText's step of {row} does not fit with --maxtext_remat={remat}")
+    tried = ",".join(_MAXTEXT_REMAT.value)
+    raise UserError(f"MaxText's step of {row} does not fit with --maxtext_remat={tried}")
   return ours, theirs
 
 

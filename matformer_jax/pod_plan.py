@@ -51,9 +51,11 @@ def main(argv) -> None:
 
 
 def _tune(config, topology: str, say) -> None:
-  for flag, given in (("mesh", _MESH.value), ("decode_batch", _DECODE_BATCH.value)):
-    if given:
-      raise UserError(f"--{flag}={given} is not for --tune, which starts from the config's mesh")
+  for flag in (_MESH, _DECODE_BATCH, _TOP):
+    if flag.value:
+      raise UserError(
+        f"--{flag.name}={flag.value} is not for --tune, which searches from the config as it is"
+      )
   if len(_GRANULARITIES.value) > 1:
     raise UserError(
       f"--granularities={','.join(_GRANULARITIES.value)}: --tune compares candidates for one size"

@@ -1,9 +1,12 @@
 """What `auto` in a training config stands for, by chip and model."""
 
 import dataclasses
+import types
+from typing import Any
 
 import helpers
 import jax
+import numpy as np
 import pytest
 
 from matformer_jax import UserError, sharding
@@ -43,6 +46,42 @@ def test_memory_for_logits():
   assert make("tpu", logits_gib=1.5).logits_bytes == 3 * 2**29
   with pytest.raises(UserError, match="logits_gib=-1"):
     make("tpu", logits_gib=-1)
+
+
+def executed(chip: str = "TPU v5", seq_len: int = 1024, **changes) -> Execution:
+  """How 850M is run on one device with 4 GiB of parameters, and so of gradients."""
+  config = helpers.get_config("850M")
+  config.model.seq_len = seq_len
+  config.batch_size = 16
+  config.update(changes)
+  device = types.SimpleNamespace(platform="tpu", device_kind=chip)
+  mesh: Any = types.SimpleNamespace(
+    devices=np.array([device], object), shape=dict(data=1, fsdp=1, tensor=1), size=1
+  )
+  state: Any = types.SimpleNamespace(params={})
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(auto, "tree_bytes", lambda tree: 4 * 2**30 if tree == {} else 0)
+    return auto.choose_execution(config, MatLMConfig.from_dict(config.model), mesh, state)
+
+
+def test_how_a_step_is_run():
+  run = executed()
+  assert run.kernels is chips.TPUS["v5p"] and (run.remat, run.scan_layers) == ("none", False)
+  run = executed(layers="scanned")
+  assert (run.remat, run.scan_layers) == ("products", True)
+  run = executed(remat="full")
+  assert (run.remat, run.scan_layers) == ("full", False)
+  # Where the attention kernel does not run, what it saves is not what is counted.
+  for run in (executed(kernels="none"), executed("TPU v3"), executed(seq_len=1000)):
+    assert (run.remat, run.scan_layers) == ("attn_out", True)
+  assert executed(kernels="none").kernels is None and executed("TPU v3").kernels is None
+
+
+def test_gradients_of_micro_batches_are_counted():
+  """On a v5e, a second gradient of 4 GiB leaves less for what layers save."""
+  device = dict(chip="TPU v5 lite", logits_gib=0.5)
+  assert executed(batch_size=4, **device).remat == "none"
+  assert executed(batch_size=8, grad_accum=2, **device).remat == "products"
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,35 @@ def test_what_cannot_be_faster_is_not_compiled(compiled, monkeypatch):
   assert all(remat != "none" for remat, *_ in compiled)
 
 
+def test_micro_batches_until_it_fits(compiled, monkeypatch):
+  for remat, (seconds, _) in COST.items():
+    monkeypatch.setitem(COST, remat, (seconds, 40))
+  config = tiny_config()
+  config.mesh.update(dict(data=1, fsdp=8))
+  assert tune.tune(config, "v5e:2x4")["settings"]["grad_accum"] == 4
+
+
+def test_a_policy_that_is_tried_already_does_not_count_as_slower(compiled, monkeypatch):
+  """What recomputes more is faster here, as where it makes XLA copy less."""
+  for i, remat in enumerate(COST):
+    monkeypatch.setitem(COST, remat, (2.0 - 0.1 * i, 8))
+  assert tune.tune(tiny_config(remat="products"), "v5e:2x4")["settings"]["remat"] == "full"
+
+
+def test_the_winner_fits_for_every_size(compiled, monkeypatch):
+  make_plan = plan.make_plan
+
+  def too_large_for_some(config, topology, say):
+    whole = make_plan(config, topology, say=say)
+    return whole if config.remat == "full" else whole | {"mean": None}
+
+  monkeypatch.setattr(plan, "make_plan", too_large_for_some)
+  assert tune.tune(tiny_config(), "v5e:2x4")["settings"]["remat"] == "full"
+  monkeypatch.setattr(plan, "make_plan", lambda *args, say: {"mean": None, "granularities": {}})
+  with pytest.raises(UserError, match="for all sizes"):
+    tune.tune(tiny_config(), "v5e:2x4")
+
+
 def test_nothing_fits(compiled, monkeypatch):
   for remat, (seconds, _) in COST.items():
     monkeypatch.setitem(COST, remat, (seconds, 500))
@@ -109,5 +138,6 @@ def test_nothing_fits(compiled, monkeypatch):
 def test_keys_that_older_configs_lack():
   config = tiny_config()
   del config.logits_gib
+  config.lock()  # as a program's is
   assert tune.changed(config, {"logits_gib": 2.0, "mesh.fsdp": 2}).logits_gib == 2.0
   assert jax.device_count() == 8  # what the meshes above divide

@@ -119,8 +119,10 @@ class Attention(nn.Module):
     w_qkv = _weight(self, "attention", "qkv", init(), (3,) + shape)
     w_out = _weight(self, "attention", "out", init(residual=True), shape)
     b_qkv = _bias(self, "attention", "qkv", (3,) + shape[:-1])
-    project = self._split_one_product if exe.flat_weights else self._project_each
-    q, k, v = project(x_BxTxD, w_qkv, b_qkv)
+    if exe.flat_weights:
+      q, k, v = self._split_one_product(x_BxTxD, w_qkv, b_qkv)
+    else:
+      q, k, v = self._project_each(x_BxTxD, w_qkv, b_qkv, one_group=cache is None)
     if cfg.rope_base:
       rope = ops.apply_rope if exe.flat_weights else ops.apply_rope_by_product
       sin_cos = _rope_at(cfg, q.shape[3], start, cache, origin_BxT)
@@ -154,13 +156,17 @@ class Attention(nn.Module):
       tuple(jnp.squeeze(part, 2).transpose(0, 2, 3, 1, 4) for part in qkv)
     )
 
-  def _project_each(self, x_BxTxD, w_qkv, b_qkv):
-    """The same, each written as attention reads it, so that nothing is transposed."""
-    one_group = lambda w: w.reshape((1, -1) + w.shape[2:])
-    heads = [ops.project_heads(x_BxTxD, one_group(w_qkv[i])) for i in range(3)]
+  def _project_each(self, x_BxTxD, w_qkv, b_qkv, one_group: bool):
+    """The same, each written as attention reads it, so that nothing is transposed.
+
+    With `one_group` of all heads, [B, 1, A * N, T, H]: two axes of heads cost XLA copies. A cache
+    has them apart.
+    """
+    merged = lambda w: w.reshape((1, -1) + w.shape[2:]) if one_group else w
+    heads = [ops.project_heads(x_BxTxD, merged(w_qkv[i])) for i in range(3)]
     if b_qkv is None:
       return heads
-    return [x + one_group(b_qkv[i])[:, :, None] for i, x in enumerate(heads)]
+    return [x + merged(b_qkv[i])[:, :, None] for i, x in enumerate(heads)]
 
 
 class Block(nn.Module):

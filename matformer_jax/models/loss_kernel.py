@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from matformer_jax.tpu import chips
 
 _LANES = 128
+_LEAST_VOCAB = 256  # of a tile: sums of narrower ones take longer than their products
 _VMEM_SPARE = 2 * 2**20  # of what the chip has, for the compiler
 
 
@@ -48,7 +49,7 @@ def choose_tiles(rows: int, vocab: int, width: int, tpu: chips.Tpu) -> Tiles | N
   fitting = [
     (r, v)
     for r in (512, 256, _LANES)
-    for v in range(2048, 0, -_LANES)
+    for v in range(2048, _LEAST_VOCAB - 1, -_LANES)
     if rows % r == 0 and vocab % v == 0 and _tile_bytes(r, v, width) <= limit
   ]
   if not fitting:

@@ -30,10 +30,11 @@ def cut(shape: tuple[int, int, int], vocab_size: int, dtype, execution: Executio
   alone = mesh is None or (execution.per_device and mesh.shape[sharding.TENSOR] == 1)
   if tpu and alone and dtype == jnp.bfloat16:
     kept = 4 if loss_kernel.keep_logits(width, tpu) else 2  # bytes
-    chunks = num_chunks((batch, length), vocab_size, execution, kept)
-    tiles = loss_kernel.choose_tiles(batch * length // chunks, vocab_size, width, tpu)
-    if tiles:
-      return chunks, tiles
+    fewest = num_chunks((batch, length), vocab_size, execution, kept)
+    for chunks in (n for n in range(fewest, length + 1) if length % n == 0):
+      tiles = loss_kernel.choose_tiles(batch * length // chunks, vocab_size, width, tpu)
+      if tiles:
+        return chunks, tiles
   return num_chunks((batch, length), vocab_size, execution), None
 
 

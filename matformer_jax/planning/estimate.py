@@ -42,7 +42,7 @@ def _product_flops(eqn) -> float:
 
 
 def _equations(jaxpr, primitive: str, times: int = 1) -> Iterator[tuple[Any, int]]:
-  """(equation, how often it runs) of a primitive, outside of kernels."""
+  """(equation, how often it runs) of a primitive, outside of kernels; in every branch."""
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == primitive:
       yield eqn, times

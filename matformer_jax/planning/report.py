@@ -12,7 +12,7 @@ from matformer_jax.tpu.chips import GIB
 def _dearest_tables(name: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
   ms = lambda row: f"{row['ms']:,.2f}"
   return [
-    f"{name}: the dearest operations of a step, without the attention kernel",
+    f"{name}: the dearest operations of a step, without Pallas kernels",
     tables.table(
       ["ms", "times", "result", "source", "operation"],
       [
@@ -137,7 +137,8 @@ def plan_tables(plan: dict[str, Any]) -> str:
   note = (
     "Compute counts executed products, recomputation included, at peak; memory every live "
     "byte written and read once; network all links at once. The estimate adds XLA's cycle "
-    "counts and what it does not hide of the communication, around one ring. MFU counts "
-    "model FLOPs only. Days and chip-hours are for all steps of the config."
+    "counts, Pallas kernels (attention at peak, the loss at 70 or 85% of it), and what XLA does "
+    "not hide of the communication, around one ring. MFU counts model FLOPs only. Days and "
+    "chip-hours are for all steps of the config."
   )
   return "\n\n".join([*tables_, *plan["advice"], note])

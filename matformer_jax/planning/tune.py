@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 from typing import Any
+
+import jax
 
 from matformer_jax import granularity as gran
 from matformer_jax import sharding, tables
@@ -94,8 +97,11 @@ class Search:
     if best and bound >= best.seconds:
       row, verdict = {}, f"skipped: takes {1e3 * bound:,.0f} ms or more"
     else:
-      row = estimate.plan_step(trainer, granularity, tpu)
-      verdict = "does not fit" if not fits(row) else ""
+      try:
+        row = estimate.plan_step(trainer, granularity, tpu)
+        verdict = "does not fit" if not fits(row) else ""
+      except jax.errors.JaxRuntimeError as e:
+        row, verdict = {}, f"does not compile: {str(e).splitlines()[0][:80]}"
       if fits(row) and (best is None or row["step_time_s"] < best.seconds):
         verdict = "best so far"
     self.ladder.append(Rung(overrides, settings, row, verdict))
@@ -110,9 +116,10 @@ class Search:
     """Until two in a row fit and are no faster than what keeps more."""
     slower = 0
     for remat in REMAT:
+      before = len(self.ladder)
       yield self._from_best(remat=remat)
-      last = self.ladder[-1]
-      slower = slower + 1 if fits(last.row) and last is not self.best else 0
+      for rung in self.ladder[before:]:
+        slower = slower + 1 if fits(rung.row) and rung is not self.best else 0
       if slower == 2:
         break
 
@@ -134,8 +141,7 @@ class Search:
 
   def _logits(self) -> Iterator[Overrides]:
     """Fewer logits at a time for what did not fit, and more where they are in chunks."""
-    for rung in self._too_large():
-      yield rung.overrides | {"logits_gib": rung.settings["logits_gib"] / 2}
+    yield from self._until_it_fits("logits_gib", 0.5)
     best = self.best
     while best and best.settings["chunks"] > 1:
       yield self._from_best(logits_gib=2 * best.settings["logits_gib"])
@@ -145,15 +151,24 @@ class Search:
 
   def _micro_batches(self) -> Iterator[Overrides]:
     """Halves the batch for what did not fit."""
-    for rung in self._too_large():
-      yield rung.overrides | {"grad_accum": 2 * rung.settings["grad_accum"]}
+    yield from self._until_it_fits("grad_accum", 2)
+
+  def _until_it_fits(self, name: str, factor: float) -> Iterator[Overrides]:
+    """Multiplies a setting of each candidate that did not fit, again while it does not."""
+    for rung in self._too_large()[:TOO_LARGE]:
+      while True:
+        before = len(self.ladder)
+        yield rung.overrides | {name: factor * rung.settings[name]}
+        if len(self.ladder) == before or self.ladder[-1] not in self._too_large():
+          break
+        rung = self.ladder[-1]
 
   def _too_large(self) -> list[Rung]:
     """What would be faster than the best if there were more memory, fastest first."""
     limit = self.best.seconds if self.best else float("inf")
     time = lambda rung: rung.row.get("step_time_s", 0.0)
     wanted = [r for r in self.ladder if r.row and not fits(r.row) and time(r) < limit]
-    return sorted(wanted, key=time)[:TOO_LARGE]
+    return sorted(wanted, key=time)
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -185,15 +200,22 @@ def tune(
   if not fitting:
     raise UserError(
       f"nothing that was tried leaves {100 * MARGIN:.0f}% of a core's memory free on {topology}; "
-      "take a larger slice or a smaller batch_size"
+      "take a larger slice, a smaller batch_size, or a larger --config.grad_accum"
     )
   finalists = []
-  for rung in fitting[:FINALISTS]:
+  for rung in fitting:
     say(f"all sizes with {in_words(rung.settings)}")
     whole = plan.make_plan(changed(config, rung.overrides), topology, say=say)
-    finalists.append({"overrides": rung.overrides, "settings": rung.settings, "plan": whole})
-  possible = [f for f in finalists if all(map(fits, f["plan"]["granularities"].values()))]
-  winner = min(possible or finalists[:1], key=lambda f: f["plan"]["mean"]["step_time_s"])
+    if whole["mean"] and all(map(fits, whole["granularities"].values())):
+      finalists.append({"overrides": rung.overrides, "settings": rung.settings, "plan": whole})
+    if len(finalists) == FINALISTS:
+      break
+  if not finalists:
+    raise UserError(
+      f"what fits {topology} for {search.size} does not fit for all sizes; take a larger slice, a "
+      "smaller batch_size, or a larger --config.grad_accum"
+    )
+  winner = min(finalists, key=lambda f: f["plan"]["mean"]["step_time_s"])
   return {
     "topology": topology,
     "size": search.size,
@@ -212,10 +234,9 @@ def changed(config: Config, overrides: Overrides) -> Config:
   """A copy of a config with some keys set."""
   copy = config.copy_and_resolve_references()
   for name, value in overrides.items():
-    if "." not in name and name not in copy:
-      copy[name] = value  # a key that configs made before do not have
-    else:
-      copy.update_from_flattened_dict({name: value})
+    with copy.unlocked():  # a config made before may lack the key
+      *sections, key = name.split(".")
+      functools.reduce(getattr, sections, copy)[key] = value
   return copy
 
 

@@ -58,7 +58,9 @@ def choose_execution(
     execution = dataclasses.replace(execution, scan_layers=model_config.num_layers > UNROLLED)
   if config.remat == "auto":
     rows = config.batch_size // sharding.batch_shards(mesh) // config.grad_accum
-    sizes = rows, tree_bytes(state), execution.logits_bytes
+    # A gradient, and while micro-batches are added up a second one.
+    gradients = (1 + (config.grad_accum > 1)) * tree_bytes(state.params)
+    sizes = rows, tree_bytes(state) + gradients, execution.logits_bytes
     remat = remat_for(model_config, *sizes, tpu, execution.scan_layers)
     execution = dataclasses.replace(execution, remat=remat)
   return execution
@@ -77,7 +79,7 @@ def remat_for(
   Args:
     config: of the universal model.
     rows: sequences or images of a micro-batch on one device.
-    stored_bytes: parameters and optimizer state on one device.
+    stored_bytes: parameters, their gradients and optimizer state on one device.
     logits_bytes: as in Execution.
     scanned: whether layers are a loop, in which saving everything costs more time than
       computing some of it again.
