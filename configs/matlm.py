@@ -35,7 +35,7 @@ TABLE_4 = {
 # ROW@SLICE: what `matformer pod_plan --config=matlm:ROW --topology=SLICE --tune` found, and its
 # estimate of a step (libtpu 0.0.52). Other settings are left to `auto`.
 PLANS: dict[str, dict] = {
-  # mean over the sizes 238 ms, 66.3% MFU, 4.41M tokens/s; XL 279 ms, 33.9 GiB: what `auto` comes to there, set down
+  # mean over the sizes 238 ms, 66.3% MFU; XL 279 ms, 33.9 GiB: what `auto` comes to, set down
   "850M@v5p:4x4x4": {"remat": "none", "layers": "unrolled"},
   # XL 617 ms, 54.6% MFU, 11.1 of 16 GiB, S 443 ms; the row as it is: XL 704 ms
   "2.6B@v5e:16x16": {
