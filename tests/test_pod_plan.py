@@ -200,6 +200,15 @@ def test_a_plan_of_78m_on_a_small_slice():
       assert row["step_time_s"] >= max(row["bounds"].values())
 
 
+def test_a_plan_of_decoding():
+  """By a model whose steps are unrolled: it decodes in a loop, as a loaded one."""
+  args = ("--config.model.num_layers=2", "--config.model.vocab_size=8192", "--granularities=S")
+  told = plan(*args, "--decode_batch=16", env=QUICKLY)
+  assert told["layers"] == "unrolled"
+  row = told["granularities"]["S"]["decode"]
+  assert row["fits"] and row["tokens_per_s"] == pytest.approx(16 / row["token_time_s"])
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_told_with_a_way_out():
   args = (

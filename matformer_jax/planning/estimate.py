@@ -299,7 +299,9 @@ def plan_decode(
   """Memory and time of decoding one token of `batch` sequences with a cache of `length`."""
   mesh, config = trainer.mesh, trainer.task.model_config
   assert isinstance(config, MatLMConfig)
-  decoder = Decoder(config, dataclasses.replace(trainer.execution, remat="none"), granularity)
+  # A loaded model's layers are a loop on TPU, however they were trained.
+  execution = dataclasses.replace(trainer.execution, remat="none", scan_layers=True)
+  decoder = Decoder(config, execution, granularity)
   place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch",)))
   row: Any = lambda dtype, *shape: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=place)
   params = trainer.abstract_state.params
