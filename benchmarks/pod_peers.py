@@ -29,8 +29,7 @@ from timing import get_config
 from matformer_jax import cli, sharding, tables
 from matformer_jax import granularity as gran
 from matformer_jax.errors import UserError
-from matformer_jax.planning import estimate, slices
-from matformer_jax.tasks import make_task_without_data
+from matformer_jax.planning import estimate, plan, slices
 from matformer_jax.tpu import chips, hlo
 from matformer_jax.training.trainer import Trainer
 
@@ -71,10 +70,9 @@ class Step:
   def figures(self, tpu: chips.Tpu) -> dict[str, float]:
     """What the tables show of it as a whole."""
     timed = estimate.timing(self.text, self.kernels, self.flops, self.memory, tpu)
-    peak = self.devices * tpu.peak_flops / tpu.cores_per_chip
     return {
       "ms": 1e3 * timed["step_time_s"],
-      "mfu": self.model_flops / timed["step_time_s"] / peak,
+      "mfu": self.model_flops / timed["step_time_s"] / (self.devices * tpu.core_flops),
       "hbm_gib": sum(self.memory.values()) / 2**30,
       "wire_mib": timed["wire_bytes"] / 2**20,
       "exposed_mib": timed["exposed_wire_bytes"] / 2**20,
@@ -90,16 +88,11 @@ class Step:
     found["attention kernel"] = 1e3 * attention.seconds(tpu)
     found["loss kernels"] = 1e3 * self.kernels.seconds(tpu) - found["attention kernel"]
     exposed = sum(c.wire_bytes for c in hlo.collectives(self.text) if not c.hidden)
-    found["exposed collectives"] = 1e3 * exposed / (2 * tpu.link_bytes_per_s / tpu.cores_per_chip)
+    found["exposed collectives"] = 1e3 * exposed / tpu.core_ring_bytes_per_s
     return found
 
 
-def model_flops(trainer: Trainer, granularity: gran.Granularity) -> float:
-  count = gran.count(trainer.task.model_config, granularity)
-  return count.train_flops * trainer.task.examples_per_step
-
-
-def make_trainer(row: str, devices: list, overrides: dict[str, Any]) -> Trainer:
+def make_trainer(row: str, overrides: dict[str, Any]) -> Trainer:
   """Of a row of configs/matlm.py with other keys. Raises UserError where they do not fit."""
   config = get_config("matlm", row).lock()
   try:
@@ -107,26 +100,21 @@ def make_trainer(row: str, devices: list, overrides: dict[str, Any]) -> Trainer:
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     reason = str(e).strip("'").partition(" Other fields")[0]
     raise UserError(f"--overrides: {reason}") from e
-  task = make_task_without_data(config)
-  mesh = sharding.make_mesh(dict(config.mesh), devices)
-  sharding.check_model_fits_mesh(task.model_config, mesh)
-  sharding.check_batch(config.batch_size, config.grad_accum, mesh)
-  return Trainer(task, config, mesh)
+  return plan.open_trainer(config, _TOPOLOGY.value)[0]
 
 
 def our_step(trainer: Trainer, granularity: gran.Granularity) -> Step:
   """Raises estimate.DoesNotFit."""
   traced = trainer.trace(granularity)
   compiled, text = estimate.compile_program(traced.lower())
-  jaxpr = traced.jaxpr.jaxpr
-  kernels = estimate.kernels(trainer, granularity, jaxpr)
+  kernels, flops = estimate.work(trainer, granularity, traced.jaxpr.jaxpr)
   return Step(
     text=text,
     names=step_kinds.OURS,
     memory=estimate.memory(compiled),
     kernels=kernels,
-    flops=estimate.matmul_flops(jaxpr) / trainer.mesh.shape[sharding.TENSOR] + kernels.flops,
-    model_flops=model_flops(trainer, granularity),
+    flops=flops,
+    model_flops=estimate.model_flops(trainer, granularity),
     devices=trainer.mesh.size,
   )
 
@@ -148,8 +136,8 @@ def maxtext_step(maxtext: maxtext_peer.MaxText, trainer: Trainer, remat: str) ->
     names=step_kinds.MAXTEXT,
     memory=memory,
     kernels=estimate.Kernels(estimate.attention_flops(same, xl, MAXTEXT_BLOCKS), []),
-    flops=model_flops(trainer, xl) / mesh.size,  # at the least
-    model_flops=model_flops(trainer, xl),
+    flops=estimate.model_flops(trainer, xl) / mesh.size,  # at the least
+    model_flops=estimate.model_flops(trainer, xl),
     devices=mesh.size,
   )
 
@@ -167,12 +155,12 @@ def timed(what: str, make):
 
 
 def compile_steps(
-  row: str, devices: list, maxtext: maxtext_peer.MaxText
+  row: str, maxtext: maxtext_peer.MaxText
 ) -> tuple[dict[str, Step], dict[str, Step]]:
   """Ours by name, and MaxText's by remat policy."""
-  trainer = make_trainer(row, devices, _overrides())
+  trainer = make_trainer(row, _overrides())
   ratios = trainer.task.model_config.ffn_ratios
-  floor = make_trainer(row, devices, _overrides() | {"model.ffn_ratios": ratios[-1:]})
+  floor = make_trainer(row, _overrides() | {"model.ffn_ratios": ratios[-1:]})
   ours, theirs = {}, {}
   for name, of, i in (("ours", trainer, -1), ("floor", floor, -1), ("S", trainer, 0)):
     ours[name] = timed(f"{row}, {name}", lambda: our_step(of, of.granularities[i]))
@@ -246,7 +234,7 @@ def main(argv) -> None:
   for row in _ROWS.value:
     if row not in ROWS:
       raise UserError(f"--rows: no row {row!r}; rows are {', '.join(ROWS)}")
-  tpu, devices = slices.topology_devices(_TOPOLOGY.value)
+  tpu, _ = slices.topology_devices(_TOPOLOGY.value)
   _overrides()
   maxtext = maxtext_peer.MaxText(pathlib.Path(_MAXTEXT_ENV.value).expanduser().absolute())
   maxtext.slice_name(_TOPOLOGY.value)
@@ -256,11 +244,11 @@ def main(argv) -> None:
   result: dict[str, Any] = {}
   for row in _ROWS.value:
     try:
-      result[row] = report(row, *compile_steps(row, devices, maxtext), tpu)
+      result[row] = report(row, *compile_steps(row, maxtext), tpu)
     except estimate.DoesNotFit as e:
       raise UserError(
         f"our step of {row} does not fit a device ({e.bytes / 2**30:.1f} GiB of "
-        f"{tpu.hbm_bytes / tpu.cores_per_chip / 2**30:.0f}); try --overrides=remat=full"
+        f"{tpu.core_hbm_bytes / 2**30:.0f}); try --overrides=remat=full"
       ) from e
   print(json.dumps(result | {"versions": versions}))
 

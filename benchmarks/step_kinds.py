@@ -18,7 +18,6 @@ KINDS = (
   "loss kernels",
   "exposed collectives",
 )
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLS = re.compile(r" fusion\(.* calls=%?([\w.\-]+)")
 _PRODUCT = re.compile(r" (?:convolution|dot)\(")
 
@@ -60,20 +59,15 @@ def kind(operation: hlo.Operation, is_product: bool, names: Names) -> str:
 
 def products(text: str) -> set[str]:
   """Instructions of a TPU program that multiply matrices: `convolution`s, alone or in fusions."""
-  calls, computations, current = {}, set(), ""
-  found = set()
-  for line in text.splitlines():
-    header = _COMPUTATION.match(line)
-    if header:
-      current = header.group(1)
-      continue
-    name = line.strip().removeprefix("ROOT ").partition(" = ")[0].lstrip("%")
-    called = _CALLS.search(line)
-    if called:
-      calls[name] = (current, called.group(1))
-    elif _PRODUCT.search(line):
-      found.add(name)
-      computations.add(current)
+  calls, computations, found = {}, set(), set()
+  for current, lines in hlo.computations(text)[0].items():
+    for line in lines:
+      called = _CALLS.search(line)
+      if called:
+        calls[hlo.instruction(line)] = (current, called.group(1))
+      elif _PRODUCT.search(line):
+        found.add(hlo.instruction(line))
+        computations.add(current)
   while True:  # fusions lie in fusions
     fused = {name for name, (_, callee) in calls.items() if callee in computations}
     if fused <= found:

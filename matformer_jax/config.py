@@ -597,7 +597,7 @@ def _logits_bytes(tpu: chips.Tpu | None) -> int:
   Every chunk of logits reads the whole embedding and adds to its whole gradient: of 850M on a
   v5p, one chunk instead of 32 takes 12% off the step.
   """
-  return tpu.hbm_bytes // tpu.cores_per_chip // 6 if tpu else 512 * 2**20
+  return tpu.core_hbm_bytes // 6 if tpu else 512 * 2**20
 
 
 def _divisors(n: int) -> list[int]:

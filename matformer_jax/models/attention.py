@@ -188,6 +188,11 @@ def kernel_block(length: int, head_dim: int) -> tuple[int, bool]:
   return block, block == length
 
 
+def kernel_width(head_dim: int) -> int:
+  """To which the kernel pads heads."""
+  return -(-head_dim // 128) * 128
+
+
 def cached_attention(q, k, v, start, origin_BxT=None) -> jax.Array:
   """Attention of T new tokens to a cache that already holds their keys and values.
 

@@ -83,18 +83,13 @@ def logits_sums(x_RxD, embedding_VxD, targets_R, tiles: Tiles):
   """
   (rows, width), vocab, keep = x_RxD.shape, embedding_VxD.shape[0], tiles.keep_logits
   grid = (rows // tiles.rows, vocab // tiles.vocab)
-  per_row = pl.BlockSpec((tiles.rows, 1), lambda i, j: (i, 0))
+  of_rows, of_vocab, tile, per_row = _blocks(tiles, width)
   column = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
   whole = jax.ShapeDtypeStruct((rows, vocab), jnp.float32)
-  tile = pl.BlockSpec((tiles.rows, tiles.vocab), lambda i, j: (i, j))
   lse, target, *logits = pl.pallas_call(
     functools.partial(_sums_kernel, keep),
     grid=grid,
-    in_specs=[
-      pl.BlockSpec((tiles.rows, width), lambda i, j: (i, 0)),
-      pl.BlockSpec((tiles.vocab, width), lambda i, j: (j, 0)),
-      per_row,
-    ],
+    in_specs=[of_rows, of_vocab, per_row],
     out_specs=[per_row, per_row] + [tile] * keep,
     out_shape=[column, column] + [whole] * keep,
     scratch_shapes=[pltpu.VMEM((tiles.rows, _LANES), jnp.float32)] * 3,
@@ -155,20 +150,13 @@ def gradients(x_RxD, embedding_VxD, targets_R, lse_R, logits_RxV, scale, z_loss,
   """
   (rows, width), vocab = x_RxD.shape, embedding_VxD.shape[0]
   grid = (rows // tiles.rows, vocab // tiles.vocab)
-  per_row = pl.BlockSpec((tiles.rows, 1), lambda i, j: (i, 0))
-  of_rows = pl.BlockSpec((tiles.rows, width), lambda i, j: (i, 0))
-  tile = pl.BlockSpec((tiles.rows, tiles.vocab), lambda i, j: (i, j))
+  of_rows, of_vocab, tile, per_row = _blocks(tiles, width)
   kept = logits_RxV is not None
   products = 1 if kept else 2
   return pl.pallas_call(
     functools.partial(_gradients_kernel, kept, scale, z_loss),
     grid=grid,
-    in_specs=[
-      tile if kept else of_rows,
-      pl.BlockSpec((tiles.vocab, width), lambda i, j: (j, 0)),
-      per_row,
-      per_row,
-    ],
+    in_specs=[tile if kept else of_rows, of_vocab, per_row, per_row],
     out_specs=[tile, of_rows],
     out_shape=[
       jax.ShapeDtypeStruct((rows, vocab), x_RxD.dtype),
@@ -217,6 +205,16 @@ def _is_target(targets_ref, logits) -> jax.Array:
   """Which of a tile's logits are those of the targets."""
   first = pl.program_id(1) * logits.shape[1]
   return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets_ref[...] - first
+
+
+def _blocks(tiles: Tiles, width: int) -> tuple[pl.BlockSpec, ...]:
+  """Of rows [R, D], of the embedding [V, D], of logits [R, V], and of a number a row [R, 1]."""
+  return (
+    pl.BlockSpec((tiles.rows, width), lambda i, j: (i, 0)),
+    pl.BlockSpec((tiles.vocab, width), lambda i, j: (j, 0)),
+    pl.BlockSpec((tiles.rows, tiles.vocab), lambda i, j: (i, j)),
+    pl.BlockSpec((tiles.rows, 1), lambda i, j: (i, 0)),
+  )
 
 
 def _options(tiles: Tiles) -> dict:

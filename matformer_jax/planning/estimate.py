@@ -78,9 +78,9 @@ class Kernels:
 
   def seconds(self, tpu: chips.Tpu) -> float:
     """Attention at a core's peak; the loss at less, or at its memory's rate."""
-    peak, bandwidth = (x / tpu.cores_per_chip for x in (tpu.peak_flops, tpu.hbm_bytes_per_s))
-    rate = loss_efficiency(tpu) * peak
-    return self.attention / peak + sum(max(f / rate, b / bandwidth) for f, b in self.loss)
+    rate, bandwidth = loss_efficiency(tpu) * tpu.core_flops, tpu.core_hbm_bytes_per_s
+    loss = sum(max(flops / rate, moved / bandwidth) for flops, moved in self.loss)
+    return self.attention / tpu.core_flops + loss
 
 
 def loss_efficiency(tpu: chips.Tpu) -> float:
@@ -91,6 +91,18 @@ def loss_efficiency(tpu: chips.Tpu) -> float:
   a v4, whose tiles are small. Waiting for memory is not in them.
   """
   return 0.85 if tpu.vmem_bytes >= 64 * chips.MIB else 0.7
+
+
+def work(trainer: Trainer, granularity: gran.Granularity, jaxpr) -> tuple[Kernels, float]:
+  """(kernels, FLOPs of all products) of a traced step on one device."""
+  own = kernels(trainer, granularity, jaxpr)
+  return own, matmul_flops(jaxpr) / trainer.mesh.shape[sharding.TENSOR] + own.flops
+
+
+def model_flops(trainer: Trainer, granularity: gran.Granularity) -> float:
+  """Of a step on all devices, without recomputation: what MFU counts."""
+  count = gran.count(trainer.task.model_config, granularity)
+  return count.train_flops * trainer.task.examples_per_step
 
 
 def kernels(trainer: Trainer, granularity: gran.Granularity, jaxpr) -> Kernels:
@@ -119,7 +131,7 @@ def attention_flops(
   heads = sum(config.head_counts[i] for i in granularity.heads)
   rows = trainer.config.batch_size / sharding.batch_shards(trainer.mesh)
   block, fused = blocks or attention.kernel_block(length, config.head_dim)
-  product = 2 * product_area(length, block, config.causal) * (-(-config.head_dim // 128) * 128)
+  product = 2 * product_area(length, block, config.causal) * attention.kernel_width(config.head_dim)
   forward = KERNEL_FORWARD * (1 if trainer.execution.remat in KERNEL_KEPT else 2)
   backward = KERNEL_BACKWARD_FUSED if fused else KERNEL_BACKWARD
   return rows * heads * (forward + backward) * product / trainer.mesh.shape[sharding.TENSOR]
@@ -174,10 +186,8 @@ def memory(compiled) -> dict[str, int]:
 
 def least_seconds(trainer: Trainer, granularity: gran.Granularity, tpu: chips.Tpu) -> float:
   """A step's matrix products at the chip's peak: known before anything is compiled."""
-  jaxpr = trainer.trace(granularity).jaxpr.jaxpr
-  flops = matmul_flops(jaxpr) / trainer.mesh.shape[sharding.TENSOR]
-  flops += kernels(trainer, granularity, jaxpr).flops
-  return flops / (tpu.peak_flops / tpu.cores_per_chip)
+  _, flops = work(trainer, granularity, trainer.trace(granularity).jaxpr.jaxpr)
+  return flops / tpu.core_flops
 
 
 def plan_step(
@@ -187,9 +197,7 @@ def plan_step(
 
   With `top`, also that many of its dearest operations, and of the collectives nothing hides.
   """
-  cores = tpu.cores_per_chip
-  state = trainer.abstract_state
-  capacity = tpu.hbm_bytes // cores
+  state, capacity = trainer.abstract_state, tpu.core_hbm_bytes
   parts = {
     "parameters": auto.tree_bytes(state.params),
     "optimizer": auto.tree_bytes(state.opt_state),
@@ -209,24 +217,16 @@ def plan_step(
   used = memory(compiled)
   parts |= {k: used[k] for k in ("temporaries", "code")}
   parts["batch and other"] = used["arguments"] + used["outputs"] - auto.tree_bytes(state)
-  collectives = hlo.collectives(text)
-  kinds = {kind: [c for c in collectives if c.kind == kind] for kind in hlo.KINDS}
-  jaxpr = traced.jaxpr.jaxpr
-  own = kernels(trainer, granularity, jaxpr)
-  flops = matmul_flops(jaxpr) / trainer.mesh.shape[sharding.TENSOR] + own.flops
+  own, flops = work(trainer, granularity, traced.jaxpr.jaxpr)
   timed = timing(text, own, flops, used, tpu)
-  config = trainer.task.model_config
-  model_flops = gran.count(config, granularity).train_flops * trainer.task.examples_per_step
-  peak = trainer.mesh.size * tpu.peak_flops / cores
+  useful = model_flops(trainer, granularity)
   return result | {
     "fits": sum(parts.values()) <= capacity,
     "hbm_bytes_per_core": sum(parts.values()),
-    "collective_bytes": {k: sum(c.bytes * c.times for c in v) for k, v in kinds.items() if v},
-    "collective_count": {k: sum(c.arrays * c.times for c in v) for k, v in kinds.items() if v},
     **timed,
     "flops_per_core": flops,
-    "model_flops": model_flops,
-    "mfu": model_flops / timed["step_time_s"] / peak,
+    "model_flops": useful,
+    "mfu": useful / timed["step_time_s"] / (trainer.mesh.size * tpu.core_flops),
     "tokens_per_s": trainer.task.examples_per_step / timed["step_time_s"],
     "compile_s": time.perf_counter() - started,
     **({"top": dearest(text, tpu, top)} if top else {}),
@@ -245,23 +245,25 @@ def timing(
     used: its `memory`.
     tpu: the chip it was compiled for.
   """
-  cores = tpu.cores_per_chip
   collectives = hlo.collectives(text)
+  kinds = {kind: [c for c in collectives if c.kind == kind] for kind in hlo.KINDS}
   wire = sum(c.wire_bytes for c in collectives)
   exposed = sum(c.wire_bytes for c in collectives if not c.hidden)
-  peak, bandwidth = tpu.peak_flops / cores, tpu.hbm_bytes_per_s / cores
+  moved = used["arguments"] + used["outputs"] + 2 * used["temporaries"]
   bounds = {
-    "compute_s": flops / peak,
+    "compute_s": flops / tpu.core_flops,
     # Every live byte is written and read at least once.
-    "memory_s": (used["arguments"] + used["outputs"] + 2 * used["temporaries"]) / bandwidth,
-    "network_s": wire / (tpu.links * tpu.link_bytes_per_s / cores),
+    "memory_s": moved / tpu.core_hbm_bytes_per_s,
+    "network_s": wire / (tpu.links * tpu.link_bytes_per_s / tpu.cores_per_chip),
   }
   cycles = hlo.estimated_cycles(text)
   busy = cycles / tpu.clock_hz + own.seconds(tpu)
   busy = max(busy, bounds["compute_s"], bounds["memory_s"])
   # Around one ring, both ways: what XLA does not hide behind computation adds to the step.
-  step_time = busy + exposed / (2 * tpu.link_bytes_per_s / cores)
+  step_time = busy + exposed / tpu.core_ring_bytes_per_s
   return {
+    "collective_bytes": {k: sum(c.bytes * c.times for c in v) for k, v in kinds.items() if v},
+    "collective_count": {k: sum(c.arrays * c.times for c in v) for k, v in kinds.items() if v},
     "wire_bytes": int(wire),
     "exposed_wire_bytes": int(exposed),
     "estimated_cycles": cycles,
@@ -272,7 +274,7 @@ def timing(
 
 def dearest(text: str, tpu: chips.Tpu, top: int) -> dict[str, list[dict[str, Any]]]:
   """The `top` operations of a program by estimated time, and collectives that nothing hides."""
-  ring = 2 * tpu.link_bytes_per_s / tpu.cores_per_chip
+  ring = tpu.core_ring_bytes_per_s
   exposed = [c for c in hlo.collectives(text) if not c.hidden]
   exposed.sort(key=lambda c: -c.wire_bytes)
   return {
@@ -330,7 +332,7 @@ def plan_decode(
     None,
     decoder.heads,
   )
-  capacity = tpu.hbm_bytes // tpu.cores_per_chip
+  capacity = tpu.core_hbm_bytes
   try:
     compiled, text = compile_program(Decoder._advance.lower(decoder, weights, state, jnp.int32(1)))
   except DoesNotFit as e:
@@ -340,9 +342,9 @@ def plan_decode(
   exposed = sum(c.wire_bytes for c in hlo.collectives(text))
   seconds = max(
     hlo.estimated_cycles(text) / tpu.clock_hz,
-    used["arguments"] / (tpu.hbm_bytes_per_s / tpu.cores_per_chip),
+    used["arguments"] / tpu.core_hbm_bytes_per_s,
   )
-  seconds += exposed / (2 * tpu.link_bytes_per_s / tpu.cores_per_chip)
+  seconds += exposed / tpu.core_ring_bytes_per_s
   return {
     "fits": sum(used.values()) <= capacity,
     "hbm_bytes_per_core": sum(used.values()),

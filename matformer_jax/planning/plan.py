@@ -17,7 +17,6 @@ from matformer_jax.planning.estimate import plan_decode, plan_step
 from matformer_jax.planning.slices import parse_mesh, topology_devices
 from matformer_jax.tasks import make_task_without_data
 from matformer_jax.tpu import chips
-from matformer_jax.tpu.chips import GIB
 from matformer_jax.training import metrics
 from matformer_jax.training.trainer import Trainer
 
@@ -157,12 +156,12 @@ def advice(plan, config: Config) -> list[str]:
     hbm, missing = row["hbm"], row["hbm_bytes_per_core"] - row["hbm_capacity"]
     kept = hbm["parameters"] + hbm["optimizer"]
     what = (
-      f"{name} needs {row['hbm_bytes_per_core'] / GIB:.2f} GiB a core, "
-      f"{missing / GIB:.2f} more than there is: "
+      f"{name} needs {row['hbm_bytes_per_core'] / chips.GIB:.2f} GiB a core, "
+      f"{missing / chips.GIB:.2f} more than there is: "
     )
     if kept > row["hbm_capacity"] / 2:
       what += (
-        f"parameters and optimizer take {kept / GIB:.2f}; raise mesh.fsdp="
+        f"parameters and optimizer take {kept / chips.GIB:.2f}; raise mesh.fsdp="
         f"{plan['mesh']['fsdp']}"
         + ("" if config.optim.name == "adafactor" else ", or use --config.optim.name=adafactor")
       )
@@ -170,6 +169,6 @@ def advice(plan, config: Config) -> list[str]:
       ways = [f"--config.grad_accum={2 * plan['grad_accum']}"]
       ways += ["--config.remat=full"] if plan["remat"] != "full" else []
       ways += ["a larger slice, or a smaller --config.batch_size"]
-      what += f"activations take {hbm['temporaries'] / GIB:.2f}; try {', '.join(ways)}"
+      what += f"activations take {hbm['temporaries'] / chips.GIB:.2f}; try {', '.join(ways)}"
     result.append(what)
   return result

@@ -257,15 +257,18 @@ def describe(trainer: Trainer) -> dict[str, Any]:
 
 def in_words(settings: dict[str, Any]) -> str:
   """Settings in a line."""
-  mesh = "x".join(str(settings[axis]) for axis in sharding.MESH_AXES)
   return (
-    f"mesh {mesh}, remat {settings['remat']}, {settings['layers']}, "
+    f"mesh {_mesh(settings)}, remat {settings['remat']}, {settings['layers']}, "
     f"{settings['grad_accum']} micro-batch(es), logits in {settings['chunks']}"
   )
 
 
+def _mesh(settings: dict[str, Any]) -> str:
+  return "x".join(str(settings[axis]) for axis in sharding.MESH_AXES)
+
+
 def _outcome(rung: Rung) -> str:
-  ms = f"{1e3 * rung.row['step_time_s']:,.1f} ms" if "step_time_s" in rung.row else ""
+  ms = f"{_time(rung.row)[0]} ms" if "step_time_s" in rung.row else ""
   gib = f"{rung.row['hbm_bytes_per_core'] / chips.GIB:.1f} GiB" if rung.row else ""
   return ", ".join(filter(None, (ms, gib, rung.verdict)))
 
@@ -275,7 +278,8 @@ def as_flags(overrides: Overrides) -> str:
   return " ".join(f"--config.{name}={value}" for name, value in overrides.items())
 
 
-def _time(row) -> list[str]:
+def _time(row: dict[str, Any]) -> list[str]:
+  """Milliseconds of a step, and MFU."""
   return [f"{1e3 * row['step_time_s']:,.1f}", f"{100 * row['mfu']:.1f}%"]
 
 
@@ -287,7 +291,7 @@ def tune_tables(result: dict[str, Any]) -> str:
     rows.append(
       [
         str(place),
-        "x".join(str(s[axis]) for axis in sharding.MESH_AXES),
+        _mesh(s),
         s["remat"],
         s["layers"],
         str(s["grad_accum"]),
@@ -298,19 +302,12 @@ def tune_tables(result: dict[str, Any]) -> str:
       ]
     )
   head = ["", "data x fsdp x tensor", "remat", "layers", "micro-batches", "logits in", "GiB a core"]
-  finalists = [
-    [
-      in_words(f["settings"]),
-      f"{1e3 * f['mean']['step_time_s']:,.1f}",
-      f"{100 * f['mean']['mfu']:.1f}%",
-    ]
-    for f in result["finalists"]
-    if f["mean"]
-  ]
+  finalists = [[in_words(f["settings"]), *_time(f["mean"])] for f in result["finalists"]]
   mean = result["plan"]["mean"]
+  ms, mfu = _time(mean)
   won = (
-    f"best: {1e3 * mean['step_time_s']:,.1f} ms a step, {100 * mean['mfu']:.1f}% MFU, "
-    f"{mean['tokens_per_s']:,.0f} {result['plan']['unit']}/s over the sampled sizes\n"
+    f"best: {ms} ms a step, {mfu} MFU, {mean['tokens_per_s']:,.0f} {result['plan']['unit']}/s "
+    "over the sampled sizes\n"
     f"{as_flags(result['overrides']) or 'the config as it is'}"
   )
   return "\n\n".join(

@@ -39,6 +39,28 @@ class Tpu:
   chip_config: str
   example: str
 
+  # Of one JAX device, which may be one of a chip's cores.
+
+  @property
+  def core_hbm_bytes(self) -> int:
+    """Memory."""
+    return self.hbm_bytes // self.cores_per_chip
+
+  @property
+  def core_flops(self) -> float:
+    """bf16 FLOP/s at peak."""
+    return self.peak_flops / self.cores_per_chip
+
+  @property
+  def core_hbm_bytes_per_s(self) -> float:
+    """Memory's rate."""
+    return self.hbm_bytes_per_s / self.cores_per_chip
+
+  @property
+  def core_ring_bytes_per_s(self) -> float:
+    """Around one ring of chips, both ways."""
+    return 2 * self.link_bytes_per_s / self.cores_per_chip
+
   @property
   def runs_kernels(self) -> bool:
     """Whether Pallas kernels compile for it."""
@@ -147,7 +169,7 @@ def find(device_kind: str) -> Tpu | None:
 
 # Peak dense bf16 FLOP/s of one JAX device.
 PEAK_FLOPS = {
-  **{tpu.device_kind: tpu.peak_flops / tpu.cores_per_chip for tpu in TPUS.values()},
+  **{tpu.device_kind: tpu.core_flops for tpu in TPUS.values()},
   **{kind: TPUS[name].peak_flops for kind, name in _OTHER_KINDS.items()},
   "TPU v2": 22.5e12,
   "NVIDIA A100-SXM4-40GB": 312e12,

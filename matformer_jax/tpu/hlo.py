@@ -127,11 +127,11 @@ def operations(text: str) -> list[Operation]:
     for line in lines:
       cycles = _CYCLES.search(line)
       if cycles and int(cycles.group(1)) < _UNKNOWN_CYCLES:
-        name, _, rest = line.strip().partition(" = ")
+        rest = line.partition(" = ")[2]
         shape, op, frame = _SHAPE.search(rest), _OP_NAME.search(line), _FRAME.search(line)
         found.append(
           Operation(
-            name=name.removeprefix("ROOT ").lstrip("%"),
+            name=instruction(line),
             cycles=times * int(cycles.group(1)),
             times=times,
             shape=shape.group(0) if shape else "",
@@ -140,6 +140,11 @@ def operations(text: str) -> list[Operation]:
           )
         )
   return sorted(found, key=lambda o: -o.cycles)
+
+
+def instruction(line: str) -> str:
+  """Its name, without `ROOT` and `%`."""
+  return line.strip().removeprefix("ROOT ").partition(" = ")[0].lstrip("%")
 
 
 def _places(text: str) -> dict[str, str]:
@@ -168,18 +173,18 @@ def estimated_cycles(text: str) -> int:
 
 def _executed(text: str, into_fusions: bool) -> list[tuple[str, list[str], int, bool]]:
   """(name, instructions, how often it runs, whether beside others) of each computation."""
-  computations, entry = _computations(text)
+  found, entry = computations(text)
   times: dict[str, int] = {}
   beside = set()
 
   def visit(name: str, factor: int) -> None:
-    if name not in computations or name.startswith("async_collective_fusion"):
+    if name not in found or name.startswith("async_collective_fusion"):
       return
     times[name] = max(times.get(name, 0), factor)
-    for line in computations[name]:
+    for line in found[name]:
       loop = _WHILE.search(line)
       if loop:
-        visit(loop.group(2), factor * _trip_count(line, computations.get(loop.group(1), [])))
+        visit(loop.group(2), factor * _trip_count(line, found.get(loop.group(1), [])))
         continue
       if not into_fusions and " fusion(" in line:
         continue
@@ -193,7 +198,7 @@ def _executed(text: str, into_fusions: bool) -> list[tuple[str, list[str], int, 
             visit(callee, factor)
 
   visit(entry, 1)
-  return [(name, computations[name], n, name in beside) for name, n in times.items()]
+  return [(name, found[name], n, name in beside) for name, n in times.items()]
 
 
 def totals(text: str) -> dict[str, tuple[int, int]]:
@@ -205,18 +210,19 @@ def totals(text: str) -> dict[str, tuple[int, int]]:
   return result
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  computations: dict[str, list[str]] = {}
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """({name: instructions}, the one that is called first)."""
+  found: dict[str, list[str]] = {}
   entry, current = "", []
   for line in text.splitlines():
     header = _COMPUTATION.match(line)
     if header:
-      current = computations[header.group(2)] = []
+      current = found[header.group(2)] = []
       if header.group(1):
         entry = header.group(2)
     else:
       current.append(line)
-  return computations, entry
+  return found, entry
 
 
 def _trip_count(line: str, condition: list[str]) -> int:

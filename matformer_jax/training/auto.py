@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -20,7 +19,6 @@ KERNELS = ("auto", "none")
 # v5p, and twice the time to compile, which grows with their number.
 UNROLLED = 32
 _SHARE = 0.9  # of a core's memory; the rest is for what `remat_for` does not count
-_LANES = 128  # to which the attention kernel pads heads
 
 
 def choose_execution(
@@ -35,8 +33,8 @@ def choose_execution(
     UserError: for a setting with a value that it cannot have.
   """
   device = mesh.devices.flat[0]
-  get = functools.partial(getattr, config)  # older runs lack some keys
-  layers, kernels = get("layers", "auto"), get("kernels", "auto")
+  # Older runs lack some keys.
+  layers, kernels = getattr(config, "layers", "auto"), getattr(config, "kernels", "auto")
   execution = Execution.for_platform(
     device.platform,
     mesh,
@@ -44,7 +42,7 @@ def choose_execution(
     config.remat,
     device.device_kind,
     layers,
-    get("logits_gib", 0.0),
+    getattr(config, "logits_gib", 0.0),
   )
   if kernels not in KERNELS:
     raise UserError(f"kernels={kernels!r} is not one of {KERNELS}")
@@ -84,7 +82,7 @@ def remat_for(
     scanned: whether layers are a loop, in which saving everything costs more time than
       computing some of it again.
   """
-  left = _SHARE * tpu.hbm_bytes / tpu.cores_per_chip - stored_bytes
+  left = _SHARE * tpu.core_hbm_bytes - stored_bytes
   left -= head_bytes(config, rows, logits_bytes)
   if not scanned:
     left -= gathered_bytes(config)
@@ -98,13 +96,13 @@ def saved_bytes(config: ModelConfig, rows: int, remat: str) -> int:
   Raises:
     KeyError: for a policy other than none, products, attn_out and full.
   """
-  d, heads, hidden = config.d_model, config.num_heads, config.ffn_widths[-1]
-  attention = heads * (math.ceil(config.head_dim / _LANES) * _LANES + 2)  # and log-sum-exp
+  d, hidden = config.d_model, config.ffn_widths[-1]
+  heads = config.num_heads * (attention.kernel_width(config.head_dim) + 2)  # and log-sum-exp
   per_token = {
     "full": d,
     "attn_out": 2 * d,
-    "products": 5 * d + attention + hidden,
-    "none": 8 * d + attention + (4 if config.gated else 2) * hidden,
+    "products": 5 * d + heads + hidden,
+    "none": 8 * d + heads + (4 if config.gated else 2) * hidden,
   }[remat]
   return 2 * rows * config.num_tokens * config.num_layers * per_token
 
