@@ -38,7 +38,8 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
       # the first that fits of none (if unrolled), products, attn_out and full; else attn_out.
       remat="auto",
       # scanned, or unrolled, which is faster and compiles longer. auto: unrolled on one CPU, and
-      # up to 32 layers where the attention kernel runs; else scanned.
+      # up to 32 layers where the attention kernel runs; else scanned. TPUs that chips.py does not
+      # list run the kernels too, but take what auto takes elsewhere: attn_out, scanned.
       layers="auto",
       logits_gib=0.0,  # logits that the loss holds at a time, per device; 0: a sixth of a TPU's
       kernels="auto",  # Pallas kernels on TPU v4 and later; none leaves attention and loss to XLA

@@ -119,9 +119,12 @@ def test_gradient_within_documents(causal, block):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("mesh", [None, dict(fsdp=2, tensor=2, data=2)])
-def test_the_tpu_kernel_keeps_documents_apart(mesh):
-  """Interpreted on CPU, alone and split over a mesh; rows differ in their documents."""
+@pytest.mark.parametrize(
+  "mesh,block", [(None, 256), (None, 128), (dict(fsdp=2, tensor=2, data=2), 256)]
+)
+def test_the_tpu_kernel_keeps_documents_apart(mesh, block, monkeypatch):
+  """Interpreted on CPU, alone and split over a mesh; in one block and two; unequal documents."""
+  monkeypatch.setattr(attention, "kernel_block", lambda *sizes: (block, block == 256))
   execution = Execution(mesh=mesh and sharding.make_mesh(mesh))
   q, k, v = (
     jax.random.normal(key, (4, 2, 2, 256, 16)) for key in jax.random.split(jax.random.key(0), 3)

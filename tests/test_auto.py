@@ -17,11 +17,15 @@ from matformer_jax.training import auto
 POLICIES = ("none", "products", "attn_out")
 
 
-def chosen(row: str, rows: int, chip: str, scanned: bool = False) -> str:
+def run_on(tpu: chips.Tpu, **options) -> Execution:
+  return Execution.for_platform("tpu", device_kind=tpu.device_kind, **options)
+
+
+def chosen(row: str, rows: int, chip: str, scanned: bool = False, **options) -> str:
   config = MatLMConfig.from_dict(helpers.get_config(row).model)
   tpu = chips.TPUS[chip]
-  logits = Execution.for_platform("tpu", device_kind=tpu.device_kind).logits_bytes
-  return auto.remat_for(config, rows, 2**30, logits, tpu, scanned)
+  execution = run_on(tpu, layers="scanned" if scanned else "unrolled", **options)
+  return auto.remat_for(config, rows, 2**30, execution, tpu)
 
 
 def test_more_is_recomputed_where_memory_is_scarce():
@@ -34,10 +38,20 @@ def test_more_is_recomputed_where_memory_is_scarce():
   assert ranks == sorted(ranks) and ranks[0] < ranks[-1]
 
 
-def test_a_policy_that_recomputes_less_saves_more():
+def test_float32_takes_twice_the_memory_and_a_tensor_axis_divides_it():
+  assert chosen("2.6B", 32, "v5p", dtype="float32") == "attn_out"
+  assert chosen("2.6B", 32, "v5p") == "none"
+  assert chosen("850M", 8, "v5e") == "products"
+  tensor = sharding.make_mesh(dict(data=2, tensor=4))
+  assert chosen("850M", 8, "v5e", mesh=tensor) == "none"
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}])
+def test_a_policy_that_recomputes_less_saves_more(options):
   config = MatLMConfig.from_dict(helpers.get_config("850M").model)
+  execution = run_on(chips.TPUS["v5p"], **options)
   for changed in (config, dataclasses.replace(config, gated=True)):
-    sizes = [auto.saved_bytes(changed, 4, p) for p in (*POLICIES, "full")]
+    sizes = [auto.saved_bytes(changed, 4, p, execution) for p in (*POLICIES, "full")]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -48,10 +62,12 @@ def test_memory_for_logits():
     make("tpu", logits_gib=-1)
 
 
-def executed(chip: str = "TPU v5", seq_len: int = 1024, **changes) -> Execution:
+def executed(
+  chip: str = "TPU v5", seq_len: int = 1024, num_layers: int = 16, **changes
+) -> Execution:
   """How 850M is run on one device with 4 GiB of parameters, and so of gradients."""
   config = helpers.get_config("850M")
-  config.model.seq_len = seq_len
+  config.model.update(dict(seq_len=seq_len, num_layers=num_layers))
   config.batch_size = 16
   config.update(changes)
   device = types.SimpleNamespace(platform="tpu", device_kind=chip)
@@ -71,6 +87,9 @@ def test_how_a_step_is_run():
   assert (run.remat, run.scan_layers) == ("products", True)
   run = executed(remat="full")
   assert (run.remat, run.scan_layers) == ("full", False)
+  # More layers take long to compile: they are a loop.
+  assert not executed(num_layers=auto.UNROLLED).scan_layers
+  assert executed(num_layers=auto.UNROLLED + 1).scan_layers
   # Where the attention kernel does not run, what it saves is not what is counted.
   for run in (executed(kernels="none"), executed("TPU v3"), executed(seq_len=1000)):
     assert (run.remat, run.scan_layers) == ("attn_out", True)

@@ -1,5 +1,6 @@
 """Chunked cross-entropy against the plain one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -43,10 +44,10 @@ def test_value_and_gradient(chunks, z_loss):
 @pytest.mark.parametrize("keep_logits", [True, False])
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_the_tpu_kernels_compute_the_same_loss(keep_logits, chunks):
-  """Interpreted on CPU, several tiles each way; the plain path in float32."""
-  x, e, y = inputs(batch=2, length=256, width=32, vocab=640)
+  """Interpreted on CPU, several tiles each way, two lanes' columns in each; exact in float32."""
+  x, e, y = inputs(batch=2, length=256, width=32, vocab=768)
   x, e = x.astype(jnp.bfloat16), (e / 4).astype(jnp.bfloat16)
-  tiles = loss_kernel.Tiles(128, 128, keep_logits, vmem_bytes=0, interpret=True)
+  tiles = loss_kernel.Tiles(128, 256, keep_logits, vmem_bytes=0, interpret=True)
   ours = lambda x, e: losses.chunked_cross_entropy(x, e, y, chunks, 1e-2, tiles)
   exact = lambda x, e: plain(x.astype(jnp.float32), e.astype(jnp.float32), y, 1e-2)
   np.testing.assert_allclose(ours(x, e), exact(x, e), rtol=1e-5)
@@ -59,9 +60,9 @@ def test_the_tpu_kernels_compute_the_same_loss(keep_logits, chunks):
 def test_the_kernels_keep_accuracy_with_large_logits():
   """A row whose largest logits come last, and one whose come first, far from zero."""
   x = jnp.array([[1.0] * 8, [-1.0] * 8] * 64, jnp.bfloat16)[None]
-  e = (jnp.linspace(-60, 60, 256)[:, None] * jnp.ones(8) / 4).astype(jnp.bfloat16)
-  y = jnp.tile(jnp.array([0, 255]), 64)[None]
-  tiles = loss_kernel.Tiles(128, 128, True, vmem_bytes=0, interpret=True)
+  e = (jnp.linspace(-60, 60, 512)[:, None] * jnp.ones(8) / 4).astype(jnp.bfloat16)
+  y = jnp.tile(jnp.array([0, 511]), 64)[None]
+  tiles = loss_kernel.Tiles(128, 256, True, vmem_bytes=0, interpret=True)
   ours = losses.chunked_cross_entropy(x, e, y, 1, 0.0, tiles)
   np.testing.assert_allclose(ours, plain(x.astype(jnp.float32), e, y, 0.0), rtol=1e-5)
 
@@ -77,6 +78,37 @@ def test_tiles_fit_the_chip():
   assert not loss_kernel.keep_logits(256, v5e) and loss_kernel.keep_logits(3072, v5e)
   assert loss_kernel.choose_tiles(16384, 50_257, 1536, v5p) is None
   assert loss_kernel.choose_tiles(100, 256_000, 1536, v5p) is None
+  # Its products outrun its memory the most: more rows for each read of the embedding.
+  v6e = loss_kernel.choose_tiles(16384, 256_000, 4096, chips.TPUS["v6e"])
+  assert v6e is not None and v6e.rows == 512
+
+
+def test_where_the_loss_runs_in_kernels():
+  """In bfloat16, where each device has rows of its own and the whole vocabulary."""
+  shape, vocab = (16, 1024, 1536), 256_000
+  alone = Execution.for_platform("tpu", device_kind="TPU v5")
+
+  def cut(vocab=vocab, dtype=jnp.bfloat16, **changes):
+    return losses.cut(shape, vocab, dtype, dataclasses.replace(alone, **changes))
+
+  chunks, tiles = cut(logits_bytes=2**33)
+  rows = 16 * 1024 // chunks
+  assert chunks == 2 and tiles == loss_kernel.choose_tiles(rows, vocab, 1536, chips.TPUS["v5p"])
+  chunks, tiles = cut()
+  assert chunks == 1 and tiles is not None
+  fsdp, tensor = (sharding.make_mesh(sizes) for sizes in (dict(fsdp=8), dict(fsdp=4, tensor=2)))
+  assert cut(mesh=fsdp, per_device=True) == (chunks, tiles)
+  for other in (
+    cut(dtype=jnp.float32),
+    cut(kernels=None),
+    cut(vocab=50_257),
+    cut(mesh=fsdp),
+    cut(mesh=tensor, per_device=True),
+  ):
+    assert other[1] is None
+  # Rows that no tile divides into are cut further until one does, or left to XLA.
+  assert losses.cut((3, 128, 1536), vocab, jnp.bfloat16, alone)[1].rows == 128
+  assert losses.cut((1, 100, 1536), vocab, jnp.bfloat16, alone)[1] is None
 
 
 def test_num_chunks_divides_and_fits():

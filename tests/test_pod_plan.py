@@ -1,5 +1,6 @@
 """Plans from the real TPU compiler, and how its programs are read."""
 
+import dataclasses
 import json
 
 import helpers
@@ -8,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from matformer_jax import UserError
+from matformer_jax import UserError, sharding
 from matformer_jax.config import MatLMConfig
+from matformer_jax.models import loss_kernel
 from matformer_jax.planning import estimate, report, slices
+from matformer_jax.tasks.language import NextToken
 from matformer_jax.tpu import chips, hlo
+from matformer_jax.training.trainer import Trainer
 
 TPU_TEXT = """HloModule jit_step
 
@@ -89,6 +93,30 @@ def test_scores_that_the_attention_kernel_computes():
   assert estimate.product_area(2048, 512, causal=True) == 10 * 512**2
   assert estimate.product_area(1024, 1024, causal=True) == 1024**2
   assert estimate.product_area(2048, 512, causal=False) == 2048**2
+
+
+@pytest.mark.parametrize("remat,attention_products", [("none", 2 + 5), ("attn_out", 2 * 2 + 5)])
+def test_flops_of_a_steps_kernels(remat, attention_products, monkeypatch):
+  """One block of attention, heads padded to 128; two products of the loss, with logits kept."""
+  tiles = loss_kernel.Tiles(rows=128, vocab=256, keep_logits=True, vmem_bytes=0, interpret=True)
+  monkeypatch.setattr(loss_kernel, "choose_tiles", lambda *sizes: tiles)
+  config = helpers.get_config("tiny")
+  config.model.update(dict(seq_len=256, vocab_size=512))
+  config.update(dict(batch_size=8, dtype="bfloat16", remat=remat))
+  model = MatLMConfig.from_dict(config.model)
+  mesh = sharding.make_mesh(dict(fsdp=2, tensor=1), jax.devices()[:2])
+  trainer = Trainer(NextToken(model, 8), config, mesh)
+  v5p = chips.TPUS["v5p"]
+  trainer.__dict__["execution"] = dataclasses.replace(trainer.execution, kernels=v5p)
+  granularity = trainer.granularities[0]
+  jaxpr = trainer.trace(granularity).jaxpr.jaxpr
+  kernels = estimate.kernels(trainer, granularity, jaxpr)
+  tokens, heads = 4 * 256, model.num_layers * model.num_heads
+  product = 2 * tokens * 512 * model.d_model
+  assert [flops for flops, _ in kernels.loss] == [product, product]
+  assert kernels.attention == attention_products * heads * 4 * 2 * 256**2 * 128
+  slowest = kernels.attention / v5p.core_flops + 2 * product / (0.85 * v5p.core_flops)
+  assert kernels.seconds(v5p) >= slowest
 
 
 def test_flops_through_loops():

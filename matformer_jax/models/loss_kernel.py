@@ -54,8 +54,10 @@ def choose_tiles(rows: int, vocab: int, width: int, tpu: chips.Tpu) -> Tiles | N
   ]
   if not fitting:
     return None
-  # Each tile of rows reads the whole embedding: with 256 rows that takes as long as its product.
-  r, v = max(fitting, key=lambda tile: (min(tile[0], 256), tile[0] * tile[1]))
+  # Each tile of rows reads the whole embedding. With as many rows as the chip multiplies and adds
+  # in the time that it reads a byte, that takes as long as the product.
+  enough = tpu.peak_flops / tpu.hbm_bytes_per_s
+  r, v = max(fitting, key=lambda tile: (min(tile[0], enough), tile[0] * tile[1]))
   return Tiles(r, v, keep_logits(width, tpu), limit)
 
 

@@ -25,9 +25,12 @@ from matformer_jax.training.trainer import Trainer
 MARGIN = 0.05  # of a core's memory, kept free
 FINALISTS = 2
 TOO_LARGE = 3  # candidates for which memory is looked for
+ROUNDS = 3  # at most, through all settings
+STEPS = 10  # at most, that a number is halved or doubled
 # Each recomputes more than the one before, and keeps less.
 REMAT = ("none", "products", "dots_no_batch", "attn_out_ffn_pre", "attn_out", "full")
 Overrides = dict[str, Any]  # config key -> value, e.g. {"mesh.fsdp": 64}
+Settings = dict[str, Any]  # as from `describe`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Rung:
   """
 
   overrides: Overrides
-  settings: dict[str, Any]
+  settings: Settings
   row: dict[str, Any]
   verdict: str
 
@@ -74,12 +77,22 @@ class Search:
     done = [rung for rung in self.ladder if fits(rung.row)]
     return min(done, key=lambda rung: rung.seconds, default=None)
 
+  @property
+  def start(self) -> Rung:
+    """What the next candidate changes: the best, or what is nearest to fitting."""
+    tried = [rung for rung in self.ladder if rung.row]
+    return self.best or min(tried, key=_bytes, default=self.ladder[0])
+
   def run(self) -> None:
-    """Tries the config as it is, then one setting after the other."""
+    """Tries the config as it is, then one setting after the other, as long as that helps."""
     self.attempt({})
-    for options in (self._remats, self._logits, self._micro_batches, self._meshes, self._layers):
-      for overrides in options():
-        self.attempt(overrides)
+    for _ in range(ROUNDS):
+      before = self.start
+      for options in (self._remats, self._logits, self._micro_batches, self._meshes, self._layers):
+        for overrides in options():
+          self.attempt(overrides)
+      if self.start is before:
+        break
 
   def attempt(self, overrides: Overrides) -> None:
     """Compiles a candidate, unless it is known or cannot be better."""
@@ -107,61 +120,58 @@ class Search:
     self.ladder.append(Rung(overrides, settings, row, verdict))
     self.say(f"{len(self.ladder)}: {in_words(settings)}: {_outcome(self.ladder[-1])}")
 
-  def _from_best(self, **overrides) -> Overrides:
-    """The best candidate with some settings changed; `__` stands for a dot."""
-    mine = self.best.overrides if self.best else {}
-    return mine | {name.replace("__", "."): value for name, value in overrides.items()}
-
   def _remats(self) -> Iterator[Overrides]:
     """Until two in a row fit and are no faster than what keeps more."""
     slower = 0
     for remat in REMAT:
       before = len(self.ladder)
-      yield self._from_best(remat=remat)
+      yield self.start.overrides | {"remat": remat}
       for rung in self.ladder[before:]:
         slower = slower + 1 if fits(rung.row) and rung is not self.best else 0
       if slower == 2:
         break
 
-  def _meshes(self) -> Iterator[Overrides]:
-    """More and less fsdp, each as long as it helps."""
-    for factor in (2.0, 0.5):
-      while True:
-        before = self.best
-        fsdp = int(((before or self.ladder[0]).settings["fsdp"]) * factor)
-        if fsdp < 1:
-          break
-        yield self._from_best(mesh__data=-1, mesh__fsdp=fsdp)
-        if self.best is before:
-          break
-
-  def _layers(self) -> Iterator[Overrides]:
-    for layers in ("unrolled", "scanned"):
-      yield self._from_best(layers=layers)
-
   def _logits(self) -> Iterator[Overrides]:
     """Fewer logits at a time for what did not fit, and more where they are in chunks."""
     yield from self._until_it_fits("logits_gib", 0.5)
-    best = self.best
-    while best and best.settings["chunks"] > 1:
-      yield self._from_best(logits_gib=2 * best.settings["logits_gib"])
-      if self.best is best:
-        break
-      best = self.best
+    if self.start.settings["chunks"] > 1:
+      yield from self._while_it_helps(lambda s: {"logits_gib": 2 * s["logits_gib"]})
 
   def _micro_batches(self) -> Iterator[Overrides]:
-    """Halves the batch for what did not fit."""
+    """More for what did not fit, and fewer."""
     yield from self._until_it_fits("grad_accum", 2)
+    yield from self._while_it_helps(lambda s: {"grad_accum": _half(s["grad_accum"])})
+
+  def _meshes(self) -> Iterator[Overrides]:
+    """Larger and smaller axes; the data axis takes what is left."""
+    for axis in ("fsdp", "tensor"):
+      for change in (lambda size: 2 * size, _half):
+        yield from self._while_it_helps(functools.partial(_resized, axis, change))
+
+  def _layers(self) -> Iterator[Overrides]:
+    for layers in ("unrolled", "scanned"):
+      yield self.start.overrides | {"layers": layers}
+
+  def _while_it_helps(self, change: Callable[[Settings], Overrides]) -> Iterator[Overrides]:
+    """Changes `start`, again while that is better."""
+    while True:
+      before = self.start
+      yield before.overrides | change(before.settings)
+      if self.start is before:
+        break
 
   def _until_it_fits(self, name: str, factor: float) -> Iterator[Overrides]:
-    """Multiplies a setting of each candidate that did not fit, again while it does not."""
+    """Multiplies a setting of each candidate that did not fit, while that frees memory."""
     for rung in self._too_large()[:TOO_LARGE]:
-      while True:
-        before = len(self.ladder)
-        yield rung.overrides | {name: factor * rung.settings[name]}
-        if len(self.ladder) == before or self.ladder[-1] not in self._too_large():
+      value, need = rung.settings[name], _bytes(rung)
+      for _ in range(STEPS):
+        tried = len(self.ladder)
+        value *= factor
+        yield rung.overrides | {name: value}
+        new = self.ladder[tried:]  # empty where the program is the same, or cannot be
+        if new and (new[0] not in self._too_large() or _bytes(new[0]) > 0.98 * need):
           break
-        rung = self.ladder[-1]
+        need = _bytes(new[0]) if new else need
 
   def _too_large(self) -> list[Rung]:
     """What would be faster than the best if there were more memory, fastest first."""
@@ -171,7 +181,21 @@ class Search:
     return sorted(wanted, key=time)
 
 
-def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def _half(number: int) -> int:
+  return max(number // 2, 1)
+
+
+def _resized(axis: str, change: Callable[[int], int], settings: Settings) -> Overrides:
+  """A mesh with one axis changed."""
+  sizes = settings | {axis: change(settings[axis])}
+  return {"mesh.data": -1} | {f"mesh.{name}": sizes[name] for name in ("fsdp", "tensor")}
+
+
+def _bytes(rung: Rung) -> int:
+  return rung.row["hbm_bytes_per_core"]
+
+
+def _same(a: Settings, b: Settings) -> bool:
   """Whether settings come to the same program: logits matter by their chunks alone."""
   return {**a, "logits_gib": 0} == {**b, "logits_gib": 0}
 
@@ -240,7 +264,7 @@ def changed(config: Config, overrides: Overrides) -> Config:
   return copy
 
 
-def describe(trainer: Trainer) -> dict[str, Any]:
+def describe(trainer: Trainer) -> Settings:
   """What a config comes to on a slice."""
   execution = trainer.execution
   return {
@@ -255,7 +279,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
   }
 
 
-def in_words(settings: dict[str, Any]) -> str:
+def in_words(settings: Settings) -> str:
   """Settings in a line."""
   return (
     f"mesh {_mesh(settings)}, remat {settings['remat']}, {settings['layers']}, "
@@ -263,7 +287,7 @@ def in_words(settings: dict[str, Any]) -> str:
   )
 
 
-def _mesh(settings: dict[str, Any]) -> str:
+def _mesh(settings: Settings) -> str:
   return "x".join(str(settings[axis]) for axis in sharding.MESH_AXES)
 
 

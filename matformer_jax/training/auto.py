@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 
 from matformer_jax import sharding
 from matformer_jax.config import Execution, MatLMConfig, ModelConfig
@@ -58,19 +59,13 @@ def choose_execution(
     rows = config.batch_size // sharding.batch_shards(mesh) // config.grad_accum
     # A gradient, and while micro-batches are added up a second one.
     gradients = (1 + (config.grad_accum > 1)) * tree_bytes(state.params)
-    sizes = rows, tree_bytes(state) + gradients, execution.logits_bytes
-    remat = remat_for(model_config, *sizes, tpu, execution.scan_layers)
+    remat = remat_for(model_config, rows, tree_bytes(state) + gradients, execution, tpu)
     execution = dataclasses.replace(execution, remat=remat)
   return execution
 
 
 def remat_for(
-  config: ModelConfig,
-  rows: int,
-  stored_bytes: int,
-  logits_bytes: int,
-  tpu: chips.Tpu,
-  scanned: bool,
+  config: ModelConfig, rows: int, stored_bytes: int, execution: Execution, tpu: chips.Tpu
 ) -> str:
   """The remat policy that recomputes least among those whose saved arrays fit.
 
@@ -78,47 +73,58 @@ def remat_for(
     config: of the universal model.
     rows: sequences or images of a micro-batch on one device.
     stored_bytes: parameters, their gradients and optimizer state on one device.
-    logits_bytes: as in Execution.
-    scanned: whether layers are a loop, in which saving everything costs more time than
-      computing some of it again.
+    execution: of the step but for its remat policy.
   """
   left = _SHARE * tpu.core_hbm_bytes - stored_bytes
-  left -= head_bytes(config, rows, logits_bytes)
-  if not scanned:
-    left -= gathered_bytes(config)
-  policies = ("products", "attn_out") if scanned else ("none", "products", "attn_out")
-  return next((p for p in policies if saved_bytes(config, rows, p) <= left), "full")
+  left -= head_bytes(config, rows, execution)
+  if not execution.scan_layers:
+    left -= gathered_bytes(config, execution)
+  # To save everything in a loop costs more time than to compute some of it again.
+  policies = ("products", "attn_out") if execution.scan_layers else ("none", "products", "attn_out")
+  return next((p for p in policies if saved_bytes(config, rows, p, execution) <= left), "full")
 
 
-def saved_bytes(config: ModelConfig, rows: int, remat: str) -> int:
-  """bfloat16 that the layers keep from forward to backward.
+def saved_bytes(config: ModelConfig, rows: int, remat: str, execution: Execution) -> int:
+  """What the layers keep from forward to backward on one device.
 
   Raises:
     KeyError: for a policy other than none, products, attn_out and full.
   """
   d, hidden = config.d_model, config.ffn_widths[-1]
   heads = config.num_heads * (attention.kernel_width(config.head_dim) + 2)  # and log-sum-exp
-  per_token = {
-    "full": d,
-    "attn_out": 2 * d,
-    "products": 5 * d + heads + hidden,
-    "none": 8 * d + heads + (4 if config.gated else 2) * hidden,
+  # Elements per token: whole on each device, and split over the tensor axis.
+  whole, split = {
+    "full": (d, 0),
+    "attn_out": (2 * d, 0),
+    "products": (2 * d, 3 * d + heads + hidden),
+    "none": (5 * d, 3 * d + heads + (4 if config.gated else 2) * hidden),
   }[remat]
-  return 2 * rows * config.num_tokens * config.num_layers * per_token
+  itemsize, tensor = _shares(execution)
+  return itemsize * rows * config.num_tokens * config.num_layers * (whole + split // tensor)
 
 
-def gathered_bytes(config: ModelConfig) -> int:
-  """The layers' weights in bfloat16, gathered once for forward and backward."""
+def gathered_bytes(config: ModelConfig, execution: Execution) -> int:
+  """The layers' weights in the compute dtype, gathered once for forward and backward."""
   d, matrices = config.d_model, 3 if config.gated else 2
-  return 2 * config.num_layers * d * (4 * d + matrices * config.ffn_widths[-1])
+  itemsize, tensor = _shares(execution)
+  per_layer = d * (4 * d + matrices * config.ffn_widths[-1])
+  return itemsize * config.num_layers * per_layer // tensor
 
 
-def head_bytes(config: ModelConfig, rows: int, logits_bytes: int) -> int:
+def head_bytes(config: ModelConfig, rows: int, execution: Execution) -> int:
   """Of a vocabulary: a chunk's logits and their gradient, the embedding, its float32 gradient."""
   if not isinstance(config, MatLMConfig):
     return 0
-  logits = min(4 * rows * config.num_tokens * config.vocab_size, logits_bytes)
-  return logits * 3 // 2 + config.vocab_size * config.d_model * (2 + 4)
+  itemsize, tensor = _shares(execution)
+  logits = min(4 * rows * config.num_tokens * config.vocab_size // tensor, execution.logits_bytes)
+  embedding = config.vocab_size * config.d_model // tensor
+  return logits * (4 + itemsize) // 4 + embedding * (itemsize + 4)
+
+
+def _shares(execution: Execution) -> tuple[int, int]:
+  """(bytes of a computed number, devices of the tensor axis)."""
+  mesh = execution.mesh
+  return jnp.dtype(execution.dtype).itemsize, mesh.shape[sharding.TENSOR] if mesh else 1
 
 
 def tree_bytes(tree) -> int:
