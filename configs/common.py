@@ -55,7 +55,10 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
         num_layers=0,
         d_model=0,
         num_heads=0,
+        num_kv_heads=0,  # fewer: grouped-query attention; 0: num_heads
+        head_dim=0,  # 0: d_model / num_heads
         ffn_ratios=(0.5, 1.0, 2.0, 4.0),  # Sections 3.1 and 4.2
+        ffn_widths=(),  # neurons, instead of ffn_ratios, which must then be ()
         activation="gelu",  # or relu2; the paper names both
         gated=False,
         nested_heads=False,

@@ -70,7 +70,19 @@ def _base() -> ml_collections.ConfigDict:
     init_head=True,  # take the embedding over, which is the head too; False for a new tokenizer
     z_loss=0.0,
     mesh=dict(fsdp=-1),
-    model=dict(vocab_size=256_000, num_layers=16, num_heads=16, seq_len=1024, rope_base=10_000.0),
+    model=dict(
+      vocab_size=256_000,
+      num_layers=16,
+      num_heads=16,
+      seq_len=1024,
+      rope_base=10_000.0,
+      # As Llama's and its kin's models have them; the paper's have none of it.
+      rope_scaling=(),  # (factor, low, high, original length), e.g. (8, 1, 4, 8192): Llama 3
+      tied_head=True,
+      embedding_scale=0.0,  # 0: sqrt(d_model)
+      qkv_bias=False,
+      qk_norm=False,
+    ),
     data=dict(
       source="stdlib",  # text:GLOB, tfds:NAME[/CONFIG]:FEATURE, tokens:DIR (data.prepare)
       tokenizer="",  # a SentencePiece .model file; empty trains one

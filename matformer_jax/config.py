@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import importlib
+import math
 from typing import Any, ClassVar
 
 from matformer_jax.errors import UserError, did_you_mean
@@ -43,12 +44,17 @@ class ModelConfig:
   Attributes:
     num_layers: L.
     d_model: D, residual width.
-    num_heads: N attention heads of the widest granularity, each D/N wide.
+    num_heads: N attention heads of the widest granularity.
+    num_kv_heads: heads of their keys and values, each shared by N / num_kv_heads query heads
+      (grouped-query attention, Ainslie et al. 2023); 0: N.
+    head_dim: H, width of a head; 0: D / N.
     ffn_ratios: FFN width / d_model per granularity, increasing; its length is g.
+    ffn_widths: m_1 < ... < m_g, FFN neurons per granularity (Eq. 1), instead of the ratios;
+      an empty one of the two follows from the other.
     activation: one of `ACTIVATIONS`; `relu2` is squared ReLU.
     gated: FFN computes `act(x W_gate) * (x W_up)` instead of `act(x W_in)`.
-    nested_heads: granularity i also uses only the first `head_counts[i]` heads
-      (Section 3.1, Appendix F.2).
+    nested_heads: granularity i also uses only the first `head_counts[i]` heads, with their
+      keys and values (Section 3.1, Appendix F.2).
     head_ratios: share of the heads per granularity when `nested_heads`.
     ffn_groups: G; each group holds its share of every granularity, so that a
       tensor-parallel degree dividing G never moves weights. See sharding.py.
@@ -61,7 +67,10 @@ class ModelConfig:
   num_layers: int
   d_model: int
   num_heads: int
-  ffn_ratios: tuple[float, ...] = (0.5, 1, 2, 4)
+  num_kv_heads: int = 0
+  head_dim: int = 0
+  ffn_ratios: tuple[float, ...] = ()
+  ffn_widths: tuple[int, ...] = ()
   activation: str = "gelu"
   gated: bool = False
   nested_heads: bool = False
@@ -90,46 +99,93 @@ class ModelConfig:
   )
 
   def __post_init__(self):
-    self._set("ffn_ratios", tuple(self.ffn_ratios))
-    self._set("head_ratios", tuple(self.head_ratios))
+    self._check_sizes()
+    self._complete_heads()
+    self._complete_widths()
+    if self.activation not in ACTIVATIONS:
+      raise UserError(f"model.activation={self.activation!r} is not one of {ACTIVATIONS}")
+    self._check_nested_heads()
+    self._complete_spans()
+
+  def _check_sizes(self) -> None:
     for name in self._sizes:
       value = getattr(self, name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"model.{name}={value!r} must be a positive integer")
-    if self.d_model % self.num_heads:
+    for name in ("num_kv_heads", "head_dim"):
+      value = getattr(self, name)
+      if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(f"model.{name}={value!r} must be a positive integer, or 0 for the default")
+
+  def _complete_heads(self) -> None:
+    if not self.num_kv_heads:
+      self._set("num_kv_heads", self.num_heads)
+    if self.num_heads % self.num_kv_heads:
       raise UserError(
-        f"model.d_model={self.d_model} is not divisible by model.num_heads="
-        f"{self.num_heads}; choose num_heads among {_divisors(self.d_model)}"
+        f"model.num_heads={self.num_heads} is not divisible by "
+        f"model.num_kv_heads={self.num_kv_heads}: each key/value head serves as many query heads"
       )
+    if not self.head_dim:
+      if self.d_model % self.num_heads:
+        raise UserError(
+          f"model.d_model={self.d_model} is not divisible by model.num_heads={self.num_heads}; "
+          f"choose num_heads among {_divisors(self.d_model)}, or set model.head_dim"
+        )
+      self._set("head_dim", self.d_model // self.num_heads)
     if self.rope_base and self.head_dim % 2:
       raise UserError(
-        f"model.d_model/model.num_heads = {self.head_dim} must be even for "
-        "rotary position embeddings; use fewer or more heads"
+        f"model.head_dim = {self.head_dim} (d_model / num_heads unless it is set) must be even "
+        "for rotary position embeddings; use fewer or more heads"
       )
-    if self.activation not in ACTIVATIONS:
-      raise UserError(f"model.activation={self.activation!r} is not one of {ACTIVATIONS}")
-    _check_increasing("ffn_ratios", self.ffn_ratios)
-    for ratio in self.ffn_ratios:
-      width = ratio * self.d_model
+
+  def _complete_widths(self) -> None:
+    ratios, widths = tuple(self.ffn_ratios), tuple(self.ffn_widths)
+    same = len(widths) == len(ratios) and all(map(math.isclose, widths, self._times_d(ratios)))
+    if widths and ratios and not same:
+      raise UserError(
+        f"model.ffn_widths={widths} and model.ffn_ratios={ratios} x d_model={self.d_model} are "
+        "not the same; set one of them, and the other to ()"
+      )
+    if not widths:
+      ratios = ratios or (0.5, 1, 2, 4)
+      _check_increasing("ffn_ratios", ratios)
+      widths = self._times_d(ratios)
+    _check_increasing("ffn_widths", widths)
+    for i, width in enumerate(widths):
       if width != int(width) or width < 1 or int(width) % self.ffn_groups:
+        source = "model.ffn_widths has"
+        if ratios:
+          source = f"model.ffn_ratios entry {ratios[i]} x d_model={self.d_model} gives"
         raise UserError(
-          f"model.ffn_ratios entry {ratio} x d_model={self.d_model} gives FFN width "
-          f"{width:g}, which must be an integer multiple of model.ffn_groups={self.ffn_groups}"
+          f"{source} FFN width {width:g}, which must be an integer multiple of "
+          f"model.ffn_groups={self.ffn_groups}"
         )
+    self._set("ffn_widths", tuple(int(width) for width in widths))
+    self._set("ffn_ratios", ratios or tuple(width / self.d_model for width in widths))
+
+  def _times_d(self, ratios: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(ratio * self.d_model for ratio in ratios)
+
+  def _check_nested_heads(self) -> None:
+    self._set("head_ratios", tuple(self.head_ratios))
     if self.nested_heads:
       _check_increasing("head_ratios", self.head_ratios)
-      if len(self.head_ratios) != len(self.ffn_ratios) or self.head_ratios[-1] != 1:
+      if len(self.head_ratios) != self.num_granularities or self.head_ratios[-1] != 1:
         raise UserError(
-          f"model.head_ratios={self.head_ratios} must have {len(self.ffn_ratios)} entries "
-          "(one per ffn_ratios entry) and end with 1"
+          f"model.head_ratios={self.head_ratios} must have {self.num_granularities} entries "
+          "(one per FFN width) and end with 1"
         )
+    # What nests is a key/value head with its queries.
+    what = "num_kv_heads" if self.num_kv_heads < self.num_heads else "num_heads"
     for ratio in self.head_ratios if self.nested_heads else (1,):
-      heads = ratio * self.num_heads
+      heads = ratio * self.num_kv_heads
       if heads != int(heads) or heads < 1 or int(heads) % self.head_groups:
         raise UserError(
-          f"head ratio {ratio} x num_heads={self.num_heads} gives {heads:g} heads, which "
+          f"head ratio {ratio} x {what}={self.num_kv_heads} gives {heads:g} heads, which "
           f"must be an integer multiple of model.head_groups={self.head_groups}"
         )
+
+  def _complete_spans(self) -> None:
     top = self.num_granularities - 1
     spans = self.spans or (Span(self.num_layers, top, top),)
     spans = tuple(s if isinstance(s, Span) else Span(**s) for s in spans)
@@ -143,30 +199,25 @@ class ModelConfig:
   @property
   def num_granularities(self) -> int:
     """g, the number of explicitly trained granularities."""
-    return len(self.ffn_ratios)
+    return len(self.ffn_widths)
 
   @property
-  def head_dim(self) -> int:
-    """H, width of one attention head."""
-    return self.d_model // self.num_heads
-
-  @property
-  def ffn_widths(self) -> tuple[int, ...]:
-    """m_1 < ... < m_g, FFN neurons per granularity (Eq. 1)."""
-    return tuple(int(r * self.d_model) for r in self.ffn_ratios)
+  def queries_per_kv(self) -> int:
+    """R, query heads that share a head of keys and values."""
+    return self.num_heads // self.num_kv_heads
 
   @property
   def head_counts(self) -> tuple[int, ...]:
-    """Attention heads per granularity; all of them unless `nested_heads`."""
+    """Attention (query) heads per granularity; all of them unless `nested_heads`."""
     if not self.nested_heads:
       return (self.num_heads,) * self.num_granularities
-    return tuple(int(r * self.num_heads) for r in self.head_ratios)
+    return tuple(int(r * self.num_kv_heads) * self.queries_per_kv for r in self.head_ratios)
 
   def slice_lengths(self, span: Span) -> dict[str, int]:
     """{nested axis: how much of it the widths of `span` use}, per group; see sharding.py."""
     return {
       "neurons": self.ffn_widths[span.ffn] // self.ffn_groups,
-      "heads": self.head_counts[span.heads] // self.head_groups,
+      "heads": self.head_counts[span.heads] // self.queries_per_kv // self.head_groups,
     }
 
   # What kinds without these features have; the others make them fields.
@@ -175,6 +226,21 @@ class ModelConfig:
   def rope_base(self) -> float | None:
     """Wavelength base of the rotary embedding; None where positions are learned."""
     return None
+
+  @property
+  def rope_scaling(self) -> tuple[float, ...]:
+    """How its wavelengths are stretched; () where they are not."""
+    return ()
+
+  @property
+  def qkv_bias(self) -> bool:
+    """Whether queries, keys and values have biases."""
+    return self.biases
+
+  @property
+  def qk_norm(self) -> bool:
+    """Whether queries and keys are normalised, each head for itself."""
+    return False
 
   @property
   def dropout(self) -> float:
@@ -202,6 +268,8 @@ class ModelConfig:
     text = f"{self.num_layers} layers, d_model {self.d_model}, {self.num_heads} heads"
     if self.nested_heads:
       text += f" ({'/'.join(map(str, self.head_counts))})"
+    if self.num_kv_heads < self.num_heads:
+      text += f" of {self.num_kv_heads} for keys and values"
     return text
 
   @property
@@ -248,15 +316,26 @@ class MatLMConfig(ModelConfig):
   """A MatLM: decoder-only language model with rotary positions (Section 4.1).
 
   Attributes:
-    vocab_size: V, rows of the tied input/output embedding.
+    vocab_size: V, rows of the embedding.
     seq_len: T, training context in tokens. RoPE has no parameters, so any
       length can be evaluated.
     rope_base: wavelength base of the rotary embedding.
+    rope_scaling: (factor, low, high, T0) as in Llama 3: wavelengths above T0 / low are
+      stretched by factor, those under T0 / high are not, those between by degrees. (): none.
+    tied_head: the output head is the input embedding; else it has a matrix of its own.
+    embedding_scale: by which rows of the embedding are multiplied; 0: sqrt(D).
+    qkv_bias: queries, keys and values have biases, as in Qwen2.
+    qk_norm: RMSNorm of each head's query and key before rotation, as in Qwen3.
   """
 
   vocab_size: int
   seq_len: int
   rope_base: float = 10_000.0  # pyright: ignore[reportIncompatibleMethodOverride]
+  rope_scaling: tuple[float, ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
+  tied_head: bool = True
+  embedding_scale: float = 0.0
+  qkv_bias: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
+  qk_norm: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
 
   causal = True
   layer_norm = False
@@ -267,6 +346,21 @@ class MatLMConfig(ModelConfig):
   unit = "token"
   blocks_name = "non-embedding"
   _sizes = ModelConfig._sizes + ("vocab_size", "seq_len")
+
+  def __post_init__(self):
+    super().__post_init__()
+    self._set("rope_scaling", tuple(self.rope_scaling))
+    if self.rope_scaling:
+      scaling = self.rope_scaling
+      if len(scaling) != 4 or min(scaling) <= 0 or scaling[1] >= scaling[2]:
+        raise UserError(
+          f"model.rope_scaling={scaling} must be (factor, low, high, original length), positive "
+          "and low below high, e.g. (8, 1, 4, 8192)"
+        )
+    if self.embedding_scale < 0:
+      raise UserError(
+        f"model.embedding_scale={self.embedding_scale!r} must be positive, or 0 for sqrt(d_model)"
+      )
 
   @property
   def num_tokens(self):
@@ -282,11 +376,11 @@ class MatLMConfig(ModelConfig):
 
   @property
   def end_params(self):
-    return self.vocab_size * self.d_model
+    return self.vocab_size * self.d_model * (1 if self.tied_head else 2)
 
   @property
   def end_flops(self):
-    return 2 * self.end_params  # as the output head; looking up a row is no matmul
+    return 2 * self.vocab_size * self.d_model  # the output head; looking up a row is no matmul
 
   @property
   def axis_fields(self):
@@ -450,7 +544,7 @@ KINDS = {
     Kind(
       name="matlm",
       config=MatLMConfig,
-      axes={"embedding": ("vocab", "embed")},
+      axes={"embedding": ("vocab", "embed"), "head": ("vocab", "embed")},
       module="matformer_jax.models.matlm",
       objective="matformer_jax.tasks.language:NextToken",
       task="matformer_jax.tasks.language:LanguageModeling",

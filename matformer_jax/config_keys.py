@@ -32,7 +32,10 @@ class ModelKeys(_Keys):
   num_layers: int
   d_model: int
   num_heads: int
+  num_kv_heads: int
+  head_dim: int
   ffn_ratios: tuple[float, ...]
+  ffn_widths: tuple[int, ...]
   activation: str
   gated: bool
   nested_heads: bool
@@ -44,6 +47,11 @@ class ModelKeys(_Keys):
   vocab_size: int
   seq_len: int
   rope_base: float
+  rope_scaling: tuple[float, ...]
+  tied_head: bool
+  embedding_scale: float
+  qkv_bias: bool
+  qk_norm: bool
   # matvit
   image_size: int
   patch_size: int

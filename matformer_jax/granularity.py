@@ -411,10 +411,15 @@ def count(
   heads = [config.head_counts[i] for i in granularity.heads]
   widths = [config.ffn_widths[i] for i in granularity.ffn]
   ffn = sum((projections + 1) * d * width for width in widths)
-  attention = sum(4 * d * n * h for n in heads)
+  per_head = 2 + 2 / config.queries_per_kv  # query, output, and its share of a key and a value
+  attention = sum(int(per_head * d * n * h) for n in heads)
   vectors = (2 * config.num_layers + 1) * d * (2 if config.layer_norm else 1)
+  if config.qkv_bias:
+    vectors += sum(int((per_head - 1) * n * h) for n in heads)
+  if config.qk_norm:
+    vectors += 2 * config.num_layers * h
   if config.biases:
-    vectors += sum(3 * n * h + d for n in heads) + sum(projections * m + d for m in widths)
+    vectors += sum(d for _ in heads) + sum(projections * m + d for m in widths)
   blocks = ffn + attention + vectors
   per_token = 2 * (ffn + attention) + sum(4 * n * h * num_tokens for n in heads)
   return Counts(

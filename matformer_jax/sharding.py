@@ -38,6 +38,8 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
   "attention/qkv": _QKV,
   "attention/qkv_bias": _QKV[:-1],
   "attention/out": _QKV[:1] + _QKV[2:],
+  "attention/q_norm": ("layers", "head_dim"),
+  "attention/k_norm": ("layers", "head_dim"),
   "attention/out_bias": ("layers", "d"),
   "ffn/in": _FFN,
   "ffn/in_bias": _FFN[:-1],

@@ -23,6 +23,22 @@ ONE_SIZE = "0/0/0/1"  # sampling: one program to compile, where a test is not ab
 ONE_WIDTH = dict(model__ffn_ratios="(4.0,)", model__head_ratios="(1.0,)", sampling="1")
 TWO_WIDTHS = dict(model__ffn_ratios="(2.0,4.0)", model__head_ratios="(0.5,1.0)", sampling="uniform")
 
+# What Llama's family has and the paper's models do not, all at once; of the `small` fixture.
+GROUPED = dict(
+  num_heads=8,
+  num_kv_heads=4,
+  head_dim=6,
+  ffn_ratios=(),
+  ffn_widths=(12, 24, 40, 96),
+  activation="silu",
+  gated=True,
+  rope_scaling=(8.0, 1.0, 4.0, 32.0),
+  tied_head=False,
+  embedding_scale=1.5,
+  qkv_bias=True,
+  qk_norm=True,
+)
+
 os.environ["MATFORMER_CACHE"] = str(CACHE)
 os.environ["JAX_PLATFORMS"] = "cpu"
 

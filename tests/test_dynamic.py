@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from helpers import GROUPED
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,15 @@ def static(params, config, g, execution=Execution()):
   return matlm.MatLM(config, execution).apply({"params": params}, TOKENS, granularity=g)
 
 
-@pytest.mark.parametrize("change", [{}, {"gated": True, "ffn_groups": 2}, {"nested_heads": True}])
+@pytest.mark.parametrize(
+  "change",
+  [
+    {},
+    {"gated": True, "ffn_groups": 2},
+    {"nested_heads": True},
+    GROUPED | {"nested_heads": True},
+  ],
+)
 def test_dynamic_equals_static_in_value_and_gradient(small, change):
   config = dataclasses.replace(small, **change)
   params = matlm.init_params(config, jax.random.key(0))

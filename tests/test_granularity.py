@@ -262,6 +262,10 @@ def test_one_budget_at_a_time(small):
     gran.mix_n_match(small, "0.6x", shape="zigzag")
 
 
+# What follows from other fields, and would be copied with them.
+UNSET = dict(spans=None, num_kv_heads=0, head_dim=0, ffn_widths=())
+
+
 @pytest.mark.parametrize(
   "change,words",
   [
@@ -273,11 +277,21 @@ def test_one_budget_at_a_time(small):
     ({"vocab_size": 0}, "vocab_size=0"),
     ({"nested_heads": True, "num_heads": 2}, "head ratio 0.25"),
     ({"num_heads": 32}, "even"),
+    ({"num_kv_heads": 3}, "num_kv_heads=3"),
+    ({"num_kv_heads": -1}, "num_kv_heads=-1"),
+    ({"num_kv_heads": 2, "nested_heads": True}, "head ratio 0.25 x num_kv_heads=2"),
+    ({"num_kv_heads": 2, "head_groups": 4}, "num_kv_heads=2"),
+    ({"head_dim": 7}, "head_dim = 7"),
+    ({"ffn_widths": (8, 4), "ffn_ratios": ()}, "ffn_widths=(8, 4)"),
+    ({"ffn_widths": (8, 16)}, "set one of them"),
+    ({"ffn_widths": (7, 16), "ffn_ratios": (), "ffn_groups": 2}, "ffn_widths has FFN width 7"),
+    ({"rope_scaling": (8.0, 4.0, 1.0, 64.0)}, "rope_scaling=(8.0, 4.0, 1.0, 64.0)"),
+    ({"embedding_scale": -1.0}, "embedding_scale=-1.0"),
   ],
 )
 def test_model_config_errors_name_the_value(small, change, words):
   with pytest.raises(UserError) as e:
-    dataclasses.replace(small, spans=None, **change)
+    dataclasses.replace(small, **UNSET | change)
   assert words in str(e.value)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+from helpers import GROUPED
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,11 +37,24 @@ def reference_logits(config: MatLMConfig, params, ffn_indices, head_indices, tok
   norm = lambda x, s: x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * s
   length = len(tokens)
 
+  def frequency(j):
+    """Llama 3 stretches wavelengths by how often they turn in the original length."""
+    f = config.rope_base ** (-2 * j / h)
+    if config.rope_scaling:
+      factor, low, high, original = config.rope_scaling
+      wavelength = 2 * math.pi / f
+      if wavelength > original / low:
+        return f / factor
+      if wavelength > original / high:
+        smooth = (original / wavelength - low) / (high - low)
+        return (1 - smooth) * f / factor + smooth * f
+    return f
+
   def rope(x):
     out = np.empty_like(x)
     for t in range(length):
       for j in range(h // 2):
-        angle = t * config.rope_base ** (-2 * j / h)
+        angle = t * frequency(j)
         a, b = x[t, j], x[t, j + h // 2]
         out[t, j] = a * math.cos(angle) - b * math.sin(angle)
         out[t, j + h // 2] = b * math.cos(angle) + a * math.sin(angle)
@@ -53,13 +67,19 @@ def reference_logits(config: MatLMConfig, params, ffn_indices, head_indices, tok
       return x / (1 + np.exp(-x))
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
-  x = p["embedding"][tokens] * math.sqrt(d)
+  x = p["embedding"][tokens] * (config.embedding_scale or math.sqrt(d))
+  ratio = config.num_heads // config.num_kv_heads  # of queries to keys
   for layer in range(config.num_layers):
     y = norm(x, blocks["attention_norm"]["scale"][layer])
-    w_qkv = blocks["attention"]["qkv"][layer].reshape(3, config.num_heads, h, d)
-    w_out = blocks["attention"]["out"][layer].reshape(config.num_heads, h, d)
+    attention = {name: leaf[layer] for name, leaf in blocks["attention"].items()}
+    w_qkv = attention["qkv"].reshape(ratio + 2, config.num_kv_heads, h, d)
+    w_out = attention["out"].reshape(config.num_heads, h, d)
+    bias = attention.get("qkv_bias", np.zeros(w_qkv.shape[:-1])).reshape(w_qkv.shape[:-1])
     for n in range(config.head_counts[head_indices[layer]]):
-      q, k, v = (y @ w_qkv[i, n].T for i in range(3))
+      of_head = ((n % ratio, n // ratio), (ratio, n // ratio), (ratio + 1, n // ratio))
+      q, k, v = (y @ w_qkv[i].T + bias[i] for i in of_head)
+      if config.qk_norm:
+        q, k = norm(q, attention["q_norm"]), norm(k, attention["k_norm"])
       scores = rope(q) @ rope(k).T / math.sqrt(h)
       scores[np.triu_indices(length, 1)] = -np.inf
       weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -72,17 +92,36 @@ def reference_logits(config: MatLMConfig, params, ffn_indices, head_indices, tok
       x = x + (activation(y @ w_gate.T) * (y @ w_in.T)) @ w_out
     else:
       x = x + activation(y @ w_in.T) @ w_out
-  return norm(x, p["final_norm"]["scale"]) @ p["embedding"].T
+  return norm(x, p["final_norm"]["scale"]) @ p.get("head", p["embedding"]).T
+
+
+def random_params(config: MatLMConfig, seed: int):
+  """Initial ones, with scales and biases that are not all the same."""
+  params = matlm.init_params(config, jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+
+  def stir(path, leaf):
+    matrix = "embed" in sharding.logical_axes(sharding.path_names(path))
+    return leaf if matrix else leaf + rng.normal(size=leaf.shape).astype(np.float32) / 4
+
+  return jax.tree_util.tree_map_with_path(stir, params)
 
 
 @pytest.mark.parametrize(
   "change",
-  [{}, {"activation": "relu2"}, {"activation": "silu", "gated": True}, {"nested_heads": True}],
+  [
+    {},
+    {"activation": "relu2"},
+    {"activation": "silu", "gated": True},
+    {"nested_heads": True},
+    GROUPED,
+    GROUPED | {"nested_heads": True},
+  ],
 )
 @pytest.mark.parametrize("granularity", ["S", "XL", "S*1+M*1+L*1+XL*1"])
 def test_equals_the_reference(small, change, granularity):
   config = dataclasses.replace(small, **change)
-  params = matlm.init_params(config, jax.random.key(1))
+  params = random_params(config, 1)
   g = gran.parse(granularity, config)
   ours = logits(config, params, granularity)
   for row in range(2):
@@ -94,7 +133,14 @@ def test_equals_the_reference(small, change, granularity):
 
 
 @pytest.mark.parametrize(
-  "change", [{}, {"ffn_groups": 4, "head_groups": 1}, {"nested_heads": True, "gated": True}]
+  "change",
+  [
+    {},
+    {"ffn_groups": 4, "head_groups": 1},
+    {"nested_heads": True, "gated": True},
+    GROUPED | {"head_groups": 2},
+    GROUPED | {"nested_heads": True},
+  ],
 )
 @pytest.mark.parametrize("granularity", ["S", "L", "M*2+L*2", "XL"])
 def test_a_submodel_is_a_model(small, change, granularity):
@@ -154,10 +200,11 @@ EXECUTIONS = {
 }
 
 
+@pytest.mark.parametrize("change", [{}, GROUPED])
 @pytest.mark.parametrize("name", EXECUTIONS)
-def test_execution_changes_nothing_but_speed(small, name):
-  config = dataclasses.replace(small, ffn_groups=2, head_groups=2)
-  params = matlm.init_params(config, jax.random.key(2))
+def test_execution_changes_nothing_but_speed(small, name, change):
+  config = dataclasses.replace(small, ffn_groups=2, head_groups=2, **change)
+  params = random_params(config, 2)
   loss = lambda p, e: jnp.mean(jax.nn.log_softmax(logits(config, p, "M*1+L*3", e))[..., 0])
   want = jax.value_and_grad(loss)(params, Execution())
   have = jax.value_and_grad(loss)(params, EXECUTIONS[name])
@@ -187,12 +234,17 @@ def test_bfloat16_compute_keeps_float32_parameters(small, small_params):
   assert 0 < error.max() < 0.1
 
 
+@pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize("block", [4, 5, 16])
-def test_attention_gradient(block):
-  shape = (2, 2, 3, 16, 8)
-  q, k, v, g = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4))
+def test_attention_gradient(block, queries):
+  """Of several heads, or of groups of queries that share a key."""
+  q, k, v, g = (
+    jax.random.normal(key, (2, 2, 3 * r, 16, 8))
+    for key, r in zip(jax.random.split(jax.random.key(0), 4), (queries, 1, 1, queries))
+  )
 
   def plain(q, k, v):
+    k, v = (jnp.repeat(x, queries, axis=2) for x in (k, v))
     scores = jnp.einsum("banth,bansh->bants", q, k)
     scores = jnp.where(np.tri(16, dtype=bool), scores, -jnp.inf)
     return jnp.einsum("bants,bansh->banth", jax.nn.softmax(scores), v)
@@ -217,13 +269,21 @@ def test_rms_norm_gradient():
 
 
 @pytest.mark.parametrize(
-  "mesh,length", [(None, 256), (dict(fsdp=2, tensor=2, data=2), 256), (None, 384)]
+  "mesh,length,queries",
+  [
+    (None, 256, 1),
+    (dict(fsdp=2, tensor=2, data=2), 256, 1),
+    (None, 384, 1),
+    (None, 256, 3),
+    (dict(fsdp=2, tensor=2, data=2), 256, 3),
+  ],
 )
-def test_the_tpu_kernel_computes_the_same_attention(mesh, length):
-  """Interpreted on CPU, alone and split over a mesh; in one block, and in three."""
+def test_the_tpu_kernel_computes_the_same_attention(mesh, length, queries):
+  """Interpreted on CPU, alone and split over a mesh; in one block, and in three; of groups."""
   execution = Execution(mesh=mesh and sharding.make_mesh(mesh))
   q, k, v = (
-    jax.random.normal(key, (4, 2, 2, length, 16)) for key in jax.random.split(jax.random.key(0), 3)
+    jax.random.normal(key, (4, 2, 2 * r, length, 16))
+    for key, r in zip(jax.random.split(jax.random.key(0), 3), (queries, 1, 1))
   )
   weights = jnp.arange(16.0)
 

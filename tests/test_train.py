@@ -90,7 +90,7 @@ def test_meshes_agree(single_device, mesh):
 
 
 def test_nested_heads_on_a_mesh():
-  model = dataclasses.replace(MODEL, num_heads=8, nested_heads=True)
+  model = dataclasses.replace(MODEL, num_heads=8, num_kv_heads=8, head_dim=4, nested_heads=True)
   plain, state = run(make_trainer(model_config=model), 3)
   losses, sharded = run(make_trainer(dict(data=2, fsdp=2, tensor=2), model), 3)
   np.testing.assert_allclose(losses, plain, rtol=2e-5)

@@ -187,9 +187,10 @@ class Decoder:
   @functools.partial(jax.jit, static_argnums=0)
   def lay_out(self, params):
     """The stored model's parameters as the decoders of this config take them."""
+    ends = {name: params[name] for name in ("embedding", "head") if name in params}
     return {
       **params,
-      "embedding": params["embedding"].astype(self.execution.dtype),
+      **jax.tree.map(lambda x: x.astype(self.execution.dtype), ends),
       "blocks": kv.lay_out(params["blocks"], self.execution),
     }
 
@@ -317,7 +318,7 @@ class Decoder:
     Args:
       origin: [B, T] or [B, 1], where documents begin, as in models/cache.py.
     """
-    x = matlm.embed(weights["embedding"], tokens)
+    x = matlm.embed(weights["embedding"], tokens, self.config)
     x, cache = self.run_layers(weights, x, cache, start, origin)
     return ops.rms_norm(x, weights["final_norm"]["scale"], self.config.norm_eps), cache
 
@@ -329,11 +330,10 @@ class Decoder:
 
   def logits(self, weights, hidden) -> jax.Array:
     """float32 logits [B, T, V] of hidden [B, T, D]."""
+    head = matlm.output_head(weights)
     if self.execution.flat_weights and hidden.dtype == jnp.float32:  # faster with few rows
-      return ops.project_in(hidden, weights["embedding"], self.execution)
-    return jnp.einsum(
-      "btd,vd->btv", hidden, weights["embedding"], preferred_element_type=jnp.float32
-    )
+      return ops.project_in(hidden, head, self.execution)
+    return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
 
   def choose(self, logits, state: State) -> jax.Array:
     """[B] next tokens from logits [B, V]."""

@@ -24,6 +24,7 @@ from matformer_jax import granularity as gran
 from matformer_jax.decoding import decode
 from matformer_jax.decoding.decode import Decoder, State
 from matformer_jax.errors import UserError
+from matformer_jax.models import matlm
 
 # Choices of draft length where none is given: none where drafting does not pay, short ones
 # for poor drafts, long for good.
@@ -210,8 +211,9 @@ class SpeculativeDecoder:
     target = jnp.minimum(state.length + steps, state.limit)
     weights, draft_weights = self.verifier.submodel(weights), self.draft.submodel(draft_weights)
     if self.draft_vocab is not None:
-      rows = jnp.take(draft_weights["embedding"], np.array(self.draft_vocab), axis=0)
-      draft_weights = {**draft_weights, "head": rows}
+      head = matlm.output_head(draft_weights)
+      rows = jnp.take(head, np.array(self.draft_vocab), axis=0)
+      draft_weights = {**draft_weights, "draft_head": rows}
     lengths = jnp.array(self.draft_lengths)
 
     def more(carry):
@@ -300,7 +302,7 @@ class SpeculativeDecoder:
     """[B, T, F] over the tokens the draft may propose."""
     if self.draft_vocab is None:
       return self.draft.logits(weights, hidden)
-    return self.draft.logits({"embedding": weights["head"]}, hidden)
+    return self.draft.logits({"head": weights["draft_head"]}, hidden)
 
   def _accept_sampled(self, drafted, draft_logits, logits, state: State):
     sampling = self.verifier.sampling

@@ -1,6 +1,8 @@
 """Attention with a hand-written gradient, causal or not, and attention to a cache.
 
-All arrays are head-major, [B, A, N, T, H]: batch, head group, head, token, width.
+All arrays are head-major, [B, A, N, T, H]: batch, head group, head, token, width. There may be
+R times as many heads of queries as of keys and values (grouped-query attention); those of a
+key come one after the other, and are taken as R times as many rows.
 Queries are taken in blocks, each against only the keys it may see, so a causal mask's
 triangle is mostly not computed and a block's scores stay in cache. The gradient
 recomputes the probabilities from the saved log-sum-exp, and forms the gradients
@@ -37,14 +39,15 @@ def blocked_attention(q, k, v, causal: bool, block: int, origin_BxT=None) -> jax
   """softmax(q k^T) v, softmax in float32.
 
   Args:
-    q, k, v: [B, A, N, T, H]; q already scaled by H**-0.5.
+    q: [B, A, N * R, T, H], already scaled by H**-0.5.
+    k, v: [B, A, N, T, H].
     causal: query t attends to keys 0..t only.
     block: queries taken at a time.
     origin_BxT: int32, where the document of each token begins in its row, from
       `ops.document_origins`; tokens see their own document only. None: one document a row.
 
   Returns:
-    [B, A, N, T, H] in v's dtype.
+    [B, A, N * R, T, H] in v's dtype.
   """
   return _forward(q, k, v, causal, block, origin_BxT)[0]
 
@@ -55,10 +58,29 @@ def _blocks(length: int, causal: bool, block: int) -> list[tuple[int, int, int]]
   return [(start, stop, stop if causal else length) for start, stop in stops]
 
 
+def _by_key(x, k):
+  """[B, A, N * R, t, H] as [B, A, N, R * t, H]: the rows that attend to each of N keys."""
+  heads, (_, _, count, rows, width) = k.shape[2], x.shape
+  return x if count == heads else x.reshape(x.shape[:2] + (heads, count // heads * rows, width))
+
+
+def _by_query(x, q):
+  """The inverse of `_by_key`, for the heads of q."""
+  return x if x.shape[2] == q.shape[2] else x.reshape(q.shape[:3] + (-1, x.shape[-1]))
+
+
+def _for_rows(visible, scores):
+  """[..., t, S] repeated for the R * t rows of scores."""
+  repeats = scores.shape[-2] // visible.shape[-2]
+  if repeats == 1:
+    return visible
+  return jnp.tile(visible, (1,) * (visible.ndim - 2) + (repeats, 1))
+
+
 def _scores(q, k, origin_BxT, causal: bool, start: int, stop: int, seen: int) -> jax.Array:
   scores = jnp.einsum(
     "banth,bansh->bants",
-    q[..., start:stop, :],
+    _by_key(q[..., start:stop, :], k),
     k[..., :seen, :],
     preferred_element_type=jnp.float32,
   )
@@ -71,7 +93,7 @@ def _scores(q, k, origin_BxT, causal: bool, start: int, stop: int, seen: int) ->
     visible = own_Bx1x1xTxS if visible is None else visible & own_Bx1x1xTxS
   if visible is None:
     return scores
-  return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+  return jnp.where(_for_rows(visible, scores), scores, jnp.finfo(jnp.float32).min)
 
 
 def _forward(q, k, v, causal, block, origin_BxT):
@@ -87,8 +109,8 @@ def _forward(q, k, v, causal, block, origin_BxT):
       v[..., :seen, :],
       preferred_element_type=jnp.float32,
     )
-    outs.append((out / total).astype(v.dtype))
-    lses.append(top + jnp.log(total))
+    outs.append(_by_query((out / total).astype(v.dtype), q))
+    lses.append(_by_query(top + jnp.log(total), q))
   return _join(outs), _join(lses)
 
 
@@ -113,13 +135,13 @@ def _attention_bwd(causal, block, residuals, d_out):
   d_q = []
   d_k_HxS = d_v_HxS = jnp.zeros(k.shape[:3] + (k.shape[4], k.shape[3]), jnp.float32)
   for start, stop, seen in _blocks(q.shape[3], causal, block):
-    rows = lambda x: x[..., start:stop, :]
+    rows = lambda x: _by_key(x[..., start:stop, :], k)
     p = jnp.exp(_scores(q, k, origin_BxT, causal, start, stop, seen) - rows(lse))
     d_p = jnp.einsum(
       "banth,bansh->bants", rows(d_out), v[..., :seen, :], preferred_element_type=jnp.float32
     )
     d_s = (p * (d_p - rows(dot))).astype(q.dtype)
-    d_q.append(jnp.einsum("bants,bansh->banth", d_s, k[..., :seen, :]))
+    d_q.append(_by_query(jnp.einsum("bants,bansh->banth", d_s, k[..., :seen, :]), q))
     d_k_HxS = d_k_HxS.at[..., :seen].add(jnp.einsum("banth,bants->banhs", rows(q), d_s))
     d_v_HxS = d_v_HxS.at[..., :seen].add(
       jnp.einsum("banth,bants->banhs", rows(d_out), p.astype(d_out.dtype))
@@ -197,21 +219,22 @@ def cached_attention(q, k, v, start, origin_BxT=None) -> jax.Array:
   """Attention of T new tokens to a cache that already holds their keys and values.
 
   Args:
-    q: [B, A, N, T, H] of the new tokens, already scaled by H**-0.5.
+    q: [B, A, N * R, T, H] of the new tokens, already scaled by H**-0.5.
     k, v: [B, A, N, S, H]; query t of row b attends to positions 0 to start[b] + t.
     start: [B] int32.
     origin_BxT: int32 [B, T] or [B, 1], the first position that a query may see; None: 0.
 
   Returns:
-    [B, A, N, T, H] in v's dtype.
+    [B, A, N * R, T, H] in v's dtype.
   """
-  scores = jnp.einsum("banth,bansh->bants", q, k, preferred_element_type=jnp.float32)
+  scores = jnp.einsum("banth,bansh->bants", _by_key(q, k), k, preferred_element_type=jnp.float32)
   position = start[:, None] + jnp.arange(q.shape[3])
   visible = position[:, None, None, :, None] >= jnp.arange(k.shape[3])
   if origin_BxT is not None:
     visible &= origin_BxT[:, None, None, :, None] <= jnp.arange(k.shape[3])
+  visible = _for_rows(visible, scores)
   weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min))
-  return jnp.einsum("bants,bansh->banth", weights.astype(v.dtype), v)
+  return _by_query(jnp.einsum("bants,bansh->banth", weights.astype(v.dtype), v), q)
 
 
 def write_cache(old, new, start, layer) -> jax.Array:

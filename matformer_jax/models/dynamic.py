@@ -44,10 +44,10 @@ def apply_dynamic(
     segments_BxT: int32, the document of each token, as for MatLM.
 
   Returns:
-    float32 logits [B, T, V], or (hidden [B, T, D], embedding [V, D]) in the compute dtype.
+    float32 logits [B, T, V], or (hidden [B, T, D], output head [V, D]) in the compute dtype.
   """
-  embedding_VxD = params["embedding"].astype(execution.dtype)
-  x_BxTxD = matlm.embed(embedding_VxD, tokens_BxT)
+  head_VxD = matlm.output_head(params).astype(execution.dtype)
+  x_BxTxD = matlm.embed(params["embedding"].astype(execution.dtype), tokens_BxT, config)
   origin_BxT = None if segments_BxT is None else ops.document_origins(segments_BxT)
   first = 0
   for i, span in enumerate(config.spans):
@@ -63,8 +63,8 @@ def apply_dynamic(
     first += span.num_layers
   x_BxTxD = ops.rms_norm(x_BxTxD, params["final_norm"]["scale"], config.norm_eps)
   if return_hidden:
-    return x_BxTxD, embedding_VxD
-  return jnp.einsum("btd,vd->btv", x_BxTxD, embedding_VxD, preferred_element_type=jnp.float32)
+    return x_BxTxD, head_VxD
+  return jnp.einsum("btd,vd->btv", x_BxTxD, head_VxD, preferred_element_type=jnp.float32)
 
 
 def _branch(config: MatLMConfig, execution: Execution, stored: Span, size: int):

@@ -1,8 +1,8 @@
 """Attention, nested FFN, block and stack: what every MatFormer is made of.
 
 Shape letters: B batch, T tokens, S attended tokens, D d_model, A head groups,
-N heads per group, H head width, G FFN groups, K neurons per group, L layers,
-V vocabulary.
+N heads of keys and values per group, R query heads of each, H head width,
+G FFN groups, K neurons per group, L layers, V vocabulary.
 
 A granularity is applied once, by slicing the stored stacks (slicing.py); the modules here
 then see weights of exactly the submodel's widths.
@@ -88,9 +88,11 @@ class NestedFFN(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention over the first `heads` heads; causal and rotary by kind of model.
+  """Attention over the first `heads` heads; causal and rotary by kind of model.
 
-  Weights are head-major: qkv [3, A, N, H, D] and out [A, N, H, D].
+  Weights are head-major: qkv [R + 2, A, N, H, D] and out [A, N, R * H, D]. N counts heads of keys
+  and values; each has R query heads, the first R of `qkv`, beside it. So a slice of the heads
+  takes whole groups of queries. R is 1 in multi-head attention.
   """
 
   config: ModelConfig
@@ -114,15 +116,20 @@ class Attention(nn.Module):
       ([B, T, D], cache).
     """
     cfg, exe = self.config, self.execution
-    shape = (cfg.head_groups, self.heads // cfg.head_groups, cfg.head_dim, cfg.d_model)
-    init = functools.partial(ops.projection_init, cfg, cfg.d_model, cfg.d_model)
-    w_qkv = _weight(self, "attention", "qkv", init(), (3,) + shape)
-    w_out = _weight(self, "attention", "out", init(residual=True), shape)
-    b_qkv = _bias(self, "attention", "qkv", (3,) + shape[:-1])
+    ratio = cfg.queries_per_kv
+    heads = (cfg.head_groups, self.heads // ratio // cfg.head_groups)
+    init = functools.partial(ops.projection_init, cfg, cfg.d_model, cfg.num_heads * cfg.head_dim)
+    shape = (ratio + 2, *heads, cfg.head_dim, cfg.d_model)
+    w_qkv = _weight(self, "attention", "qkv", init(), shape)
+    init_out = ops.projection_init(cfg, cfg.num_heads * cfg.head_dim, cfg.d_model, residual=True)
+    w_out = _weight(self, "attention", "out", init_out, (*heads, ratio * cfg.head_dim, cfg.d_model))
+    b_qkv = _bias(self, "attention", "qkv", shape[:-1])
     if exe.flat_weights:
       q, k, v = self._split_one_product(x_BxTxD, w_qkv, b_qkv)
     else:
       q, k, v = self._project_each(x_BxTxD, w_qkv, b_qkv, one_group=cache is None)
+    if cfg.qk_norm:
+      q, k = self._normalise("q_norm", q), self._normalise("k_norm", k)
     if cfg.rope_base:
       rope = ops.apply_rope if exe.flat_weights else ops.apply_rope_by_product
       sin_cos = _rope_at(cfg, q.shape[3], start, cache, origin_BxT)
@@ -138,23 +145,22 @@ class Attention(nn.Module):
       out_BxAxNxTxH = self_attention(q, k, v, cfg.causal, exe, origin_BxT)
     else:
       mine = cache if layer is None else jax.tree.map(lambda leaf: leaf[layer], cache)
-      k, v = (mine[name][:, :, : self.heads // cfg.head_groups] for name in ("k", "v"))
+      k, v = (mine[name][:, :, : heads[1]] for name in ("k", "v"))
       out_BxAxNxTxH = cached_attention(q, k, v, start, origin_BxT)
-    w_out = w_out.reshape(out_BxAxNxTxH.shape[1:3] + w_out.shape[2:])
+    w_out = w_out.reshape(out_BxAxNxTxH.shape[1:3] + (cfg.head_dim, cfg.d_model))
     out = ops.project_out(out_BxAxNxTxH.transpose(0, 3, 1, 2, 4), w_out, exe)
     return _add_bias(self, "attention", "out", out), cache
 
   def _split_one_product(self, x_BxTxD, w_qkv, b_qkv):
-    """q, k, v [B, A, N, T, H]: on CPU one wide product is faster than three."""
-    qkv_BxTx3xAxNxH = ops.project_in(x_BxTxD, w_qkv, self.execution)
+    """q [B, A, N * R, T, H], k, v [B, A, N, T, H]: on CPU one product is faster than three."""
+    qkv_BxTxPxAxNxH = ops.project_in(x_BxTxD, w_qkv, self.execution)
     if b_qkv is not None:
-      qkv_BxTx3xAxNxH += b_qkv
+      qkv_BxTxPxAxNxH += b_qkv
     # Split, not indexed: the transpose concatenates instead of padding three times. The
     # barriers keep XLA's CPU backend from fusing the transposition with its neighbours.
-    qkv = jax.lax.optimization_barrier(jax.lax.split(qkv_BxTx3xAxNxH, (1, 1, 1), axis=2))
-    return jax.lax.optimization_barrier(
-      tuple(jnp.squeeze(part, 2).transpose(0, 2, 3, 1, 4) for part in qkv)
-    )
+    sizes = (self.config.queries_per_kv, 1, 1)
+    qkv = jax.lax.optimization_barrier(jax.lax.split(qkv_BxTxPxAxNxH, sizes, axis=2))
+    return jax.lax.optimization_barrier(tuple(map(_heads_first, qkv)))
 
   def _project_each(self, x_BxTxD, w_qkv, b_qkv, one_group: bool):
     """The same, each written as attention reads it, so that nothing is transposed.
@@ -162,11 +168,33 @@ class Attention(nn.Module):
     With `one_group` of all heads, [B, 1, A * N, T, H]: two axes of heads cost XLA copies. A cache
     has them apart.
     """
-    merged = lambda w: w.reshape((1, -1) + w.shape[2:]) if one_group else w
-    heads = [ops.project_heads(x_BxTxD, merged(w_qkv[i])) for i in range(3)]
+    ratio = self.config.queries_per_kv
+
+    def split(stored):
+      """Of q, k and v, each [A, heads, ...]."""
+      q = jnp.moveaxis(stored[:ratio], 0, 2)
+      q = q.reshape(stored.shape[1:2] + (-1,) + stored.shape[3:])
+      merged = lambda w: w.reshape((1, -1) + w.shape[2:]) if one_group else w
+      return [merged(w) for w in (q, stored[ratio], stored[ratio + 1])]
+
+    heads = [ops.project_heads(x_BxTxD, w) for w in split(w_qkv)]
     if b_qkv is None:
       return heads
-    return [x + merged(b_qkv[i])[:, :, None] for i, x in enumerate(heads)]
+    return [x + bias[:, :, None] for x, bias in zip(heads, split(b_qkv))]
+
+  def _normalise(self, name: str, x) -> jax.Array:
+    """Each head of x [..., H] for itself."""
+    cfg = self.config
+    scale_H = self.param(name, nn.initializers.ones, (cfg.head_dim,))
+    return ops.rms_norm(x, scale_H, cfg.norm_eps, not self.execution.flat_weights)
+
+
+def _heads_first(x_BxTxPxAxNxH):
+  """[B, A, N * P, T, H]."""
+  if x_BxTxPxAxNxH.shape[2] == 1:
+    return jnp.squeeze(x_BxTxPxAxNxH, 2).transpose(0, 2, 3, 1, 4)
+  x = x_BxTxPxAxNxH.transpose(0, 3, 4, 2, 1, 5)
+  return x.reshape(x.shape[:2] + (-1,) + x.shape[4:])
 
 
 class Block(nn.Module):
@@ -298,7 +326,7 @@ def _rope_at(config: ModelConfig, length: int, start, cache, origin_BxT):
   """sin, cos of the positions of `length` tokens, alone or after those in a cache."""
   assert config.rope_base is not None
   longest = length if start is None else cache["k"].shape[-2]
-  table = ops.rope_table(longest, config.head_dim, config.rope_base)
+  table = ops.rope_table(longest, config.head_dim, config.rope_base, config.rope_scaling)
   if start is None and origin_BxT is None:
     return table
   positions = (0 if start is None else start[:, None]) + jnp.arange(length)
@@ -329,7 +357,7 @@ def _named(name: str, x, execution: Execution) -> jax.Array:
 
 def _bias(module, parent: str, name: str, shape) -> jax.Array | None:
   """A layer's bias, where this kind of model has biases."""
-  if not module.config.biases:
+  if not (module.config.biases or name == "qkv" and module.config.qkv_bias):
     return None
   axes = sharding.LOGICAL_AXES[f"{parent}/{name}_bias"][1:]
   bias = module.param(f"{name}_bias", nn.initializers.zeros, shape)

@@ -13,11 +13,12 @@ from matformer_jax.models import layers, ops
 
 
 class MatLM(nn.Module):
-  """Pre-norm decoder with rotary positions and tied input/output embedding.
+  """Pre-norm decoder with rotary positions.
 
   Parameter tree (float32; axes in sharding.LOGICAL_AXES):
-    embedding                        [V, D]
-    blocks/<run>/attention/qkv, out  [L, 3, A, N, H, D], [L, A, N, H, D]
+    embedding, (head)                [V, D]; the head is the embedding unless it has its own
+    blocks/<run>/attention/qkv, out  [L, R + 2, A, N, H, D], [L, A, N, R * H, D]
+    blocks/<run>/attention/(qkv_bias, q_norm, k_norm)   [L, R + 2, A, N, H], [L, H], [L, H]
     blocks/<run>/ffn/in, (gate), out [L, G, K, D]
     blocks/<run>/attention_norm, ffn_norm, final_norm   scale [L, D], [D]
   """
@@ -45,7 +46,7 @@ class MatLM(nn.Module):
         its first token: it is run as if it were alone. None: a row is one document.
 
     Returns:
-      float32 logits [B, T, V], or (hidden [B, T, D], embedding [V, D]) in the
+      float32 logits [B, T, V], or (hidden [B, T, D], output head [V, D]) in the
       compute dtype.
     """
     cfg, exe = self.config, self.execution
@@ -54,18 +55,21 @@ class MatLM(nn.Module):
     embedding_VxD = layers.declare(
       self, "embedding", (cfg.vocab_size, cfg.d_model), ops.scaled_normal(cfg.d_model)
     )
-    x_BxTxD = embed(embedding_VxD, tokens_BxT)
+    head_VxD = embedding_VxD
+    if not cfg.tied_head:
+      head_VxD = layers.declare(self, "head", head_VxD.shape, ops.scaled_normal(cfg.d_model))
+    x_BxTxD = embed(embedding_VxD, tokens_BxT, cfg)
     x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "d"), exe)
     x_BxTxD = layers.Stack(cfg, exe, name="blocks")(x_BxTxD, granularity, origin_BxT=origin_BxT)
     x_BxTxD = layers.Norm(cfg, exe, name="final_norm")(x_BxTxD)
     if return_hidden:
-      return x_BxTxD, embedding_VxD
-    return jnp.einsum("btd,vd->btv", x_BxTxD, embedding_VxD, preferred_element_type=jnp.float32)
+      return x_BxTxD, head_VxD
+    return jnp.einsum("btd,vd->btv", x_BxTxD, head_VxD, preferred_element_type=jnp.float32)
 
 
-def embed(embedding_VxD, tokens) -> jax.Array:
-  """Input vectors [..., D] of token ids [...]: rows of the tied embedding times sqrt(D)."""
-  scale = jnp.asarray(embedding_VxD.shape[1] ** 0.5, embedding_VxD.dtype)
+def embed(embedding_VxD, tokens, config: MatLMConfig) -> jax.Array:
+  """Input vectors [..., D] of token ids [...]: rows of the embedding, scaled."""
+  scale = jnp.asarray(config.embedding_scale or config.d_model**0.5, embedding_VxD.dtype)
   return jnp.take(embedding_VxD, tokens, axis=0) * scale
 
 
@@ -76,5 +80,11 @@ def init_params(config: MatLMConfig, rng: jax.Array):
 
 
 def adapt_params(params, fresh, config: MatLMConfig, new: MatLMConfig, keep_head: bool):
-  """See models.adapt_params; the tied embedding is the head."""
-  return params if keep_head else params | {"embedding": fresh["embedding"]}
+  """See models.adapt_params; a new vocabulary has a new embedding and head."""
+  ends = {name: fresh[name] for name in ("embedding", "head") if name in fresh}
+  return params if keep_head else params | ends
+
+
+def output_head(params) -> jax.Array:
+  """[V, D], by which the last hidden state is multiplied."""
+  return params["head"] if "head" in params else params["embedding"]

@@ -132,9 +132,18 @@ def mix_bits(x) -> jax.Array:
 # --------------------------------------------------- rotary positions
 
 
-def rope_table(length: int, head_dim: int, base: float):
-  """sin, cos of shape [T, H/2] (Su et al. 2021), as constants of the program."""
+def rope_table(length: int, head_dim: int, base: float, scaling: tuple[float, ...] = ()):
+  """sin, cos of shape [T, H/2] (Su et al. 2021), as constants of the program.
+
+  Args:
+    scaling: as MatLMConfig.rope_scaling.
+  """
   frequency = base ** (-np.arange(0, head_dim, 2) / head_dim)
+  if scaling:
+    factor, low, high, original = scaling
+    turns = original * frequency / (2 * np.pi)  # in the original length
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    frequency = frequency * (kept + (1 - kept) / factor)
   angle_TxH = np.arange(length)[:, None] * frequency
   return np.sin(angle_TxH).astype(np.float32), np.cos(angle_TxH).astype(np.float32)
 

@@ -91,13 +91,14 @@ def saved_bytes(config: ModelConfig, rows: int, remat: str, execution: Execution
     KeyError: for a policy other than none, products, attn_out and full.
   """
   d, hidden = config.d_model, config.ffn_widths[-1]
+  qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
   heads = config.num_heads * (attention.kernel_width(config.head_dim) + 2)  # and log-sum-exp
   # Elements per token: whole on each device, and split over the tensor axis.
   whole, split = {
     "full": (d, 0),
     "attn_out": (2 * d, 0),
-    "products": (2 * d, 3 * d + heads + hidden),
-    "none": (5 * d, 3 * d + heads + (4 if config.gated else 2) * hidden),
+    "products": (2 * d, qkv + heads + hidden),
+    "none": (5 * d, qkv + heads + (4 if config.gated else 2) * hidden),
   }[remat]
   itemsize, tensor = _shares(execution)
   return itemsize * rows * config.num_tokens * config.num_layers * (whole + split // tensor)
@@ -105,9 +106,10 @@ def saved_bytes(config: ModelConfig, rows: int, remat: str, execution: Execution
 
 def gathered_bytes(config: ModelConfig, execution: Execution) -> int:
   """The layers' weights in the compute dtype, gathered once for forward and backward."""
-  d, matrices = config.d_model, 3 if config.gated else 2
+  matrices = 3 if config.gated else 2
   itemsize, tensor = _shares(execution)
-  per_layer = d * (4 * d + matrices * config.ffn_widths[-1])
+  attention_widths = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+  per_layer = config.d_model * (attention_widths + matrices * config.ffn_widths[-1])
   return itemsize * config.num_layers * per_layer // tensor
 
 
