@@ -46,7 +46,8 @@ def test_extracting_twice_is_extracting_once(tiny_run, tmp_path):
 
 def test_extraction_of_other_trees(small, tmp_path):
   """Gated, grouped, nested heads: every kind of leaf and slice, through the disk."""
-  config = dataclasses.replace(small, gated=True, ffn_groups=2, nested_heads=True)
+  grouped = helpers.GROUPED | dict(ffn_groups=2)
+  config = dataclasses.replace(small, nested_heads=True, **grouped)
   save(tmp_path / "u", config)
   params = matlm.init_params(config, jax.random.key(0))
   for text in ("S*1+L*3", "M*2+L*2/S*1+XL*3"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from helpers import GROUPED
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,14 +55,14 @@ def test_greedy_text_is_the_verifiers(small, lively_params, sizes, k, share):
   assert len(set(np.asarray(stats.accepted).tolist())) > 1  # sequences differ
 
 
-@pytest.mark.parametrize("change", [{"nested_heads": True}, {"gated": True, "ffn_groups": 2}])
+@pytest.mark.parametrize("change", [{"nested_heads": True}, GROUPED | {"ffn_groups": 2}])
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_greedy_text_of_other_models(small, change, execution):
   config = dataclasses.replace(small, **change)
   params = matlm.init_params(config, jax.random.key(3))
   draft, verifier = (decoder(config, n, EXECUTIONS[execution]) for n in ("S", "XL"))
-  for share in (True, False):
-    have, _ = speculate(SpeculativeDecoder(verifier, draft, (3,), share), params)
+  for options in ({}, {"share_cache": False}, {"draft_vocab": tuple(range(40))}):
+    have, _ = speculate(SpeculativeDecoder(verifier, draft, (3,), **options), params)
     assert have == run(verifier, params)
 
 

@@ -89,8 +89,16 @@ def test_meshes_agree(single_device, mesh):
   assert_same_parameters(state, single_device[1])
 
 
-def test_nested_heads_on_a_mesh():
-  model = dataclasses.replace(MODEL, num_heads=8, num_kv_heads=8, head_dim=4, nested_heads=True)
+@pytest.mark.parametrize(
+  "change",
+  [
+    dict(num_heads=8, num_kv_heads=8, head_dim=4, nested_heads=True),
+    helpers.GROUPED | dict(num_heads=16, num_kv_heads=8, nested_heads=True),
+  ],
+  ids=["heads", "groups of queries"],
+)
+def test_nested_heads_on_a_mesh(change):
+  model = dataclasses.replace(MODEL, **change)
   plain, state = run(make_trainer(model_config=model), 3)
   losses, sharded = run(make_trainer(dict(data=2, fsdp=2, tensor=2), model), 3)
   np.testing.assert_allclose(losses, plain, rtol=2e-5)
@@ -111,28 +119,20 @@ def test_parameters_and_moments_are_sharded():
     assert leaf.addressable_shards[0].data.size == leaf.size // 4  # fsdp x tensor
 
 
-def dense(index: int) -> MatLMConfig:
+def dense(index: int, model: MatLMConfig) -> MatLMConfig:
   """A plain Transformer as wide as one granularity."""
-  return MatLMConfig(
-    vocab_size=96,
-    num_layers=2,
-    d_model=32,
-    num_heads=4,
-    seq_len=16,
-    ffn_groups=4,
-    head_groups=2,
-    ffn_ratios=(MODEL.ffn_ratios[index],),
-  )
+  return dataclasses.replace(model, ffn_ratios=(), ffn_widths=(model.ffn_widths[index],), spans=())
 
 
 @pytest.mark.parametrize(
   "mesh", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, tensor=2)]
 )
-@pytest.mark.parametrize("index", [0, 1, 3])
-def test_nesting_causes_no_collective(mesh, index):
+@pytest.mark.parametrize("index,change", [(0, {}), (1, {}), (3, {}), (0, helpers.GROUPED)])
+def test_nesting_causes_no_collective(mesh, index, change):
   """A granularity's step communicates exactly what a dense model of its width does."""
-  nested = make_trainer(mesh)
-  plain = make_trainer(mesh, dense(index))
+  model = dataclasses.replace(MODEL, **change)
+  nested = make_trainer(mesh, model)
+  plain = make_trainer(mesh, dense(index, model))
   ours = hlo.totals(nested.lower(nested.granularities[index]).compile().as_text())
   theirs = hlo.totals(plain.lower(plain.granularities[0]).compile().as_text())
   assert ours.keys() == theirs.keys() and ours
