@@ -12,7 +12,7 @@ LAYERS = (
   ("config", "config_keys", "config_files", "cli", "tpu"),
   ("sharding", "granularity"),
   ("data", "hosts"),
-  ("models",),
+  ("models", "formats"),
   ("evals", "decoding"),
   ("tasks",),
   ("training", "checkpoints"),

@@ -1,0 +1,269 @@
+"""The dense architectures that become a MatLM, and how their weights are laid out in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from matformer_jax.config import MatLMConfig
+from matformer_jax.errors import UserError
+from matformer_jax.formats import sources
+from matformer_jax.formats.sources import Source
+
+ACTIVATIONS = {
+  "silu": "silu",
+  "gelu_pytorch_tanh": "gelu",
+  "gelu_new": "gelu",
+  "relu2": "relu2",
+  "relu": "relu",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """What a class of `transformers` does that its config does not say.
+
+  Attributes:
+    defaults: of its config, where they are its own: values that are equal to them are not saved.
+    gated: its FFN has a gate.
+    qkv_bias: queries, keys and values have biases.
+    qk_norm: queries and keys are normalised.
+    scaled_embedding: the embedding is multiplied by sqrt(D).
+    norm_offset: what is added to stored scales of norms.
+    activation: where the config's is not what is run.
+  """
+
+  defaults: Mapping[str, Any]
+  gated: bool = True
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  scaled_embedding: bool = False
+  norm_offset: float = 0.0
+  activation: str = ""
+
+
+_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_QWEN = dict(
+  max_position_embeddings=32768,
+  num_key_value_heads=32,
+  sliding_window=4096,
+  use_sliding_window=False,
+)
+FAMILIES = {
+  # Llama 2 and 3, SmolLM2
+  "LlamaForCausalLM": Family(dict(max_position_embeddings=2048)),
+  "MistralForCausalLM": Family(
+    dict(max_position_embeddings=131_072, num_key_value_heads=8, sliding_window=4096)
+  ),
+  "Qwen2ForCausalLM": Family(_QWEN, qkv_bias=True),
+  "Qwen3ForCausalLM": Family(_QWEN | dict(head_dim=128), qk_norm=True),
+  "GemmaForCausalLM": Family(
+    dict(
+      max_position_embeddings=8192, num_key_value_heads=16, head_dim=256, tie_word_embeddings=True
+    ),
+    scaled_embedding=True,
+    norm_offset=1.0,
+    activation="gelu_pytorch_tanh",  # whatever its config says
+  ),
+  "ArceeForCausalLM": Family(
+    dict(max_position_embeddings=4096, hidden_act="relu2", rms_norm_eps=1e-5), gated=False
+  ),
+}
+
+
+def family_of(source: Source) -> Family:
+  """Raises UserError for an architecture that is not in FAMILIES."""
+  names = source.config.get("architectures") or [source.config.get("model_type")]
+  if names[0] not in FAMILIES:
+    raise UserError(
+      f"--from={source.path}: architecture {names[0]!r} is not one of {', '.join(FAMILIES)}"
+    )
+  return FAMILIES[names[0]]
+
+
+def model_config(source: Source, widths: Sequence[int] = (), **changes) -> MatLMConfig:
+  """The model that a source is, as its widest granularity.
+
+  Args:
+    widths: FFN neurons per granularity; the last one is the source's, which is the default.
+    **changes: more fields of MatLMConfig, e.g. seq_len.
+
+  Raises:
+    UserError: for what a MatLM cannot hold.
+  """
+  family = family_of(source)
+  get = (_DEFAULTS | family.defaults | source.config).get
+
+  def refuse(what: str):
+    raise UserError(f"--from={source.path}: {what} is not supported")
+
+  if get("attention_bias") or get("mlp_bias"):
+    refuse("a bias of the output projection or the FFN (attention_bias, mlp_bias)")
+  window, longest = get("sliding_window"), get("max_position_embeddings")
+  if window and window < longest and get("use_sliding_window", True):
+    refuse(f"sliding_window={window}")
+  activation = family.activation or get("hidden_act")
+  if activation not in ACTIVATIONS:
+    refuse(f"hidden_act={activation!r}")
+  width = get("intermediate_size")
+  if not isinstance(width, int):
+    refuse(f"intermediate_size={width}")
+  widths = tuple(widths) or (width,)
+  if widths[-1] != width:
+    raise UserError(f"the last of the FFN widths {widths} must be the source's, {width}")
+  base, scaling = _rope(source, refuse)
+  return MatLMConfig(
+    **dict(
+      num_layers=get("num_hidden_layers"),
+      d_model=get("hidden_size"),
+      num_heads=get("num_attention_heads"),
+      num_kv_heads=get("num_key_value_heads") or 0,
+      head_dim=get("head_dim") or 0,
+      ffn_widths=widths,
+      activation=ACTIVATIONS[activation],
+      gated=family.gated,
+      norm_eps=get("rms_norm_eps"),
+      vocab_size=get("vocab_size"),
+      seq_len=longest,
+      rope_base=base,
+      rope_scaling=scaling,
+      tied_head=bool(get("tie_word_embeddings")) or "lm_head.weight" not in source.names,
+      embedding_scale=0.0 if family.scaled_embedding else 1.0,
+      qkv_bias=family.qkv_bias,
+      qk_norm=family.qk_norm,
+    )
+    | changes
+  )
+
+
+def _rope(source: Source, refuse: Callable[[str], Any]) -> tuple[float, tuple[float, ...]]:
+  """(base, scaling as in MatLMConfig)."""
+  # One dictionary since transformers 5, two keys before.
+  rope = dict(source.config.get("rope_parameters") or source.config.get("rope_scaling") or {})
+  base = float(rope.get("rope_theta") or source.config.get("rope_theta") or 10_000.0)
+  kind = rope.get("rope_type") or rope.get("type") or "default"
+  if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    refuse(f"partial_rotary_factor={rope['partial_rotary_factor']}")
+  if kind == "llama3":
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return base, tuple(float(rope[key]) for key in keys)
+  if kind != "default":
+    refuse(f"RoPE of type {kind!r}")
+  if sources.ROPE_FACTORS in source.names:
+    return base, _from_factors(source, base, refuse)
+  return base, ()
+
+
+def _from_factors(source: Source, base: float, refuse) -> tuple[float, ...]:
+  """Llama 3's scaling, of which GGUF stores what it comes to."""
+  have = source.read(sources.ROPE_FACTORS)
+  turns = base ** (-np.arange(have.size) / have.size) / (2 * np.pi)
+  for original in (8192.0, 4096.0, 2048.0, 16384.0):
+    factor = float(have.max())
+    kept = np.clip((original * turns - 1) / 3, 0, 1)
+    if np.allclose(1 / (kept + (1 - kept) / factor), have, rtol=1e-3):
+      return factor, 1.0, 4.0, original
+  return refuse(f"{sources.ROPE_FACTORS} that is not Llama 3's")
+
+
+def read_params(source: Source, config: MatLMConfig) -> dict[str, Any]:
+  """The parameter tree of `model_config`, float32; one array is in memory twice at a time.
+
+  Raises:
+    UserError: for arrays that are missing, of another shape, or for which a MatLM has no place.
+  """
+  used: set[str] = set()
+
+  def read(name: str, shape: Sequence[int]) -> np.ndarray:
+    used.add(name)
+    if name not in source.names:
+      raise UserError(f"--from={source.path} has no array {name!r}")
+    array = source.read(name)
+    bar.update()
+    if array.shape != tuple(shape):
+      raise UserError(
+        f"--from={source.path}: {name} is {list(array.shape)}, and its config says {list(shape)}"
+      )
+    return array
+
+  with tqdm.tqdm(total=len(source.names), desc="reading", unit="array", mininterval=1.0) as bar:
+    params = _read_tree(config, read, _norm_offset(source))
+  rest = {
+    name
+    for name in source.names - used
+    if "inv_freq" not in name and name not in (sources.ROPE_FACTORS, "lm_head.weight")
+  }
+  if rest:
+    raise UserError(
+      f"--from={source.path} has {len(rest)} arrays that this architecture does not, such as "
+      f"{min(rest)}"
+    )
+  return params
+
+
+def _norm_offset(source: Source) -> float:
+  return 0.0 if source.config.get("gguf_norms") else family_of(source).norm_offset
+
+
+def _read_tree(config: MatLMConfig, read, norm_offset: float) -> dict[str, Any]:
+  d, vocab = config.d_model, config.vocab_size
+  norm = lambda name, size: read(name, (size,)) + np.float32(norm_offset)
+  params: dict[str, Any] = {"embedding": read("model.embed_tokens.weight", (vocab, d))}
+  if not config.tied_head:
+    params["head"] = read("lm_head.weight", (vocab, d))
+  params["final_norm"] = {"scale": norm("model.norm.weight", d)}
+  stacks: dict[tuple[str, ...], np.ndarray] = {}
+  for layer in range(config.num_layers):
+    prefix = f"model.layers.{layer}."
+    of_layer = lambda name, *shape, prefix=prefix: read(prefix + name, shape)
+    for path, array in _layer(config, of_layer, lambda name, n, p=prefix: norm(p + name, n)):
+      stack = stacks.setdefault(path, np.empty((config.num_layers, *array.shape), np.float32))
+      stack[layer] = array
+  blocks: dict[str, Any] = {}
+  for (module, name), stack in stacks.items():
+    blocks.setdefault(module, {})[name] = stack
+  return params | {"blocks": {"0": blocks}}
+
+
+def _layer(config: MatLMConfig, read, norm) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+  """((module, name), array) of a layer, as in models/layers.py."""
+  d, h, kv, ratio = config.d_model, config.head_dim, config.num_kv_heads, config.queries_per_kv
+  yield ("attention_norm", "scale"), norm("input_layernorm.weight", d)
+  yield ("ffn_norm", "scale"), norm("post_attention_layernorm.weight", d)
+
+  def heads(name: str, *rest: int) -> np.ndarray:
+    """[R + 2, A, N, H, ...] of the query, key and value projections."""
+    q = read(f"self_attn.q_proj.{name}", kv * ratio * h, *rest)
+    q = q.reshape(kv, ratio, h, *rest).swapaxes(0, 1)
+    k_v = [read(f"self_attn.{x}_proj.{name}", kv * h, *rest) for x in "kv"]
+    return grouped(np.concatenate([q, *(x.reshape(1, kv, h, *rest) for x in k_v)]), 1)
+
+  def grouped(array: np.ndarray, axis: int) -> np.ndarray:
+    """Key/value heads as [A, N]: the first ones of all are the first ones of each group."""
+    return _in_groups(array, axis, config.head_groups)
+
+  yield ("attention", "qkv"), heads("weight", d)
+  if config.qkv_bias:
+    yield ("attention", "qkv_bias"), heads("bias")
+  if config.qk_norm:
+    for x in "qk":
+      yield ("attention", f"{x}_norm"), read(f"self_attn.{x}_norm.weight", h)
+  out = read("self_attn.o_proj.weight", d, kv * ratio * h).T
+  yield ("attention", "out"), grouped(out.reshape(kv, ratio * h, d), 0)
+  width = config.ffn_widths[-1]
+  neurons = lambda array: _in_groups(array, 0, config.ffn_groups)
+  yield ("ffn", "in"), neurons(read("mlp.up_proj.weight", width, d))
+  if config.gated:
+    yield ("ffn", "gate"), neurons(read("mlp.gate_proj.weight", width, d))
+  yield ("ffn", "out"), neurons(read("mlp.down_proj.weight", d, width).T)
+
+
+def _in_groups(array: np.ndarray, axis: int, groups: int) -> np.ndarray:
+  """An axis as (group, place), the i-th being place i // groups of group i % groups."""
+  shape = array.shape
+  split = array.reshape(*shape[:axis], shape[axis] // groups, groups, *shape[axis + 1 :])
+  return split.swapaxes(axis, axis + 1)

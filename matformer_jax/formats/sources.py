@@ -1,0 +1,190 @@
+"""Reads dense models from disk, one array at a time: a Hugging Face directory or a GGUF file.
+
+Whichever it is, configuration and arrays go by the names that `transformers` gives them, so
+that families.py has one way to say what an architecture is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import ml_dtypes  # noqa: F401  teaches NumPy bfloat16, in which safetensors returns arrays
+import numpy as np
+
+from matformer_jax.errors import UserError
+
+PACKAGES = "pip install 'matformer_jax[import]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A dense model on disk.
+
+  Attributes:
+    path: where it is.
+    config: as `config.json` of `transformers`.
+    names: of its arrays.
+    read: name -> float32 array of its own.
+  """
+
+  path: pathlib.Path
+  config: dict[str, Any]
+  names: frozenset[str]
+  read: Callable[[str], np.ndarray]
+
+
+def open_source(path: str | os.PathLike) -> Source:
+  """A directory with `config.json` and `*.safetensors`, or a `.gguf` file.
+
+  Raises:
+    UserError: for anything else, or what is damaged or incomplete.
+  """
+  path = pathlib.Path(path).expanduser()
+  if path.is_dir():
+    return _open_directory(path)
+  if path.is_file() and path.suffix == ".gguf":
+    return _open_gguf(path)
+  if not path.exists():
+    raise UserError(f"--from={path} does not exist; give a Hugging Face directory or a .gguf file")
+  raise UserError(f"--from={path} is neither a directory nor a .gguf file")
+
+
+def _package(name: str) -> Any:
+  try:
+    return importlib.import_module(name)
+  except ImportError as e:
+    raise UserError(f"the package {name} is missing: {PACKAGES}") from e
+
+
+# ------------------------------------------------------------------ safetensors
+
+
+def _open_directory(path: pathlib.Path) -> Source:
+  safetensors = _package("safetensors")
+  try:
+    config = json.loads((path / "config.json").read_bytes())
+  except (OSError, ValueError) as e:
+    raise UserError(f"--from={path}: config.json cannot be read ({e})") from e
+  files = sorted(path.glob("*.safetensors"))
+  if not files:
+    pickled = sorted(p.name for p in path.glob("*.bin"))
+    raise UserError(
+      f"--from={path} has no .safetensors file"
+      + (f"; {pickled[0]} is pickled, which is not read: convert it" if pickled else "")
+    )
+  where: dict[str, Any] = {}
+  for file in files:
+    try:
+      opened = safetensors.safe_open(file, framework="np")
+    except Exception as e:  # of the package's own kinds
+      raise UserError(f"--from={path}: {file.name} cannot be read ({e})") from e
+    where |= dict.fromkeys(opened.keys(), opened)
+  listed = path / "model.safetensors.index.json"
+  if listed.exists():
+    missing = json.loads(listed.read_bytes())["weight_map"].keys() - where.keys()
+    if missing:
+      raise UserError(
+        f"--from={path}: {listed.name} lists {len(missing)} arrays that no .safetensors file here "
+        f"has, such as {min(missing)}; the download is not complete"
+      )
+  return Source(
+    path, config, frozenset(where), lambda name: where[name].get_tensor(name).astype(np.float32)
+  )
+
+
+# ------------------------------------------------------------------------- GGUF
+
+# Architecture -> (the class of transformers, are rows of q and k in interleaved order).
+_GGUF = {
+  "llama": ("LlamaForCausalLM", True),
+  "qwen2": ("Qwen2ForCausalLM", False),
+  "qwen3": ("Qwen3ForCausalLM", False),
+  "gemma": ("GemmaForCausalLM", False),
+  "arcee": ("ArceeForCausalLM", True),
+}
+_GGUF_NAMES = {
+  "token_embd": "model.embed_tokens",
+  "output": "lm_head",
+  "output_norm": "model.norm",
+  "attn_norm": "input_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"  # of Llama 3: by how much each wavelength is stretched
+
+
+def _open_gguf(path: pathlib.Path) -> Source:
+  gguf = _package("gguf")
+  try:
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {_from_gguf(tensor.name): tensor for tensor in reader.tensors}
+  except Exception as e:  # of the package's own kinds
+    raise UserError(f"--from={path} cannot be read as GGUF ({e})") from e
+  architecture = str(fields.get("general.architecture"))
+  if architecture not in _GGUF:
+    raise UserError(
+      f"--from={path}: architecture {architecture!r} is not one of {', '.join(_GGUF)}"
+    )
+  name, interleaved = _GGUF[architecture]
+  get = lambda key, default=None: fields.get(f"{architecture}.{key}", default)
+  heads, width = get("attention.head_count"), get("embedding_length")
+  kv_heads = get("attention.head_count_kv", heads)
+  if isinstance(heads, list) or isinstance(kv_heads, list):
+    raise UserError(f"--from={path}: its layers have different numbers of heads: {heads}")
+  config = {
+    "architectures": [name],
+    "num_hidden_layers": get("block_count"),
+    "hidden_size": width,
+    "num_attention_heads": heads,
+    "num_key_value_heads": kv_heads,
+    "head_dim": get("attention.key_length", width // heads),
+    "intermediate_size": get("feed_forward_length"),
+    "vocab_size": int(tensors["model.embed_tokens.weight"].shape[1]),
+    "max_position_embeddings": get("context_length"),
+    "rope_theta": get("rope.freq_base", 10_000.0),
+    "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
+    "tie_word_embeddings": "lm_head.weight" not in tensors,
+    "sliding_window": get("attention.sliding_window"),
+    "gguf_norms": True,  # Gemma's are stored as they are multiplied, 1 + w
+  }
+  if architecture == "arcee":
+    config["hidden_act"] = "relu2"
+  scaling = get("rope.scaling.type", "none")
+  if scaling not in ("none", "default"):
+    config["rope_scaling"] = {"rope_type": scaling}
+
+  def read(name: str) -> np.ndarray:
+    tensor = tensors[name]
+    array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
+      if interleaved and f".{part}." in name:
+        # Rows (pair, half) of each head, for us (half, pair).
+        array = array.reshape(count, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    return array
+
+  return Source(path, config, frozenset(tensors), read)
+
+
+def _from_gguf(name: str) -> str:
+  """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+  match = re.fullmatch(r"(blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+  if not match or match[3] not in _GGUF_NAMES:
+    return name
+  layer = f"model.layers.{match[2]}." if match[1] else ""
+  return f"{layer}{_GGUF_NAMES[match[3]]}.{match[4]}"
