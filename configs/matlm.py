@@ -52,7 +52,7 @@ def get_config(row: str = "quickstart") -> ml_collections.ConfigDict:
   """The config of a row."""
   if row not in ROWS:
     raise ValueError(f"configs/matlm.py has no row {row!r}; rows are {', '.join(ROWS)}")
-  config = _base()
+  config = base()
   size = row.partition("@")[0]
   if size in TABLE_4:
     _table_4(config, *TABLE_4[size])
@@ -64,7 +64,7 @@ def get_config(row: str = "quickstart") -> ml_collections.ConfigDict:
   return config
 
 
-def _base() -> ml_collections.ConfigDict:
+def base() -> ml_collections.ConfigDict:
   return common["base"](
     task="matlm",
     init_head=True,  # take the embedding over, which is the head too; False for a new tokenizer

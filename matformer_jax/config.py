@@ -341,6 +341,7 @@ class MatLMConfig(ModelConfig):
   layer_norm = False
   biases = False
   glorot = False
+  adaptable = ("seq_len",)
   adaptable_with_head = ("vocab_size",)
   name = "MatLM"
   unit = "token"

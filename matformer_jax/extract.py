@@ -22,7 +22,7 @@ import tqdm
 from matformer_jax import cli, models, sharding
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import card as cards
-from matformer_jax.checkpoints import checkpoint
+from matformer_jax.checkpoints import checkpoint, model_dir
 from matformer_jax.config import ModelConfig, kind_of, model_config
 from matformer_jax.errors import UserError
 from matformer_jax.evals import latency, sizes
@@ -55,8 +55,7 @@ def extract(
   card = cards.read(workdir)
   config = model_config(card)
   g = gran.parse(granularity, config)
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f"--out={out} exists already and is not empty; give a new directory")
+  model_dir.check_free(out)
   steps = [step] if step is not None else checkpoint.steps(workdir)[::-1]
   if not steps or steps[0] not in checkpoint.steps(workdir):
     raise UserError(
@@ -81,22 +80,13 @@ def extract(
       "granularity": gran.to_text(g, config),
     },
   }
-  # Written aside and moved when whole, so that a kill leaves nothing that looks like a model.
-  temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
-  temporary.mkdir(parents=True)
-  try:
+
+  def copy_files(directory: pathlib.Path) -> None:
     for name in kind_of(card).resolve("objective").files:
       if (workdir / name).exists():
-        shutil.copyfile(workdir / name, temporary / name)
-    cards.write(temporary, card)
-    writer = checkpoint.Writer(temporary, keep_last=1, keep_best=0, card=card)
-    writer.save(number, params, None, {"step": number})
-    writer.close()
-    if out.exists():
-      out.rmdir()
-    temporary.rename(out)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copyfile(workdir / name, directory / name)
+
+  model_dir.write(out, card, params, number, copy_files)
   return sub_config
 
 

@@ -415,7 +415,7 @@ def open_task(model: Model) -> Any:
   changed = [
     key
     for key, value in task.identity().items()
-    if json.loads(json.dumps(value)) != trained_on.get(key)
+    if key in trained_on and json.loads(json.dumps(value)) != trained_on[key]
   ]
   if changed:
     raise UserError(

@@ -195,9 +195,10 @@ def _task_on_mesh(config: Config, workdir: pathlib.Path | None) -> tuple[Task, M
 
 def _start_from(config: Config, workdir: pathlib.Path, old_card) -> Config:
   """The config with its model taken from `init_from`, where given."""
-  if old_card is not None and "extracted" in old_card:
+  made = next((how for how in ("extracted", "imported") if old_card and how in old_card), None)
+  if made:
     raise UserError(
-      f"--workdir={workdir} is an extracted model; to train it further give "
+      f"--workdir={workdir} is an {made} model; to train it further give "
       f"--config.init_from={workdir} and another --workdir"
     )
   if not config.get("init_from"):

@@ -50,6 +50,13 @@ def make_card(config: Config, task: Task) -> dict[str, Any]:
     "optimizer": config.optim.name,
     "identity": dict(task.identity()),
     "config": json.loads(config.to_json_best_effort()),
+    **versions(),
+  }
+
+
+def versions() -> dict[str, Any]:
+  """With what a model was made."""
+  return {
     "versions": {name: metadata.version(name) for name in VERSIONED},
     "python": sys.version.split()[0],
   }

@@ -77,12 +77,18 @@ FAMILIES = {
 
 def family_of(source: Source) -> Family:
   """Raises UserError for an architecture that is not in FAMILIES."""
-  names = source.config.get("architectures") or [source.config.get("model_type")]
-  if names[0] not in FAMILIES:
+  name = architecture(source)
+  if name not in FAMILIES:
     raise UserError(
-      f"--from={source.path}: architecture {names[0]!r} is not one of {', '.join(FAMILIES)}"
+      f"--from={source.path}: architecture {name!r} is not one of {', '.join(FAMILIES)}"
     )
-  return FAMILIES[names[0]]
+  return FAMILIES[name]
+
+
+def architecture(source: Source) -> str:
+  """Its class in `transformers`."""
+  names = source.config.get("architectures") or [source.config.get("model_type")]
+  return str(names[0])
 
 
 def model_config(source: Source, widths: Sequence[int] = (), **changes) -> MatLMConfig:
