@@ -109,7 +109,7 @@ _GGUF = {
   "gemma": ("GemmaForCausalLM", False),
   "arcee": ("ArceeForCausalLM", True),
 }
-_GGUF_NAMES = {
+GGUF_NAMES = {
   "token_embd": "model.embed_tokens",
   "output": "lm_head",
   "output_norm": "model.norm",
@@ -184,7 +184,7 @@ def _open_gguf(path: pathlib.Path) -> Source:
 def _from_gguf(name: str) -> str:
   """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
   match = re.fullmatch(r"(blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-  if not match or match[3] not in _GGUF_NAMES:
+  if not match or match[3] not in GGUF_NAMES:
     return name
   layer = f"model.layers.{match[2]}." if match[1] else ""
-  return f"{layer}{_GGUF_NAMES[match[3]]}.{match[4]}"
+  return f"{layer}{GGUF_NAMES[match[3]]}.{match[4]}"
