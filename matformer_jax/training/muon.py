@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
+from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
 from matformer_jax.sharding import path_names
 
@@ -77,6 +77,7 @@ def scale_by_block_muon(momentum: float, rms: float) -> optax.GradientTransforma
   def update(updates, state, params=None):
     del params
     updates, state = muon.update(_split(updates), state._replace(mu=_split(state.mu)))
+    assert isinstance(state, MuonState)
     updates = jax.tree.map(scale, updates, _dimension_numbers(updates))
     return _join(updates), state._replace(mu=_join(state.mu))
 
