@@ -14,6 +14,10 @@ as in x W = y, optax's convention: rows are what is summed over (fan-in), column
 (fan-out). Newton-Schulz turns the other way round whatever is taller than wide, and the order of
 rows or columns changes nothing but the order of its result's; which is why the axis that a mesh
 shards (A, G) may come first in each product, and stays sharded when axes are merged.
+
+Newton-Schulz is left to the partitioner, which gathers the shards of d_model more than once. By
+pod_plan the step of the 78M XL (vocabulary 8,192, 1M tokens) on 16 v5e chips takes 548.6 ms where
+AdamW's takes 547.9 (fsdp=16), with 212 MiB of gathered arrays instead of 52.
 """
 
 from __future__ import annotations
