@@ -73,7 +73,7 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
         log_samples=False,  # samples-<process>.jsonl: what each step trained on
       ),
       optim=dict(
-        name="adamw",  # or adafactor, sgd
+        name="adamw",  # or adafactor, sgd, muon (AdamW for all but the matrices of the blocks)
         schedule="cosine",
         peak_lr=0.0,
         warmup_steps=0,
@@ -81,6 +81,8 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
         b1=0.9,
         b2=0.0,
         momentum=0.9,  # of sgd
+        muon_momentum=0.95,
+        muon_rms=0.2,  # of its updates, as AdamW's (Liu et al. 2025); 0: scaled as by Jordan et al.
         eps=1e-8,
         weight_decay=0.1,  # times the learning rate; matrices only
         clip_norm=1.0,

@@ -100,6 +100,8 @@ class OptimKeys(_Keys):
   b1: float
   b2: float
   momentum: float
+  muon_momentum: float
+  muon_rms: float
   eps: float
   weight_decay: float
   clip_norm: float

@@ -230,6 +230,13 @@ FAULTS = (
     '("train", text)',
     ("test_data.py::test_a_corpus_of_few_documents_holds_out_the_end_of_each",),
   ),
+  Fault(
+    "Muon takes keys for queries",
+    "training/muon.py",
+    "_Projections(x[:, :-2], x[:, -2:])",
+    "_Projections(x[:, :-1], x[:, -1:])",
+    ("test_muon.py::test_equals_muon_on_plain_matrices_and_adamw_elsewhere[grouped]",),
+  ),
 )
 
 

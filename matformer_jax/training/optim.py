@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,8 +11,9 @@ import optax
 from matformer_jax.config_keys import OptimKeys
 from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.sharding import logical_axes, path_names
+from matformer_jax.training import muon
 
-OPTIMIZERS = ("adamw", "adafactor", "sgd")
+OPTIMIZERS = ("adamw", "adafactor", "sgd", "muon")
 SCHEDULES = ("cosine", "rsqrt", "constant")
 
 
@@ -67,26 +70,40 @@ def is_matrix(params):
   )
 
 
+def muon_or_adamw(params):
+  """Which of the two `optim.name=muon` gives each leaf: "muon" to the blocks' matrices."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, matrix: "muon" if matrix and path_names(path)[0] == "blocks" else "adamw",
+    is_matrix(params),
+  )
+
+
 def make_optimizer(config: OptimKeys, total_steps: int) -> optax.GradientTransformation:
-  """Global-norm clipping, then AdamW, Adafactor or SGD with momentum, decaying matrices only.
+  """Global-norm clipping, then one of `OPTIMIZERS`, decaying matrices only.
+
+  SGD has momentum. Muon, which muon.py describes, updates the blocks' matrices, and AdamW, with
+  the same learning rate and weight decay, everything else.
 
   Args:
     config: `config.optim`, see configs/matlm.py and configs/matvit.py for its keys.
     total_steps: length of the run.
 
   Raises:
-    UserError: for an unknown optimizer or schedule.
+    UserError: for an unknown optimizer or schedule, or Muon's momentum or scale out of range.
   """
   schedule = make_schedule(config, total_steps)
+  adamw = optax.adamw(
+    schedule,
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    mask=is_matrix,
+  )
   if config.name == "adamw":
-    update = optax.adamw(
-      schedule,
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-      mask=is_matrix,
-    )
+    update = adamw
+  elif config.name == "muon":
+    update = optax.partition({"muon": _muon(config, schedule), "adamw": adamw}, muon_or_adamw)
   elif config.name == "adafactor":
     # optax decays by weight_decay_rate per step, not times the learning rate.
     # Attention matrices are stored per head, so their inner dimensions are small.
@@ -107,3 +124,19 @@ def make_optimizer(config: OptimKeys, total_steps: int) -> optax.GradientTransfo
     )
   clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
   return optax.chain(*clip, update)
+
+
+def _muon(config: OptimKeys, schedule: optax.Schedule) -> optax.GradientTransformation:
+  if not 0 <= config.muon_momentum < 1:
+    raise UserError(
+      f"optim.muon_momentum={config.muon_momentum!r} must be at least 0 and below 1, e.g. 0.95"
+    )
+  if not 0 <= config.muon_rms < math.inf:
+    raise UserError(
+      f"optim.muon_rms={config.muon_rms!r} must be positive, e.g. 0.2, or 0 for Jordan's scale"
+    )
+  return optax.chain(
+    muon.scale_by_block_muon(config.muon_momentum, config.muon_rms),
+    optax.add_decayed_weights(config.weight_decay),
+    optax.scale_by_learning_rate(schedule),
+  )
