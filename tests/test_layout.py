@@ -11,7 +11,7 @@ LAYERS = (
   ("errors", "runtime", "tables", "plots"),
   ("config", "config_keys", "config_files", "cli", "tpu"),
   ("sharding", "granularity"),
-  ("data", "hosts"),
+  ("data", "formats", "hosts"),
   ("models",),
   ("evals", "decoding"),
   ("tasks",),

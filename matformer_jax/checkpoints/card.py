@@ -33,6 +33,7 @@ VERSIONED = (
   "numpy",
   "sentencepiece",
 )
+VERSIONED_EXTRAS = ("tokenizers",)  # where a run uses them
 CARD_FILE = "config.json"
 # A run in which one of these changes is another run.
 FIXED = ("task", "model", "seed", "batch_size", "sampling", "identity", "optimizer")
@@ -40,6 +41,7 @@ FIXED = ("task", "model", "seed", "batch_size", "sampling", "identity", "optimiz
 
 def make_card(config: Config, task: Task) -> dict[str, Any]:
   """What config.json stores: everything needed to rebuild the model, and how it was made."""
+  used = [name for name in VERSIONED_EXTRAS if name in sys.modules]
   return {
     "format": checkpoint.FORMAT,
     "task": config.task,
@@ -50,7 +52,7 @@ def make_card(config: Config, task: Task) -> dict[str, Any]:
     "optimizer": config.optim.name,
     "identity": dict(task.identity()),
     "config": json.loads(config.to_json_best_effort()),
-    "versions": {name: metadata.version(name) for name in VERSIONED},
+    "versions": {name: metadata.version(name) for name in [*VERSIONED, *used]},
     "python": sys.version.split()[0],
   }
 
