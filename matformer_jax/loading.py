@@ -242,7 +242,8 @@ class LanguageModel(Model):
     """Mean cross-entropy of each token given those before it, nats.
 
     Args:
-      text_or_tokens: a string, or int ids [T] or [B, T] with T >= 2.
+      text_or_tokens: a string, which begins as the tokenizer's texts do, or int ids [T] or [B, T]
+        with T >= 2.
       granularity: as in `logits`.
     """
     tokens = text_or_tokens

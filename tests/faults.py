@@ -230,6 +230,20 @@ FAULTS = (
     '("train", text)',
     ("test_data.py::test_a_corpus_of_few_documents_holds_out_the_end_of_each",),
   ),
+  Fault(
+    "special tokens spelled out in a text become special",
+    "data/tokenizer.py",
+    "self._hf.encode_special_tokens = True",
+    "self._hf.encode_special_tokens = False",
+    ("test_tokenizer.py::test_types_of_gguf_tokens",),
+  ),
+  Fault(
+    "documents begin without bos",
+    "data/store.py",
+    "tokenizer.bos() + ids if piece.begins else ids",
+    "ids",
+    ("test_tokenizer.py::test_a_run_on_a_tokenizer_json",),
+  ),
 )
 
 

@@ -504,7 +504,7 @@ def test_a_run_on_a_tokenizer_json(library, tmp_path):
   (run / "tokenizer.json").write_text("junk")
   result = train(steps=3, eval__every=0)
   assert result.returncode == 0 and "resuming" in result.stdout, result.stderr
-  extract(run, "XL", tmp_path / "small")
+  extract(run, "G1", tmp_path / "small")
   for workdir in (run, tmp_path / "small"):
     model = matformer_jax.load(workdir)
     assert model.tokenizer.sha256 == tokenizer.sha256

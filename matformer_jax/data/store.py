@@ -251,7 +251,10 @@ def tokenising(name: str, expected: int) -> tqdm.tqdm:
 
 
 def cut(text: str) -> Iterator[str]:
-  """Pieces of at most about PIECE_CHARS, cut after a newline; joined they are `text`."""
+  """Pieces of at most about PIECE_CHARS, cut after a newline; joined they are `text`.
+
+  A tokenizer that puts a space before every text puts one before each piece.
+  """
   start = 0
   while start < len(text):
     stop = len(text)

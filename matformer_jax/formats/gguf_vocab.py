@@ -223,6 +223,7 @@ def sentencepiece_model(vocab: GGUFVocab) -> bytes:
 
 def _config(vocab: GGUFVocab) -> dict[str, Any]:
   """What tokenizer_config.json says of a checked vocabulary."""
+  assert vocab.eos_id is not None
   config: dict[str, Any] = {"eos_token": vocab.tokens[vocab.eos_id], "add_bos_token": vocab.add_bos}
   if vocab.bos_id is not None:
     config["bos_token"] = vocab.tokens[vocab.bos_id]
