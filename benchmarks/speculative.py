@@ -106,7 +106,7 @@ def train_baseline(model, directory: str) -> str:
   config.model.head_ratios = (1.0,)
   config.model.runs = None
   config.sampling = "uniform"
-  config.data.tokenizer = str(model.workdir / "tokenizer.model")
+  config.data.tokenizer = str(model.workdir)
   config.steps //= model.config.num_granularities
   train.train(config, directory)
   return directory

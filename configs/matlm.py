@@ -85,7 +85,7 @@ def base() -> ml_collections.ConfigDict:
     ),
     data=dict(
       source="stdlib",  # text:GLOB, tfds:NAME[/CONFIG]:FEATURE, tokens:DIR (data.prepare)
-      tokenizer="",  # a SentencePiece .model file; empty trains one
+      tokenizer="",  # a SentencePiece .model, a tokenizer.json, or where one is; empty trains one
       tokenizer_type="bpe",
       tokenizer_sample_bytes=50_000_000,
       validation_fraction=0.05,

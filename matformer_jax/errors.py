@@ -48,6 +48,11 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
   return nearest(key, known) or f"; known keys: {', '.join(sorted(known))}"
 
 
+def missing_package(package: str, needed_by: str, extra: str) -> UserError:
+  """The error for a package of one of this project's extras that is not installed."""
+  return UserError(f"{needed_by} needs {package}: pip install 'matformer_jax[{extra}]'")
+
+
 def first_line(e: BaseException, limit: int = 300) -> str:
   """The first line of an error's text, which can be pages long; its type where it has none."""
   lines = str(e).strip().splitlines()

@@ -34,13 +34,13 @@ def main(argv) -> None:
   )
   runtime.enable_compilation_cache()
   model = load(workdir, _STEP.value, LanguageModel)
-  prompt = model.tokenizer.encode(_PROMPT.value) or [model.tokenizer.eos_id]
+  prompt = model.tokenizer.prompt(_PROMPT.value)
   shown, text, ids, stats = "", "", [], None
   first_at, first_count = 0.0, 0
   for (ids,), stats in model.stream([prompt], settings):
     if not first_count:
       first_at, first_count = time.perf_counter(), len(ids)
-    text = model.tokenizer.decode(ids)
+    text = model.tokenizer.continuation(prompt, ids)
     whole = text.rstrip("\ufffd")  # a character may be cut in the middle of its bytes
     sys.stdout.write(whole[len(shown) :])
     sys.stdout.flush()

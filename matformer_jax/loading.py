@@ -30,7 +30,7 @@ from matformer_jax.config import (
 )
 from matformer_jax.config_keys import Config, ModelKeys
 from matformer_jax.data.augment import Transform
-from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from matformer_jax.data.tokenizer import Tokenizer, open_tokenizer
 from matformer_jax.decoding.decode import Decoder, Sampling
 from matformer_jax.decoding.speculative import (
   AUTO_DRAFT_LENGTHS,
@@ -212,12 +212,11 @@ class LanguageModel(Model):
 
   @classmethod
   def read_extras(cls, workdir, card, config):
-    path = workdir / TOKENIZER_FILE
-    tokenizer = Tokenizer.from_file(path)
+    tokenizer = open_tokenizer(workdir)
     if tokenizer.sha256 != card["identity"]["tokenizer"]:
       raise UserError(
-        f"{path} is not the tokenizer this model was trained with (its checksum differs); "
-        "restore the file, or run train there again"
+        f"{workdir} does not hold the tokenizer this model was trained with (its checksum "
+        "differs); restore its files, or run train there again"
       )
     return {"tokenizer": tokenizer}
 
@@ -243,12 +242,13 @@ class LanguageModel(Model):
     """Mean cross-entropy of each token given those before it, nats.
 
     Args:
-      text_or_tokens: a string, or int ids [T] or [B, T] with T >= 2.
+      text_or_tokens: a string, which begins as the tokenizer's texts do, or int ids [T] or [B, T]
+        with T >= 2.
       granularity: as in `logits`.
     """
     tokens = text_or_tokens
     if isinstance(tokens, str):
-      tokens = self.tokenizer.encode(tokens)
+      tokens = self.tokenizer.begin(tokens)
     length = np.shape(tokens)[-1:]
     if length and length[0] < 2:
       raise UserError(f"loss needs at least 2 tokens, got {length[0]}; give more text")
@@ -282,12 +282,12 @@ class LanguageModel(Model):
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not prompts:
       return []
-    ids = [self.tokenizer.encode(p) or [self.tokenizer.eos_id] for p in prompts]
+    ids = [self.tokenizer.prompt(p) for p in prompts]
     sampling = Sampling(temperature, top_k, top_p)
     new: list[list[int]] = []
     for new, _ in self.stream(ids, Settings(granularity, sampling=sampling, **settings)):
       pass
-    texts = [self.tokenizer.decode(row) for row in new]
+    texts = [self.tokenizer.continuation(i, n) for i, n in zip(ids, new)]
     return texts[0] if isinstance(prompt, str) else texts
 
   def stream(

@@ -14,7 +14,6 @@ command again.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import pathlib
 import shutil
@@ -29,7 +28,12 @@ from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import kind_of, model_config
 from matformer_jax.config_keys import Config, ModelKeys
-from matformer_jax.data.tokenizer import TOKENIZER_FILE
+from matformer_jax.data.tokenizer import (
+  TOKENIZER_FILES,
+  DamagedTokenizer,
+  find_tokenizer,
+  open_tokenizer,
+)
 from matformer_jax.errors import UserError, check_seed
 from matformer_jax.hosts import goodput, lock, multihost
 from matformer_jax.hosts.multihost import Hosts
@@ -61,7 +65,7 @@ def train(
 
   Args:
     config: as `get_config` returns it.
-    workdir: gets config.json, tokenizer.model, checkpoints/, metrics.jsonl,
+    workdir: gets config.json, the tokenizer's files, checkpoints/, metrics.jsonl,
       eval.jsonl, goodput.json, tensorboard/; train.lock while it is in use. With several
       hosts, a directory they share.
     hosts: the processes that train together.
@@ -222,8 +226,9 @@ def _copy_files(config: Config, workdir: pathlib.Path, old_card) -> None:
   """Takes over what `init_from` holds beside its weights, such as a tokenizer."""
   if config.get("init_from") and _keeps_head(config) and not config.data.get("tokenizer"):
     for name in kind_of(config).resolve("objective").files:
-      if old_card is None or not (workdir / name).exists():
-        shutil.copyfile(pathlib.Path(config.init_from) / name, workdir / name)
+      source = pathlib.Path(config.init_from) / name
+      if source.exists() and (old_card is None or not (workdir / name).exists()):
+        shutil.copyfile(source, workdir / name)
 
 
 def _keeps_head(config: Config) -> bool:
@@ -256,7 +261,7 @@ def _start_over(config: Config, workdir: pathlib.Path, hosts: Hosts) -> None:
   fresh = _start_from(config, workdir, None)
   if fresh.get("init_from") and _keeps_head(fresh) and hasattr(fresh.data, "tokenizer"):
     with fresh.unlocked():
-      fresh.data.tokenizer = fresh.data.tokenizer or f"{fresh.init_from}/{TOKENIZER_FILE}"
+      fresh.data.tokenizer = fresh.data.tokenizer or str(fresh.init_from)
   _task_on_mesh(fresh, None)  # so that nothing is moved for a command that cannot run
   hosts.barrier()
   if hosts.first:
@@ -320,12 +325,18 @@ def _owes_evaluation(config: Config, workdir: pathlib.Path, start: int, hosts: H
 
 
 def _recover_tokenizer(workdir: pathlib.Path, card) -> None:
-  """Moves a damaged tokenizer.model out of the way; it is remade from the corpus."""
-  path = workdir / TOKENIZER_FILE
+  """Moves a damaged tokenizer's files out of the way; it is remade, or taken from its source."""
   wanted = card and card["identity"].get("tokenizer")
-  if wanted and path.exists():
-    if hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
-      checkpoint.set_aside(path)
+  if not wanted or not find_tokenizer(workdir):
+    return
+  try:
+    damaged = open_tokenizer(workdir).sha256 != wanted
+  except DamagedTokenizer:
+    damaged = True
+  if damaged:
+    for path in (workdir / name for name in TOKENIZER_FILES):
+      if path.exists():
+        checkpoint.set_aside(path)
 
 
 def _check_shared(workdir: pathlib.Path, hosts: Hosts) -> None:

@@ -237,6 +237,20 @@ FAULTS = (
     "_Projections(x[:, :-1], x[:, -1:])",
     ("test_muon.py::test_equals_muon_on_plain_matrices_and_adamw_elsewhere[grouped]",),
   ),
+  Fault(
+    "special tokens spelled out in a text become special",
+    "data/tokenizer.py",
+    "self._hf.encode_special_tokens = True",
+    "self._hf.encode_special_tokens = False",
+    ("test_tokenizer.py::test_types_of_gguf_tokens",),
+  ),
+  Fault(
+    "documents begin without bos",
+    "data/store.py",
+    "tokenizer.bos() + ids if piece.begins else ids",
+    "ids",
+    ("test_tokenizer.py::test_a_run_on_a_tokenizer_json",),
+  ),
 )
 
 

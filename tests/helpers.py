@@ -158,3 +158,22 @@ def _args(row: str, workdir, overrides) -> list[str]:
   return [f"--config=configs/{row}", f"--workdir={workdir}"] + [
     f"--config.{k.replace('__', '.')}={v}" for k, v in overrides.items()
   ]
+
+
+def byte_level_library(documents, vocab_size: int, pre_tokenizer=None, **model):
+  """A byte-level BPE that Hugging Face's library trains: its own object, with one special token."""
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  made = tokenizers.Tokenizer(models.BPE(**model))
+  made.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=["<|endoftext|>"],
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  made.train_from_iterator(documents, trainer)
+  made.encode_special_tokens = True
+  return made

@@ -23,7 +23,12 @@ from matformer_jax.config import Execution
 from matformer_jax.data import prepare, text_sources
 from matformer_jax.data import store as store_format
 from matformer_jax.data.batches import ValidationWindows, Windows
-from matformer_jax.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_jax.data.tokenizer import (
+  HuggingFaceTokenizer,
+  SentencePieceTokenizer,
+  open_tokenizer,
+  train_tokenizer,
+)
 from matformer_jax.evals import lm
 from matformer_jax.models.matlm import MatLM
 from matformer_jax.tasks import make_task
@@ -35,8 +40,11 @@ SAMPLE = [
 ]
 
 
-@pytest.fixture(scope="module", params=["bpe", "unigram"])
+@pytest.fixture(scope="module", params=["bpe", "unigram", "byte-level"])
 def tokenizer(request):
+  if request.param == "byte-level":
+    definition = helpers.byte_level_library(SAMPLE, 600).to_str().encode()
+    return HuggingFaceTokenizer(definition, {"eos_token": "<|endoftext|>"})
   return train_tokenizer(SAMPLE, 600, request.param, 10**6)
 
 
@@ -112,8 +120,8 @@ def test_vocabulary_larger_than_the_corpus_supports():
       lambda: train_tokenizer(SAMPLE, 300, "bpe", 10**6),
       r"vocab_size=300 is too small .* at least \d+",
     ),
-    (lambda: Tokenizer(b"junk"), "not a SentencePiece model"),
-    (lambda: Tokenizer.from_file("/nowhere.model"), "/nowhere.model"),
+    (lambda: SentencePieceTokenizer(b"junk"), "not a SentencePiece model"),
+    (lambda: open_tokenizer("/nowhere.model"), "/nowhere.model"),
   ],
 )
 def test_tokenizer_errors(make, words):

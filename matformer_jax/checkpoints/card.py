@@ -33,6 +33,7 @@ VERSIONED = (
   "numpy",
   "sentencepiece",
 )
+VERSIONED_EXTRAS = ("tokenizers",)  # where a run uses them
 CARD_FILE = "config.json"
 # A run in which one of these changes is another run.
 FIXED = ("task", "model", "seed", "batch_size", "sampling", "identity", "optimizer")
@@ -56,8 +57,9 @@ def make_card(config: Config, task: Task) -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
   """With what a model was made."""
+  used = [name for name in VERSIONED_EXTRAS if name in sys.modules]
   return {
-    "versions": {name: metadata.version(name) for name in VERSIONED},
+    "versions": {name: metadata.version(name) for name in [*VERSIONED, *used]},
     "python": sys.version.split()[0],
   }
 

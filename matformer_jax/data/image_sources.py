@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from matformer_jax.data import tfds_source
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, missing_package
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_PIXELS = 178_956_970  # Pillow's own limit
@@ -198,9 +198,7 @@ def _sklearn(source: str, rest: str, split: str) -> Images:
   try:
     from sklearn import datasets  # pyright: ignore[reportMissingImports] (an extra)
   except ImportError:
-    raise UserError(
-      f"data.source={source!r} needs scikit-learn: pip install 'matformer_jax[digits]'"
-    ) from None
+    raise missing_package("scikit-learn", f"data.source={source!r}", "digits") from None
   _one_of(source, split, ("train", "validation", "test"))
   digits: Any = datasets.load_digits()
   order = np.random.default_rng(0).permutation(len(digits.target))

@@ -24,7 +24,12 @@ from absl import flags
 
 from matformer_jax import cli, runtime, tables
 from matformer_jax.data import store, text_sources
-from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer
+from matformer_jax.data.tokenizer import (
+  Tokenizer,
+  find_tokenizer,
+  open_tokenizer,
+  train_tokenizer,
+)
 from matformer_jax.errors import UserError
 
 JOB_FILE = "prepare.json"
@@ -124,11 +129,10 @@ def _tokenizer(
   tokenizer_type: str,
   sample_bytes: int,
 ) -> Tokenizer:
-  path = out / TOKENIZER_FILE
-  if path.exists():
-    return Tokenizer.from_file(path)
+  if find_tokenizer(out):
+    return open_tokenizer(out)
   if given:
-    tokenizer = Tokenizer.from_file(given)
+    tokenizer = open_tokenizer(given)
   else:
     print(
       f"training a {tokenizer_type} tokenizer of {vocab_size:,} pieces on up to "
@@ -140,7 +144,7 @@ def _tokenizer(
       spread(corpus, sample_bytes), vocab_size, tokenizer_type, 2 * sample_bytes
     )
     print(f"tokenizer trained in {time.perf_counter() - started:,.1f} s", flush=True)
-  runtime.replace_file(path, tokenizer.model)
+  tokenizer.save(out)
   return tokenizer
 
 
@@ -192,7 +196,7 @@ def _start_worker(counter) -> None:
 
 def _do_part(job: Job, out: pathlib.Path, index: int) -> None:
   corpus = text_sources.open_corpus(job.source, job.data_dir or None)
-  tokenizer = Tokenizer.from_file(out / TOKENIZER_FILE)
+  tokenizer = open_tokenizer(out)
   pending = 0
 
   def report(size: int) -> None:
@@ -225,7 +229,7 @@ def main(argv) -> None:
   workers = _WORKERS.value or runtime.cpu_count()
   corpus = text_sources.open_corpus(_SOURCE.value, _DATA_DIR.value or None)
   tokenizer = (
-    Tokenizer.from_file(_TOKENIZER.value).sha256
+    open_tokenizer(_TOKENIZER.value).sha256
     if _TOKENIZER.value
     else f"{_TYPE.value}, {_VOCAB.value} pieces, {_SAMPLE.value} bytes"
   )
@@ -261,7 +265,10 @@ if __name__ == "__main__":
   )
   _OUT = flags.DEFINE_string("out", None, "Directory of the token store.")
   _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "A SentencePiece .model file; else one is trained."
+    "tokenizer",
+    None,
+    "A SentencePiece .model, a tokenizer.json, or a directory with one of them; else one is "
+    "trained.",
   )
   _VOCAB = flags.DEFINE_integer(
     "vocab_size", 256_000, "Pieces of a trained tokenizer.", lower_bound=2

@@ -1,8 +1,9 @@
 """The token store: a corpus as token ids, in checksummed shards that are memory-mapped.
 
   DIR/manifest.json            what it holds; written last, so a directory with it is whole
-  DIR/tokenizer.model          in prepared stores
-  DIR/train-00000.bin ...      documents one after the other, each closed by end-of-text
+  DIR/tokenizer.*              in prepared stores
+  DIR/train-00000.bin ...      documents one after the other, each closed by end-of-text and
+                               begun by the tokenizer's bos, if it has one
   DIR/train-00000.documents.bin ...  uint64: at which of that shard's tokens each begins
   DIR/validation-00000.bin ...
 
@@ -250,7 +251,10 @@ def tokenising(name: str, expected: int) -> tqdm.tqdm:
 
 
 def cut(text: str) -> Iterator[str]:
-  """Pieces of at most about PIECE_CHARS, cut after a newline; joined they are `text`."""
+  """Pieces of at most about PIECE_CHARS, cut after a newline; joined they are `text`.
+
+  A tokenizer that puts a space before every text puts one before each piece.
+  """
   start = 0
   while start < len(text):
     stop = len(text)
@@ -284,6 +288,7 @@ def write_part(
     while batch := list(itertools.islice(pieces, _BATCH)):
       encoded = tokenizer.encode_batch([piece.text for piece in batch])
       for piece, ids in zip(batch, encoded):
+        ids = tokenizer.bos() + ids if piece.begins else ids
         ids = ids + [tokenizer.eos_id] if piece.ends else ids
         size = len(piece.text.encode("utf-8", "replace"))
         shards[piece.split].add(np.asarray(ids, dtype), piece.begins, size)

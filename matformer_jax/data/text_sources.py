@@ -28,7 +28,12 @@ import numpy as np
 
 from matformer_jax import runtime
 from matformer_jax.data import store, tfds_source
-from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer
+from matformer_jax.data.tokenizer import (
+  DamagedTokenizer,
+  Tokenizer,
+  open_tokenizer,
+  train_tokenizer,
+)
 from matformer_jax.errors import UserError
 
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -189,12 +194,12 @@ def open_source(
 
 def open_prepared(path: str) -> tuple[store.TokenStore, Tokenizer]:
   """What prepare.py made. Raises UserError if it is damaged or unfinished."""
-  tokenizer = Tokenizer.from_file(os.path.join(path, TOKENIZER_FILE))
+  tokenizer = open_tokenizer(path)
   opened = store.open_store(path)
   if opened.manifest["tokenizer"] != tokenizer.sha256:
     raise UserError(
-      f"data.source='tokens:{path}': its {TOKENIZER_FILE} is not the one its tokens "
-      "were made with; prepare it again"
+      f"data.source='tokens:{path}': its tokenizer is not the one its tokens were made "
+      "with; prepare it again"
     )
   return opened, tokenizer
 
@@ -208,8 +213,8 @@ def get_tokenizer(
   with locked(path):
     if path.exists():
       try:
-        return Tokenizer.from_file(path)
-      except UserError:
+        return open_tokenizer(path)
+      except DamagedTokenizer:
         path.unlink()  # a cache entry, remade below
     started = time.perf_counter()
     runtime.say(f"training a {model_type} tokenizer of {vocab_size:,} pieces on {corpus.name}")

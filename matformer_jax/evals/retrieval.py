@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
 from matformer_jax import sharding
-from matformer_jax.errors import UserError
+from matformer_jax.errors import UserError, missing_package
 
 METRICS = ("cosine", "l2")
 BACKENDS = ("jax", "faiss")
@@ -133,7 +133,7 @@ def _search_faiss(queries, blocks, k, metric):
   try:
     import faiss  # pyright: ignore[reportMissingImports] (an extra)
   except ImportError:
-    raise UserError("backend='faiss' needs faiss: pip install 'matformer_jax[faiss]'") from None
+    raise missing_package("faiss", "backend='faiss'", "faiss") from None
   kind = faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP
   index = kind(queries.shape[1])
   for block in blocks:

@@ -1,1 +1,1 @@
-"""Models in other projects' formats."""
+"""Files of other projects, read and written."""

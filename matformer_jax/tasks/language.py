@@ -12,7 +12,12 @@ from matformer_jax.config import MatLMConfig
 from matformer_jax.config_keys import Config
 from matformer_jax.data import text_sources
 from matformer_jax.data.batches import ValidationWindows, Windows
-from matformer_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from matformer_jax.data.tokenizer import (
+  TOKENIZER_FILES,
+  Tokenizer,
+  find_tokenizer,
+  open_tokenizer,
+)
 from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.evals import lm
 from matformer_jax.models import losses, matlm
@@ -32,7 +37,7 @@ class NextToken:
   rate = "tokens_per_s"
   metrics = lm.METRICS
   headline = "loss"
-  files = (TOKENIZER_FILE,)
+  files = TOKENIZER_FILES
 
   def __init__(
     self,
@@ -82,12 +87,12 @@ class LanguageModeling(NextToken):
       MatLMConfig.from_dict(config.model), config.batch_size, config.z_loss, _attend(config)
     )
     data = config.data
-    given = data.tokenizer or _existing(workdir)
+    given = data.tokenizer or (workdir and find_tokenizer(workdir))
     cache_dir = data.cache_dir or None
 
     def make_tokenizer(corpus: text_sources.Corpus) -> Tokenizer:
       if given:
-        return Tokenizer.from_file(given)
+        return open_tokenizer(given)
       return text_sources.get_tokenizer(
         corpus,
         self.model_config.vocab_size,
@@ -180,15 +185,8 @@ class LanguageModeling(NextToken):
     return {"tokenizer": self.tokenizer.sha256, "tokens": self.store.fingerprint, **attend}
 
   def save_files(self, workdir):
-    path = workdir / TOKENIZER_FILE
-    if not path.exists() or path.read_bytes() != self.tokenizer.model:
-      path.write_bytes(self.tokenizer.model)
+    self.tokenizer.save(workdir)
 
 
 def _attend(config: Config) -> str:
   return getattr(config.data, "attend", "across")
-
-
-def _existing(workdir: pathlib.Path | None) -> pathlib.Path | None:
-  path = workdir / TOKENIZER_FILE if workdir else None
-  return path if path is not None and path.exists() else None
