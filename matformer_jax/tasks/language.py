@@ -75,14 +75,24 @@ class NextToken:
       model = matlm.MatLM(config, execution)
       return model.apply({"params": params}, inputs, return_hidden=True, **segments)
 
-    own = hidden_and_head(sub_config, execution, sub_params)
+    hidden, head = hidden_and_head(sub_config, execution, sub_params)
     if teacher is None:
-      objective, loss = losses.cross_entropy(*own, targets, execution, self._z_loss)
+      objective, loss = losses.cross_entropy(hidden, head, targets, execution, self._z_loss)
       return objective, {"loss": loss}
     forward = dataclasses.replace(execution, remat="none")  # there is no backward pass
-    theirs = jax.lax.stop_gradient(hidden_and_head(teacher.config, forward, teacher.params))
+    teacher_hidden, teacher_head = jax.lax.stop_gradient(
+      hidden_and_head(teacher.config, forward, teacher.params)
+    )
     objective, loss, kl = losses.distillation(
-      *own, targets, *theirs, execution, teacher.weight, teacher.temperature, self._z_loss
+      hidden,
+      head,
+      targets,
+      teacher_hidden,
+      teacher_head,
+      execution,
+      teacher.weight,
+      teacher.temperature,
+      self._z_loss,
     )
     return objective, {"loss": loss, "kl": kl}
 

@@ -19,7 +19,7 @@ from matformer_jax import sharding
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import MatLMConfig, ModelConfig, model_config
-from matformer_jax.config_keys import Config
+from matformer_jax.config_keys import Config, DistillKeys
 from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.runtime import say
@@ -65,8 +65,8 @@ class Distillation:
 
 def check(config: Config) -> None:
   """Raises UserError for settings that cannot be, or that contradict each other."""
-  keys = config.get("distill")
-  if not keys:  # another task, or an older run
+  keys = _settings(config)
+  if keys is None:
     return
   weight, temperature, teacher = keys.weight, keys.temperature, keys.teacher
   if teacher not in TEACHERS:
@@ -92,16 +92,21 @@ def check(config: Config) -> None:
     )
 
 
-def from_config(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Distillation | None:
+def from_config(
+  config: Config, model: ModelConfig, mesh: jax.sharding.Mesh | None = None
+) -> Distillation | None:
   """How a run of `model` distils; None where it does not.
+
+  Args:
+    mesh: over which a parent's weights are sharded too.
 
   Raises:
     UserError: as `check`, and for a parent that is no run, is of another task or vocabulary, or
       whose weights do not divide over the mesh.
   """
   check(config)
-  keys = config.get("distill")
-  if not keys or keys.teacher == "none":
+  keys = _settings(config)
+  if keys is None or keys.teacher == "none":
     return None
   if keys.teacher == "self":
     return Distillation(keys.weight, keys.temperature, "", model)
@@ -119,7 +124,8 @@ def from_config(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> 
       f"{model.vocab_size:,}; they must be the same"
     )
   try:
-    sharding.check_model_fits_mesh(parent, mesh)
+    if mesh is not None:
+      sharding.check_model_fits_mesh(parent, mesh)
   except UserError as e:
     raise UserError(f"distill.parent={path!r} cannot be sharded over this mesh: {e}") from e
   return Distillation(keys.weight, keys.temperature, path, parent)
@@ -189,8 +195,13 @@ def load_parent(distillation: Distillation, abstract, dtype: str, hosts: Hosts) 
   return cast(items["params"], jnp.dtype(dtype).name), hashlib.sha256(weights.encode()).hexdigest()
 
 
+def _settings(config: Config) -> DistillKeys | None:
+  """None of another task, and of an older run."""
+  return getattr(config, "distill", None)
+
+
 def _parent(config: Config) -> str:
-  return config.distill.parent or config.get("init_from") or ""
+  return config.distill.parent or config.init_from
 
 
 def _read(path: str):
