@@ -114,7 +114,7 @@ def our_step(trainer: Trainer, granularity: gran.Granularity) -> Step:
     memory=estimate.memory(compiled),
     kernels=kernels,
     flops=flops,
-    model_flops=estimate.model_flops(trainer, granularity),
+    model_flops=trainer.model_flops(granularity),
     devices=trainer.mesh.size,
   )
 
@@ -136,8 +136,8 @@ def maxtext_step(maxtext: maxtext_peer.MaxText, trainer: Trainer, remat: str) ->
     names=step_kinds.MAXTEXT,
     memory=memory,
     kernels=estimate.Kernels(estimate.attention_flops(same, xl, MAXTEXT_BLOCKS), []),
-    flops=estimate.model_flops(trainer, xl) / mesh.size,  # at the least
-    model_flops=estimate.model_flops(trainer, xl),
+    flops=trainer.model_flops(xl) / mesh.size,  # at the least
+    model_flops=trainer.model_flops(xl),
     devices=mesh.size,
   )
 

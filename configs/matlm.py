@@ -69,6 +69,11 @@ def base() -> ml_collections.ConfigDict:
     task="matlm",
     init_head=True,  # take the embedding over, which is the head too; False for a new tokenizer
     z_loss=0.0,
+    # Every size also learns from a teacher: (1 - weight) * cross-entropy + weight *
+    # temperature^2 * KL(teacher || size). teacher=self is XL of the same weights, whose own steps
+    # stay as they are; parent is a frozen model, the directory `parent` or else `init_from`, of
+    # the same vocabulary and tokenizer.
+    distill=dict(weight=0.0, temperature=1.0, teacher="none", parent=""),
     mesh=dict(fsdp=-1),
     model=dict(
       vocab_size=256_000,

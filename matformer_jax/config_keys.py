@@ -107,6 +107,15 @@ class OptimKeys(_Keys):
   clip_norm: float
 
 
+class DistillKeys(_Keys):
+  """`config.distill`."""
+
+  weight: float
+  temperature: float
+  teacher: str
+  parent: str
+
+
 class CheckpointKeys(_Keys):
   """`config.checkpoint`."""
 
@@ -152,6 +161,7 @@ class Config(_Keys):
   eval: EvalKeys
   # matlm
   z_loss: float
+  distill: DistillKeys
   # matvit
   loss: str
   mixup: float

@@ -8,6 +8,7 @@ python -m matformer_jax.describe --config=configs/matlm.py:850M --budget=nonembe
 
 from __future__ import annotations
 
+import functools
 import json
 
 from absl import flags
@@ -18,20 +19,29 @@ from matformer_jax.checkpoints import card as cards
 from matformer_jax.config import model_config
 from matformer_jax.errors import UserError
 from matformer_jax.evals import latency, sizes
+from matformer_jax.training import distill
 
 
 def main(argv) -> None:
   if bool(_WORKDIR.value) == bool(_CONFIG.value is not None):
     raise UserError("give exactly one of --config=configs/matlm.py:ROW and --workdir=DIR")
-  config = model_config(cards.read(_WORKDIR.value) if _WORKDIR.value else cli.read_config(_CONFIG))
+  teacher_flops = lambda g: 0
+  if _WORKDIR.value:
+    config = model_config(cards.read(_WORKDIR.value))
+  else:
+    run = cli.read_config(_CONFIG)
+    config = model_config(run)
+    distillation = distill.from_config(run, config)
+    if distillation is not None:
+      teacher_flops = functools.partial(distillation.flops, num_tokens=config.num_tokens)
   chosen = None
   if _BUDGET.value:
     profile = latency.read(_WORKDIR.value, config) if _WORKDIR.value else None
     chosen = gran.mix_n_match(config, _BUDGET.value, profile=profile)
   if _JSON.value:
-    print(json.dumps(sizes.as_json(config, chosen), indent=1))
+    print(json.dumps(sizes.as_json(config, chosen, teacher_flops), indent=1))
   else:
-    print(sizes.table(config, chosen, _BUDGET.value))
+    print(sizes.table(config, chosen, _BUDGET.value, teacher_flops))
 
 
 if __name__ == "__main__":

@@ -261,14 +261,15 @@ def on_whole_vocabulary(f, execution):
 
 
 def on_each_device(gradient, mesh: Mesh):
-  """Runs (params, rows) -> (loss, gradients) on every device's own shards and rows.
+  """Runs (params, rows, *frozen) -> (measured, gradients) on every device's shards and rows.
 
   Args:
-    gradient: sees a `per_device` program's arrays. Its loss is a mean over its rows; its
-      gradients are those of its loss, already reduce-scattered where parameters are sharded.
+    gradient: sees a `per_device` program's arrays. What it measures, a tree of scalars, are
+      means over its rows; its gradients, to params, are already reduce-scattered where
+      parameters are sharded. `frozen` are parameters that have no gradient.
 
   Returns:
-    The same function of global arrays: mean loss and its gradients, sharded like params.
+    The same function of global arrays: means and gradients, sharded like params.
     The tensor axis is left to the partitioner.
   """
   shards = batch_shards(mesh)
@@ -280,26 +281,28 @@ def on_each_device(gradient, mesh: Mesh):
       grad = _on_tensor_shards(functools.partial(jax.lax.psum, axis_name=over), axes)(grad)
     return grad / shards
 
-  def device(params, rows):
-    loss, grads = gradient(params, rows)
+  def device(params, rows, *frozen):
+    measured, grads = gradient(params, rows, *frozen)
     grads = jax.tree_util.tree_map_with_path(reduce, grads)
-    return jax.lax.pmean(loss, (DATA, FSDP)), grads
+    return jax.lax.pmean(measured, (DATA, FSDP)), grads
 
-  def over_mesh(params, rows):
-    specs = jax.tree_util.tree_map_with_path(
+  def specs(params):
+    return jax.tree_util.tree_map_with_path(
       lambda path, _: PartitionSpec(
         *(RULES[a] if a == "embed" else None for a in logical_axes(path_names(path)))
       ),
       params,
     )
+
+  def over_mesh(params, rows, *frozen):
     return jax.shard_map(
       device,
       mesh=mesh,
-      in_specs=(specs, PartitionSpec((DATA, FSDP))),
-      out_specs=(PartitionSpec(), specs),
+      in_specs=(specs(params), PartitionSpec((DATA, FSDP)), *map(specs, frozen)),
+      out_specs=(PartitionSpec(), specs(params)),
       axis_names={DATA, FSDP},
       check_vma=False,
-    )(params, rows)
+    )(params, rows, *frozen)
 
   return over_mesh
 

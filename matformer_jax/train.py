@@ -40,7 +40,7 @@ from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.hosts.watchdog import Watchdog
 from matformer_jax.runtime import say
 from matformer_jax.tasks import Task, make_task
-from matformer_jax.training import metrics, optim
+from matformer_jax.training import distill, metrics, optim
 from matformer_jax.training.loop import Loop, SampleLog, StepProfile, StopSignal, evaluates_after
 from matformer_jax.training.trainer import Trainer, TrainState
 
@@ -111,7 +111,10 @@ def _train(
   _check_shared(workdir, hosts)
   task, mesh = _task_on_mesh(config, workdir)
   trainer = Trainer(task, config, mesh)
-  card = cards.make_card(config, task)
+  parent, fingerprint = trainer.load_parent(hosts)
+  distillation = trainer.distillation
+  identity = distillation.identity(fingerprint) if distillation else None
+  card = cards.make_card(config, task, identity)
   if start_over or (old_card or {}).get(STARTED_OVER):
     card[STARTED_OVER] = True
   if old_card is None and config.get("init_from"):
@@ -142,7 +145,7 @@ def _train(
     examples_per_step=task.examples_per_step,
     unit=task.examples_unit,
     rate=task.rate,
-    flops={n: c.train_flops * task.examples_per_step for n, c in counts.items()},
+    flops={n: trainer.model_flops(g) for n, g in zip(trainer.names, trainer.granularities)},
     peak_flops=metrics.peak_flops(mesh),
   )
   ledger = goodput.Ledger(workdir / goodput.GOODPUT_FILE if hosts.first else None, log.lost_s)
@@ -164,6 +167,7 @@ def _train(
     state=state,
     start=start,
     skipped=skipped,
+    parent=parent,
     owes_evaluation=owes_evaluation,
   )
   try:
@@ -194,6 +198,7 @@ def _task_on_mesh(config: Config, workdir: pathlib.Path | None) -> tuple[Task, M
   sharding.check_model_fits_mesh(task.model_config, mesh)
   sharding.check_batch(config.batch_size, config.grad_accum, mesh)
   sharding.check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
+  distill.check_parent(config, task, mesh)
   return task, mesh
 
 
@@ -364,6 +369,7 @@ def _check_config(config: Config) -> None:
     if not isinstance(value, int) or value < least:
       raise UserError(f"{name}={value!r} must be an integer of at least {least}")
   check_seed(config.seed, "seed")
+  distill.check(config)
 
 
 def _say_what_is_trained(config: Config, trainer: Trainer, counts, hosts: Hosts) -> None:
@@ -382,6 +388,12 @@ def _say_what_is_trained(config: Config, trainer: Trainer, counts, hosts: Hosts)
     f"{execution.dtype}, remat {execution.remat}, "
     f"{task.examples_per_step:,} {task.examples_unit}/step"
   )
+  distillation = trainer.distillation
+  if distillation is not None:
+    say(
+      f"distilling from {distillation.parent or trainer.names[-1] + ' of the same weights'}, "
+      f"weight {distillation.weight:g}, temperature {distillation.temperature:g}"
+    )
 
 
 def _parse_profile(text: str | None) -> range:

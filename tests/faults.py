@@ -124,6 +124,27 @@ FAULTS = (
     ("test_losses.py::test_value_and_gradient",),
   ),
   Fault(
+    "distillation weighs by the temperature, not its square",
+    "models/losses.py",
+    "teacher.temperature**2",
+    "teacher.temperature",
+    ("test_distill.py::test_value_and_gradient",),
+  ),
+  Fault(
+    "XL is its own teacher",
+    "training/distill.py",
+    "return bool(self.parent) or granularity != gran.full(self.model)",
+    "return True",
+    ("test_distill.py::test_a_step_by_hand",),
+  ),
+  Fault(
+    "a resumed run takes another parent",
+    "training/distill.py",
+    '{"parent": fingerprint}',
+    '{"parent": ""}',
+    ("test_distill.py::test_distilling_from_a_parent_resumes_bit_exactly",),
+  ),
+  Fault(
     "acceptance is <=, so that 0 <= 0 accepts",
     "decoding/speculative.py",
     "uniform < ratio",

@@ -63,9 +63,10 @@ def test_memory_for_logits():
 
 
 def executed(
-  chip: str = "TPU v5", seq_len: int = 1024, num_layers: int = 16, **changes
+  chip: str = "TPU v5", seq_len: int = 1024, num_layers: int = 16, parent=None, **changes
 ) -> Execution:
-  """How 850M is run on one device with 4 GiB of parameters, and so of gradients."""
+  """How 850M is run on one device with 4 GiB of parameters, and so of gradients; and of a parent,
+  if {}."""
   config = helpers.get_config("850M")
   config.model.update(dict(seq_len=seq_len, num_layers=num_layers))
   config.batch_size = 16
@@ -77,7 +78,7 @@ def executed(
   state: Any = types.SimpleNamespace(params={})
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(auto, "tree_bytes", lambda tree: 4 * 2**30 if tree == {} else 0)
-    return auto.choose_execution(config, MatLMConfig.from_dict(config.model), mesh, state)
+    return auto.choose_execution(config, MatLMConfig.from_dict(config.model), mesh, state, parent)
 
 
 def test_how_a_step_is_run():
@@ -101,6 +102,13 @@ def test_gradients_of_micro_batches_are_counted():
   device = dict(chip="TPU v5 lite", logits_gib=0.5)
   assert executed(batch_size=4, **device).remat == "none"
   assert executed(batch_size=8, grad_accum=2, **device).remat == "products"
+
+
+def test_a_parent_is_counted():
+  """4 GiB in float32, of which the compute dtype takes 2."""
+  device = dict(chip="TPU v5 lite", logits_gib=0.5, batch_size=6)
+  assert executed(**device).remat == "none"
+  assert executed(**device, parent={}).remat == "products"
 
 
 @pytest.mark.parametrize(

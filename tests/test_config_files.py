@@ -55,6 +55,10 @@ def keys(config, types, prefix="") -> tuple[dict, dict]:
       values, typed = values | inner[0], typed | inner[1]
     else:
       values[prefix + name] = value
+  for section, kind in list(typed.items()):  # that other configs have
+    if isinstance(kind, type) and issubclass(kind, ml_collections.ConfigDict):
+      del typed[section]
+      typed |= keys({}, kind, f"{section}.")[1]
   return values, typed
 
 

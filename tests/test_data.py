@@ -585,12 +585,12 @@ def test_losses_within_documents(small, small_params):
   """One document is as across documents; two are not."""
   tokens = np.random.default_rng(0).integers(0, 64, (2, 17)).astype(np.int32)
   across, within = (NextToken(small, 2, attend=attend) for attend in ATTEND)
-  _, want = across.loss(small, Execution(), small_params, tokens)
+  want = across.loss(small, Execution(), small_params, tokens)[1]["loss"]
   one = np.zeros((2, 16), np.int32)
   two = one + (np.arange(16) >= 5)
   for segments, same in ((one, True), (two, False)):
     batch = {"tokens": tokens, "segments": segments}
-    _, have = within.loss(small, Execution(), small_params, batch)
+    have = within.loss(small, Execution(), small_params, batch)[1]["loss"]
     assert (abs(float(have - want)) < 1e-5) == same
     weights = {"bytes": np.ones(2, np.int32), "weight": np.ones(2, np.float32)}
     (measured,) = lm.evaluate(

@@ -36,11 +36,15 @@ VERSIONED = (
 VERSIONED_EXTRAS = ("tokenizers",)  # where a run uses them
 CARD_FILE = "config.json"
 # A run in which one of these changes is another run.
-FIXED = ("task", "model", "seed", "batch_size", "sampling", "identity", "optimizer")
+FIXED = ("task", "model", "seed", "batch_size", "sampling", "identity", "optimizer", "distill")
 
 
-def make_card(config: Config, task: Task) -> dict[str, Any]:
-  """What config.json stores: everything needed to rebuild the model, and how it was made."""
+def make_card(config: Config, task: Task, distill: dict[str, Any] | None = None) -> dict[str, Any]:
+  """What config.json stores: everything needed to rebuild the model, and how it was made.
+
+  Args:
+    distill: `distill.Distillation.identity` of a run that learns from a teacher.
+  """
   return {
     "format": checkpoint.FORMAT,
     "task": config.task,
@@ -50,6 +54,7 @@ def make_card(config: Config, task: Task) -> dict[str, Any]:
     "sampling": list(gran.sampling_probabilities(config.sampling, task.model_config)),
     "optimizer": config.optim.name,
     "identity": dict(task.identity()),
+    **({} if distill is None else {"distill": distill}),
     "config": json.loads(config.to_json_best_effort()),
     **versions(),
   }
@@ -116,8 +121,8 @@ def check_model(workdir: pathlib.Path, old_card, config: Config) -> None:
 def check_same_run(workdir: pathlib.Path, old_card, new_card) -> None:
   """Raises UserError where a resumed run would not be the same; notes other changes."""
   new_card = _as_json(new_card)
-  old = {k: old_card[k] for k in FIXED} | {"model": _model(old_card)}
-  _raise_if_different(workdir, old, {k: new_card[k] for k in FIXED})
+  fixed = lambda card: {k: card.get(k) for k in FIXED}  # `distill` is not in every card
+  _raise_if_different(workdir, fixed(old_card) | {"model": _model(old_card)}, fixed(new_card))
   changed = _differences(old_card["config"], new_card["config"])
   if changed:
     say(f"note: resuming with a changed config: {'; '.join(changed)}")

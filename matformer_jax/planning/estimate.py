@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
-from matformer_jax.config import MatLMConfig
+from matformer_jax.config import MatLMConfig, ModelConfig
 from matformer_jax.decoding.decode import Decoder, State
 from matformer_jax.models import attention
 from matformer_jax.models import cache as kv
@@ -99,12 +99,6 @@ def work(trainer: Trainer, granularity: gran.Granularity, jaxpr) -> tuple[Kernel
   return own, matmul_flops(jaxpr) / trainer.mesh.shape[sharding.TENSOR] + own.flops
 
 
-def model_flops(trainer: Trainer, granularity: gran.Granularity) -> float:
-  """Of a step on all devices, without recomputation: what MFU counts."""
-  count = gran.count(trainer.task.model_config, granularity)
-  return count.train_flops * trainer.task.examples_per_step
-
-
 def kernels(trainer: Trainer, granularity: gran.Granularity, jaxpr) -> Kernels:
   """The kernels of a traced step."""
   calls = [
@@ -128,13 +122,24 @@ def attention_flops(
   length = config.num_tokens
   if not attention.runs_kernel(length, trainer.execution):
     return 0.0
-  heads = sum(config.head_counts[i] for i in granularity.heads)
-  rows = trainer.config.batch_size / sharding.batch_shards(trainer.mesh)
+
+  def products(model: ModelConfig, size: gran.Granularity, block: int, count: int) -> float:
+    """FLOPs of `count` products in every head."""
+    area = product_area(length, block, model.causal)
+    heads = sum(model.head_counts[i] for i in size.heads)
+    return heads * count * 2 * area * attention.kernel_width(model.head_dim)
+
   block, fused = blocks or attention.kernel_block(length, config.head_dim)
-  product = 2 * product_area(length, block, config.causal) * attention.kernel_width(config.head_dim)
   forward = KERNEL_FORWARD * (1 if trainer.execution.remat in KERNEL_KEPT else 2)
   backward = KERNEL_BACKWARD_FUSED if fused else KERNEL_BACKWARD
-  return rows * heads * (forward + backward) * product / trainer.mesh.shape[sharding.TENSOR]
+  flops = products(config, granularity, block, forward + backward)
+  distillation = trainer.distillation
+  if distillation is not None and distillation.teaches(granularity):
+    teacher = distillation.model
+    block, _ = attention.kernel_block(length, teacher.head_dim)
+    flops += products(teacher, gran.full(teacher), block, KERNEL_FORWARD)
+  rows = trainer.config.batch_size / sharding.batch_shards(trainer.mesh)
+  return rows * flops / trainer.mesh.shape[sharding.TENSOR]
 
 
 def product_area(length: int, block: int, causal: bool) -> float:
@@ -202,6 +207,9 @@ def plan_step(
     "parameters": auto.tree_bytes(state.params),
     "optimizer": auto.tree_bytes(state.opt_state),
   }
+  if trainer.abstract_parent:
+    parts["teacher"] = auto.tree_bytes(trainer.abstract_parent)
+  arguments = sum(parts.values())
   result: dict[str, Any] = {"hbm_capacity": capacity, "hbm": parts}
   started = time.perf_counter()
   traced = trainer.trace(granularity)
@@ -216,10 +224,10 @@ def plan_step(
     }
   used = memory(compiled)
   parts |= {k: used[k] for k in ("temporaries", "code")}
-  parts["batch and other"] = used["arguments"] + used["outputs"] - auto.tree_bytes(state)
+  parts["batch and other"] = used["arguments"] + used["outputs"] - arguments
   own, flops = work(trainer, granularity, traced.jaxpr.jaxpr)
   timed = timing(text, own, flops, used, tpu)
-  useful = model_flops(trainer, granularity)
+  useful = trainer.model_flops(granularity)
   return result | {
     "fits": sum(parts.values()) <= capacity,
     "hbm_bytes_per_core": sum(parts.values()),

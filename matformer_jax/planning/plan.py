@@ -112,7 +112,8 @@ def loss_cut(trainer: Trainer) -> tuple[int, Any]:
   parts = sharding.batch_shards(trainer.mesh) * trainer.config.grad_accum
   shape = (trainer.config.batch_size // parts, config.num_tokens, config.d_model)
   execution = dataclasses.replace(trainer.execution, per_device=True)
-  return losses.cut(shape, config.vocab_size, jnp.dtype(execution.dtype), execution)
+  dtype, distilled = jnp.dtype(execution.dtype), trainer.distillation is not None
+  return losses.cut(shape, config.vocab_size, dtype, execution, distilled)
 
 
 def _loss_in_words(trainer: Trainer) -> str:

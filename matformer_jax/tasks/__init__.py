@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
 import pathlib
 from typing import Any, Protocol
 
@@ -12,6 +13,22 @@ from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, ModelConfig, kind_of
 from matformer_jax.config_keys import Config
 from matformer_jax.evals import Result
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A frozen model that a loss also learns from; see `losses.chunked_distillation`.
+
+  Attributes:
+    config: of the teacher, all of which is run.
+    params: its parameters, as a program sees the student's.
+    weight, temperature: how it is learned from.
+  """
+
+  config: ModelConfig
+  params: Any
+  weight: float
+  temperature: float
 
 
 class Task(Protocol):
@@ -44,9 +61,18 @@ class Task(Protocol):
     ...
 
   def loss(
-    self, sub_config: ModelConfig, execution: Execution, sub_params, batch
-  ) -> tuple[jax.Array, jax.Array]:
-    """(objective to differentiate, loss to report) of a submodel on one batch."""
+    self,
+    sub_config: ModelConfig,
+    execution: Execution,
+    sub_params,
+    batch,
+    teacher: Teacher | None = None,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(objective to differentiate, what to report) of a submodel on one batch.
+
+    Reported are scalars that are means over the batch: `loss`, and `kl` where there is a
+    teacher, whom not every task can learn from.
+    """
     ...
 
   def batch(self, step: int, rows: range | None = None) -> Any:

@@ -72,13 +72,14 @@ class Classification:
       )
     return {"image": images, "target": targets_BxC, "seed": batch["seed"]}
 
-  def loss(self, sub_config, execution, sub_params, batch):
+  def loss(self, sub_config, execution, sub_params, batch, teacher=None):
+    assert teacher is None  # only `matlm` configs have `distill`
     drops = sub_config.dropout or sub_config.stochastic_depth
     logits_BxC = matvit.MatViT(sub_config, execution).apply(
       {"params": sub_params}, batch["image"], seeds_B=batch["seed"] if drops else None
     )
     loss = jnp.mean(losses.CLASSIFICATION[self.loss_name](logits_BxC, batch["target"]))
-    return loss, loss
+    return loss, {"loss": loss}
 
 
 class ImageClassification(Classification):

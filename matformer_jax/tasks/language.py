@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 
@@ -69,14 +70,36 @@ class NextToken:
   def preprocess(self, batch):
     return batch
 
-  def loss(self, sub_config, execution, sub_params, batch):
-    model = matlm.MatLM(sub_config, execution)
+  def loss(self, sub_config, execution, sub_params, batch, teacher=None):
     within = self.attend == "within"
     tokens = batch["tokens"] if within else batch
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     segments = {"segments_BxT": batch["segments"]} if within else {}
-    hidden, embedding = model.apply({"params": sub_params}, inputs, return_hidden=True, **segments)
-    return losses.cross_entropy(hidden, embedding, targets, execution, self._z_loss)
+
+    def hidden_and_head(config, execution, params):
+      model = matlm.MatLM(config, execution)
+      return model.apply({"params": params}, inputs, return_hidden=True, **segments)
+
+    hidden, head = hidden_and_head(sub_config, execution, sub_params)
+    if teacher is None:
+      objective, loss = losses.cross_entropy(hidden, head, targets, execution, self._z_loss)
+      return objective, {"loss": loss}
+    forward = dataclasses.replace(execution, remat="none")  # there is no backward pass
+    teacher_hidden, teacher_head = jax.lax.stop_gradient(
+      hidden_and_head(teacher.config, forward, teacher.params)
+    )
+    objective, loss, kl = losses.distillation(
+      hidden,
+      head,
+      targets,
+      teacher_hidden,
+      teacher_head,
+      execution,
+      teacher.weight,
+      teacher.temperature,
+      self._z_loss,
+    )
+    return objective, {"loss": loss, "kl": kl}
 
 
 class LanguageModeling(NextToken):

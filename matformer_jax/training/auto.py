@@ -23,12 +23,13 @@ _SHARE = 0.9  # of a core's memory; the rest is for what `remat_for` does not co
 
 
 def choose_execution(
-  config: Config, model_config: ModelConfig, mesh: jax.sharding.Mesh, state
+  config: Config, model_config: ModelConfig, mesh: jax.sharding.Mesh, state, parent=None
 ) -> Execution:
   """The execution of a run's steps.
 
   Args:
     state: shapes and shardings of the train state.
+    parent: those of a frozen teacher's float32 parameters, kept in the compute dtype.
 
   Raises:
     UserError: for a setting with a value that it cannot have.
@@ -59,7 +60,10 @@ def choose_execution(
     rows = config.batch_size // sharding.batch_shards(mesh) // config.grad_accum
     # A gradient, and while micro-batches are added up a second one.
     gradients = (1 + (config.grad_accum > 1)) * tree_bytes(state.params)
-    remat = remat_for(model_config, rows, tree_bytes(state) + gradients, execution, tpu)
+    stored = tree_bytes(state) + gradients
+    if parent is not None:
+      stored += tree_bytes(parent) * jnp.dtype(execution.dtype).itemsize // 4
+    remat = remat_for(model_config, rows, stored, execution, tpu)
     execution = dataclasses.replace(execution, remat=remat)
   return execution
 
@@ -72,7 +76,7 @@ def remat_for(
   Args:
     config: of the universal model.
     rows: sequences or images of a micro-batch on one device.
-    stored_bytes: parameters, their gradients and optimizer state on one device.
+    stored_bytes: parameters, their gradients, optimizer state and a teacher on one device.
     execution: of the step but for its remat policy.
   """
   left = _SHARE * tpu.core_hbm_bytes - stored_bytes

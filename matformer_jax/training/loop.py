@@ -48,6 +48,7 @@ class Loop:
     state: after `start` steps; then after the last one dispatched.
     start: steps done before.
     skipped: updates skipped so far, since loss, gradient or update was not finite.
+    parent: the steps' last argument: parameters of a frozen teacher, or ().
     owes_evaluation: whether the run was stopped after step `start` and before its evaluation.
     stopped: by a signal, before all steps and their evaluations were done.
   """
@@ -66,6 +67,7 @@ class Loop:
   state: TrainState
   start: int
   skipped: int
+  parent: tuple[Any, ...] = ()
   owes_evaluation: bool = False
   stopped: bool = dataclasses.field(default=False, init=False)
   _pending: _Pending | None = dataclasses.field(default=None, init=False)
@@ -98,7 +100,7 @@ class Loop:
         waited = time.perf_counter() - asked
         index = gran.sample_index(config.seed, step, trainer.probabilities)
         self.profile.before(step)
-        self.state, outputs = self.programs[index](self.state, batch)
+        self.state, outputs = self.programs[index](self.state, batch, *self.parent)
         signals = self._signals.send(self.stop.requested, _draw_hash(step, index))
         self._report()  # of step - 1, while this one runs
         self._pending = _Pending(step, index, outputs, signals, waited)
@@ -132,6 +134,7 @@ class Loop:
         granularity=name,
         loss=float(outputs["loss"]),
         grad_norm=float(outputs["grad_norm"]),
+        kl=float(outputs["kl"]) if "kl" in outputs else None,
         # The optimizer counts the updates it made; a skipped one leaves its count alone.
         learning_rate=float(self._learning_rates[done.step - 1 - self.skipped]),
         finite=finite,

@@ -71,7 +71,9 @@ class StepRecord:
   Attributes:
     step: from 1.
     granularity: what was drawn.
-    loss, grad_norm: as computed, of the sliced tree.
+    loss, grad_norm: as computed, of the sliced tree. The loss is the cross-entropy alone.
+    kl: KL(teacher || size) at the distillation's temperature, nats per token; None, and not in
+      metrics.jsonl, for a step without a teacher.
     learning_rate: of the update.
     finite: whether loss, gradient and update were, so that the update was made.
     step_time_s: since the previous step finished; `data_wait_s` is the part spent waiting for
@@ -88,6 +90,7 @@ class StepRecord:
   step_time_s: float
   data_wait_s: float
   draw_hash: int
+  kl: float | None = None
 
 
 class RunLog:
@@ -138,6 +141,8 @@ class RunLog:
     if not self._recording:
       return
     row = dataclasses.asdict(record)
+    if record.kl is None:
+      del row["kl"]
     step, granularity, finite = record.step, record.granularity, row.pop("finite")
     row[self._rate] = self._examples / record.step_time_s
     if self._peak:

@@ -17,10 +17,12 @@ from matformer_jax import granularity as gran
 from matformer_jax import models, sharding
 from matformer_jax.config import Execution, ModelConfig
 from matformer_jax.config_keys import Config
+from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.models import slicing
 from matformer_jax.runtime import say
 from matformer_jax.tasks import Task
-from matformer_jax.training import auto, optim
+from matformer_jax.training import auto, distill, optim
+from matformer_jax.training.distill import Distillation
 
 
 @functools.partial(
@@ -40,8 +42,12 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   granularity: gran.Granularity,
   grad_accum: int = 1,
+  distillation: Distillation | None = None,
 ):
-  """The update of one granularity: (state, batch) -> (state, metrics).
+  """The update of one granularity: (state, batch, *parent) -> (state, metrics).
+
+  `parent` are a parent's parameters, where the run distils from one. A size that has a teacher
+  runs it forward in the same program.
 
   The gradient is taken, and accumulated over `grad_accum` micro-batches, on the
   sliced tree; slicing's transpose pads it with exact zeros, and the optimizer is
@@ -54,26 +60,30 @@ def make_train_step(
     task.loss, sub_config, dataclasses.replace(execution, per_device=sharded)
   )
 
-  def gradient(params, batch):
-    (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
-    return loss, grads
+  def gradient(params, batch, *teacher_params):
+    teacher = distillation.teacher(*teacher_params) if distillation and teacher_params else None
+    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, teacher=teacher), has_aux=True)
+    (_, measured), grads = value_and_grad(params, batch)
+    return measured, grads
 
   accumulated = functools.partial(_accumulate, gradient, grad_accum)
   if sharded:
     accumulated = sharding.on_each_device(accumulated, execution.mesh)
 
-  def train_step(state: TrainState, batch):
+  def train_step(state: TrainState, batch, *parent):
     sub_params, unslice = jax.vjp(
       lambda params: slicing.slice_params(params, task.model_config, granularity), state.params
     )
-    loss, sub_grads = accumulated(sub_params, task.preprocess(batch))
+    teaches = distillation is not None and distillation.teaches(granularity)
+    teacher_params = (parent or (state.params,)) if teaches else ()
+    measured, sub_grads = accumulated(sub_params, task.preprocess(batch), *teacher_params)
     grad_norm = optax.tree.norm(sub_grads)
     (grads,) = unslice(sub_grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updated = TrainState(optax.apply_updates(state.params, updates), opt_state)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _is_sane(updated)
+    finite = jnp.isfinite(measured["loss"]) & jnp.isfinite(grad_norm) & _is_sane(updated)
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-    return state, {"loss": loss, "grad_norm": grad_norm, "finite": finite}
+    return state, measured | {"grad_norm": grad_norm, "finite": finite}
 
   return train_step
 
@@ -88,16 +98,18 @@ def _is_sane(state: TrainState) -> jax.Array:
   return jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(state.params))
 
 
-def _accumulate(gradient, parts: int, params, batch):
-  """Mean loss and gradient over `parts` micro-batches."""
+def _accumulate(gradient, parts: int, params, batch, *frozen):
+  """Mean of what is measured and of the gradient over `parts` micro-batches."""
   if parts == 1:
-    return gradient(params, batch)
+    return gradient(params, batch, *frozen)
   split = lambda x: x.reshape((x.shape[0] // parts, parts) + x.shape[1:]).swapaxes(0, 1)
 
   def add(sums, micro_batch):
-    return jax.tree.map(jnp.add, sums, gradient(params, micro_batch)), None
+    return jax.tree.map(jnp.add, sums, gradient(params, micro_batch, *frozen)), None
 
-  zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+  one = lambda batch: gradient(params, jax.tree.map(lambda x: split(x)[0], batch), *frozen)
+  measured, _ = jax.eval_shape(one, batch)
+  zeros = (jax.tree.map(lambda _: jnp.zeros(()), measured), jax.tree.map(jnp.zeros_like, params))
   sums, _ = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
   return jax.tree.map(lambda x: x / parts, sums)
 
@@ -120,8 +132,48 @@ class Trainer:
   def execution(self) -> Execution:
     """How the steps run."""
     return auto.choose_execution(
-      self.config, self.task.model_config, self.mesh, self.abstract_state
+      self.config, self.task.model_config, self.mesh, self.abstract_state, self.stored_parent
     )
+
+  @functools.cached_property
+  def distillation(self) -> Distillation | None:
+    """How the sizes learn from a teacher. Raises UserError as `distill.from_config`."""
+    return distill.from_config(self.config, self.task.model_config, self.mesh)
+
+  @functools.cached_property
+  def stored_parent(self) -> Any:
+    """Shapes, dtypes and shardings of a parent's parameters in its checkpoint; None without."""
+    distillation = self.distillation
+    if distillation is None or not distillation.parent:
+      return None
+    return self.abstract_params(distillation.model)
+
+  @functools.cached_property
+  def abstract_parent(self) -> tuple[Any, ...]:
+    """The same, as the steps take it as their last argument; () without a parent."""
+    if self.stored_parent is None:
+      return ()
+    return (distill.abstract_parent(self.stored_parent, self.execution.dtype),)
+
+  def load_parent(self, hosts: Hosts) -> tuple[tuple[Any, ...], str]:
+    """(the steps' last argument, fingerprint of a parent's weights or "")."""
+    if self.distillation is None or self.stored_parent is None:
+      return (), ""
+    params, fingerprint = distill.load_parent(
+      self.distillation, self.stored_parent, self.execution.dtype, hosts
+    )
+    return (params,), fingerprint
+
+  def model_flops(self, granularity: gran.Granularity) -> int:
+    """FLOPs of a step on all devices, without recomputation: what MFU counts.
+
+    Three forward passes of the granularity, and where it has a teacher one of the teacher.
+    """
+    model = self.task.model_config
+    flops = gran.count(model, granularity).train_flops
+    if self.distillation is not None:
+      flops += self.distillation.flops(granularity, model.num_tokens)
+    return flops * self.task.examples_per_step
 
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
@@ -217,7 +269,12 @@ class Trainer:
   def trace(self, granularity: gran.Granularity):
     """The jitted step of a granularity, traced for the shapes of this run."""
     step = make_train_step(
-      self.task, self.execution, self.optimizer, granularity, self.config.grad_accum
+      self.task,
+      self.execution,
+      self.optimizer,
+      granularity,
+      self.config.grad_accum,
+      self.distillation,
     )
     replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._state_shardings, replicated))
@@ -226,7 +283,7 @@ class Trainer:
       lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
       self.task.batch_shapes(self.config.batch_size),
     )
-    return jitted.trace(self.abstract_state, batch)
+    return jitted.trace(self.abstract_state, batch, *self.abstract_parent)
 
   def lower(self, granularity: gran.Granularity):
     """The same, lowered."""
