@@ -416,6 +416,9 @@ def test_sentencepiece_of_a_gguf_file(pieces):
   np.testing.assert_array_equal(made.byte_lengths, pieces.byte_lengths)
   prefixed = to_tokenizer(gguf_of_pieces(pieces, add_space_prefix=True))
   assert prefixed.encode("word") == pieces.encode(" word") and prefixed.decode([1]) == ""
+  library = sentencepiece.SentencePieceProcessor(model_proto=prefixed.model)
+  for text in (*AWKWARD, "\u2581 literal \u2581\u2581"):
+    assert prefixed.encode(text) == library.encode(text)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -31,7 +31,7 @@ HUGGING_FACE_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = (HUGGING_FACE_FILE, SENTENCEPIECE_FILE, CONFIG_FILE)  # the first found is opened
 TYPES = ("bpe", "unigram")
-_SPACE = "\u2581"  # SentencePiece's space marker; literal ones go through byte pieces
+_SPACE = "\u2581"  # SentencePiece's space marker
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 _MAX_PIECE_BYTES = 8192  # a training sentence; longer lines are cut, never dropped
 
@@ -143,7 +143,11 @@ class SentencePieceTokenizer(Tokenizer):
     self.bos_id = self._read_bos(origin)
     bos = b"" if self.bos_id is None else _to_json(self._sp.id_to_piece(self.bos_id))
     self.sha256 = hashlib.sha256(model + bos).hexdigest()
+    # A literal space marker would decode to a space, so it goes through byte pieces. Not where a
+    # space is put before every text, and so would be before what follows a marker.
     self._space_ids = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
+    if not all(map(self._sp.is_byte, self._space_ids)) or self._sp.normalize("a") != "a":
+      self._space_ids = []
 
   def _read_bos(self, origin: str) -> int | None:
     if not self._config.get("add_bos_token"):
@@ -165,7 +169,7 @@ class SentencePieceTokenizer(Tokenizer):
     texts = [_without_surrogates(t) for t in texts]
     result = self._sp.encode(texts, num_threads=1)  # parallelism is the callers', by process
     for i, text in enumerate(texts):
-      if _SPACE in text:
+      if self._space_ids and _SPACE in text:
         parts = self._sp.encode(text.split(_SPACE))
         ids = parts[0]
         for part in parts[1:]:
