@@ -118,7 +118,8 @@ def loss_cut(trainer: Trainer) -> tuple[int, Any]:
 
 def _loss_in_words(trainer: Trainer) -> str:
   chunks, tiles = loss_cut(trainer)
-  return f"{chunks} chunk{'s'[: chunks > 1]}, {'kernels' if tiles else 'XLA'}"
+  teacher = " with a teacher" if trainer.distillation is not None else ""
+  return f"{chunks} chunk{'s'[: chunks > 1]}, {'kernels' if tiles else 'XLA'}{teacher}"
 
 
 def _totals(row, steps: int, count: int) -> dict[str, float]:

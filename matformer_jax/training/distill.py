@@ -190,7 +190,7 @@ def load_parent(distillation: Distillation, abstract, dtype: str, hosts: Hosts) 
   items, meta, _ = found
   say(f"read the teacher from {path}, step {meta['step']:,}")
   places = jax.tree.map(lambda s: s.sharding, abstract)
-  cast = jax.jit(for_compute, static_argnums=1, out_shardings=places, donate_argnums=0)
+  cast = jax.jit(for_compute, static_argnums=1, out_shardings=places)
   weights = json.dumps(meta["manifest"]["params"], sort_keys=True)  # every leaf's checksum
   return cast(items["params"], jnp.dtype(dtype).name), hashlib.sha256(weights.encode()).hexdigest()
 
