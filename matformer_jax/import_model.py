@@ -36,7 +36,6 @@ from matformer_jax.data.tokenizer import Tokenizer
 from matformer_jax.errors import UserError
 from matformer_jax.evals import importance, sizes
 from matformer_jax.formats import families, sources
-from matformer_jax.formats import tokenizers as formats_tokenizers
 
 ORDERS = ("importance", "none")
 CALIBRATION_WINDOW = 512  # tokens that attend to each other, at most
@@ -63,7 +62,7 @@ def import_model(
     UserError: for a source that does not hold what its config says, or too little text.
   """
   model_dir.check_free(out)
-  tokenizer = formats_tokenizers.of_source(source)
+  tokenizer = source.tokenizer()
   if tokenizer.vocab_size > config.vocab_size:
     raise UserError(
       f"--from={source.path}: its tokenizer has {tokenizer.vocab_size:,} tokens and its embedding "
@@ -89,7 +88,7 @@ def _windows(
   wanted = max(1, tokens // length)
   made = 0
   for i in np.random.default_rng(0).permutation(len(texts)):
-    ids = tokenizer.encode(texts[i])[:length]
+    ids = tokenizer.begin(texts[i])[:length]
     if len(ids) < length:
       continue
     yield np.array(ids, np.int32)[None]

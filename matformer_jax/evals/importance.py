@@ -71,7 +71,7 @@ def _sums(params, tokens, config: MatLMConfig, execution: Execution):
   def step(x, layer):
     # Only where they are nested: it takes an attention for each of them.
     head_sums = heads(x, layer) if config.nested_heads else jnp.zeros(())
-    x = attend.apply({"params": layer}, x)
+    x: Any = attend.apply({"params": layer}, x)
     y = ops.rms_norm(x, layer["ffn_norm"]["scale"], config.norm_eps)
     ffn = layer["ffn"]
     act = ops.ACTIVATION[config.activation]

@@ -102,7 +102,7 @@ def model_config(source: Source, widths: Sequence[int] = (), **changes) -> MatLM
     UserError: for what a MatLM cannot hold.
   """
   family = family_of(source)
-  get = (_DEFAULTS | family.defaults | source.config).get
+  get = {**_DEFAULTS, **family.defaults, **source.config}.get
 
   def refuse(what: str):
     raise UserError(f"--from={source.path}: {what} is not supported")
@@ -122,28 +122,26 @@ def model_config(source: Source, widths: Sequence[int] = (), **changes) -> MatLM
   if widths[-1] != width:
     raise UserError(f"the last of the FFN widths {widths} must be the source's, {width}")
   base, scaling = _rope(source, refuse)
-  return MatLMConfig(
-    **dict(
-      num_layers=get("num_hidden_layers"),
-      d_model=get("hidden_size"),
-      num_heads=get("num_attention_heads"),
-      num_kv_heads=get("num_key_value_heads") or 0,
-      head_dim=get("head_dim") or 0,
-      ffn_widths=widths,
-      activation=ACTIVATIONS[activation],
-      gated=family.gated,
-      norm_eps=get("rms_norm_eps"),
-      vocab_size=get("vocab_size"),
-      seq_len=longest,
-      rope_base=base,
-      rope_scaling=scaling,
-      tied_head=bool(get("tie_word_embeddings")) or "lm_head.weight" not in source.names,
-      embedding_scale=0.0 if family.scaled_embedding else 1.0,
-      qkv_bias=family.qkv_bias,
-      qk_norm=family.qk_norm,
-    )
-    | changes
+  fields: dict[str, Any] = dict(
+    num_layers=get("num_hidden_layers"),
+    d_model=get("hidden_size"),
+    num_heads=get("num_attention_heads"),
+    num_kv_heads=get("num_key_value_heads") or 0,
+    head_dim=get("head_dim") or 0,
+    ffn_widths=widths,
+    activation=ACTIVATIONS[activation],
+    gated=family.gated,
+    norm_eps=get("rms_norm_eps"),
+    vocab_size=get("vocab_size"),
+    seq_len=longest,
+    rope_base=base,
+    rope_scaling=scaling,
+    tied_head=bool(get("tie_word_embeddings")) or "lm_head.weight" not in source.names,
+    embedding_scale=0.0 if family.scaled_embedding else 1.0,
+    qkv_bias=family.qkv_bias,
+    qk_norm=family.qk_norm,
   )
+  return MatLMConfig(**fields | changes)
 
 
 def _rope(source: Source, refuse: Callable[[str], Any]) -> tuple[float, tuple[float, ...]]:

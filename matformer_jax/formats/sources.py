@@ -18,9 +18,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401  teaches NumPy bfloat16, in which safetensors returns arrays
 import numpy as np
 
-from matformer_jax.errors import UserError
-
-PACKAGES = "pip install 'matformer_jax[import]'"
+from matformer_jax.data.tokenizer import Tokenizer, open_tokenizer
+from matformer_jax.errors import UserError, missing_package
+from matformer_jax.formats import gguf_vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Source:
     config: as `config.json` of `transformers`.
     names: of its arrays.
     read: name -> float32 array of its own.
+    tokenizer: opens its tokenizer.
   """
 
   path: pathlib.Path
   config: dict[str, Any]
   names: frozenset[str]
   read: Callable[[str], np.ndarray]
+  tokenizer: Callable[[], Tokenizer]
 
 
 def open_source(path: str | os.PathLike) -> Source:
@@ -60,7 +62,7 @@ def _package(name: str) -> Any:
   try:
     return importlib.import_module(name)
   except ImportError as e:
-    raise UserError(f"the package {name} is missing: {PACKAGES}") from e
+    raise missing_package(name, "reading such a model", "import") from e
 
 
 # ------------------------------------------------------------------ safetensors
@@ -95,7 +97,11 @@ def _open_directory(path: pathlib.Path) -> Source:
         f"has, such as {min(missing)}; the download is not complete"
       )
   return Source(
-    path, config, frozenset(where), lambda name: where[name].get_tensor(name).astype(np.float32)
+    path,
+    config,
+    frozenset(where),
+    lambda name: where[name].get_tensor(name).astype(np.float32),
+    lambda: open_tokenizer(path),
   )
 
 
@@ -178,7 +184,10 @@ def _open_gguf(path: pathlib.Path) -> Source:
         array = array.reshape(count, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
     return array
 
-  return Source(path, config, frozenset(tensors), read)
+  def tokenizer() -> Tokenizer:
+    return gguf_vocab.to_tokenizer(gguf_vocab.read_vocab(reader, str(path)))
+
+  return Source(path, config, frozenset(tensors), read, tokenizer)
 
 
 def _from_gguf(name: str) -> str:
