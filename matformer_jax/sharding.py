@@ -90,7 +90,7 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
   devices = jax.devices() if devices is None else devices
   sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
   known = int(np.prod([s for s in sizes if s != -1]))
-  if sizes.count(-1) == 1 and len(devices) % known == 0:
+  if sizes.count(-1) == 1 and known and len(devices) % known == 0:
     sizes[sizes.index(-1)] = len(devices) // known
   if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
     raise UserError(
@@ -120,6 +120,8 @@ def check_model_fits_mesh(config, mesh: Mesh) -> None:
 def check_batch(batch_size: int, grad_accum: int, mesh: Mesh, name: str = "batch_size") -> None:
   """Raises UserError where a batch does not divide over the mesh and its micro-batches."""
   shards = batch_shards(mesh)
+  if batch_size < 1 or grad_accum < 1:
+    raise UserError(f"{name}={batch_size} and grad_accum={grad_accum} must be at least 1")
   if batch_size % (shards * grad_accum):
     raise UserError(
       f"{name}={batch_size} is not divisible by {shards} batch shards (mesh data x fsdp)"

@@ -160,6 +160,9 @@ def test_mesh_mistakes(text):
       ["--topology=v5e:4x4", "--mesh=fsdp:16", "--config.batch_size=8"],
       "batch_size=8 is not divisible",
     ),
+    (["--topology=v5e:4x4", "--mesh=fsdp:0"], "does not use the 16 devices"),
+    (["--topology=v5e:4x4", "--config.grad_accum=0"], "grad_accum=0 must be at least 1"),
+    (["--topology=v5e:4x4", "--decode_batch=3"], "--decode_batch=3 is not divisible"),
   ],
 )
 def test_mistakes(args, words):

@@ -71,15 +71,15 @@ def _sums(params, tokens, config: MatLMConfig, execution: Execution):
   def step(x, layer):
     # Only where they are nested: it takes an attention for each of them.
     head_sums = heads(x, layer) if config.nested_heads else jnp.zeros(())
-    x: Any = attend.apply({"params": layer}, x)
-    y = ops.rms_norm(x, layer["ffn_norm"]["scale"], config.norm_eps)
+    attended: Any = attend.apply({"params": layer}, x)
+    y = ops.rms_norm(attended, layer["ffn_norm"]["scale"], config.norm_eps)
     ffn = layer["ffn"]
     act = ops.ACTIVATION[config.activation]
     project = lambda weight: jnp.einsum("btd,gkd->btgk", y, weight)
     hidden = project(ffn["in"])
     hidden = act(project(ffn["gate"])) * hidden if config.gated else act(hidden)
     squares = jnp.sum(jnp.square(hidden), (0, 1)) * jnp.sum(jnp.square(ffn["out"]), -1)
-    return x + jnp.einsum("btgk,gkd->btd", hidden, ffn["out"]), (squares, head_sums)
+    return attended + jnp.einsum("btgk,gkd->btd", hidden, ffn["out"]), (squares, head_sums)
 
   x = matlm.embed(params["embedding"], tokens, config)
   _, (neurons, head_sums) = jax.lax.scan(step, x, params["blocks"]["0"])

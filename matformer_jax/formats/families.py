@@ -102,7 +102,8 @@ def model_config(source: Source, widths: Sequence[int] = (), **changes) -> MatLM
     UserError: for what a MatLM cannot hold.
   """
   family = family_of(source)
-  get = {**_DEFAULTS, **family.defaults, **source.config}.get
+  told: dict[str, Any] = {**_DEFAULTS, **family.defaults, **source.config}
+  get: Callable[..., Any] = told.get
 
   def refuse(what: str):
     raise UserError(f"--from={source.path}: {what} is not supported")

@@ -65,6 +65,8 @@ def make_plan(
     raise UserError(
       f"--decode_batch={decode_batch}: a model of task {config.task!r} does not decode"
     )
+  if decode_batch:
+    sharding.check_batch(decode_batch, 1, mesh, "--decode_batch")
   names = list(granularities) or trainer.names
   count = mesh.size // tpu.cores_per_chip
   flash = attention.runs_kernel(model_config.num_tokens, trainer.execution)
