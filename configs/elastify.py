@@ -25,7 +25,22 @@ def get_config(row: str = "default") -> ml_collections.ConfigDict:
     dict(
       steps=1_000,
       batch_size=8,
-      model=dict(seq_len=512),
+      # SmolLM2-135M's, where init_from names no other.
+      model=dict(
+        vocab_size=49_152,
+        seq_len=512,
+        num_layers=30,
+        d_model=576,
+        num_heads=9,
+        num_kv_heads=3,
+        ffn_ratios=(),
+        ffn_widths=(384, 768, 1152, 1536),
+        activation="silu",
+        gated=True,
+        norm_eps=1e-5,
+        rope_base=100_000.0,
+        embedding_scale=1.0,
+      ),
       optim=dict(peak_lr=1e-4, warmup_steps=50, b2=0.95, weight_decay=0.0, final_lr_ratio=0.1),
       checkpoint=dict(every=250),
       eval=dict(every=250, batches=16, batch_size=8),
