@@ -366,7 +366,10 @@ def test_nesting_causes_no_collective(index):
   plain = make_trainer(
     mesh,
     dataclasses.replace(
-      nested.task.model_config, ffn_ratios=CONFIG.ffn_ratios[index : index + 1], spans=None
+      nested.task.model_config,
+      ffn_ratios=CONFIG.ffn_ratios[index : index + 1],
+      ffn_widths=(),
+      spans=None,
     ),
   )
   ours, theirs = (
