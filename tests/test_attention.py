@@ -223,14 +223,16 @@ class Packed(StubTask):
     shape = jax.ShapeDtypeStruct((batch_size, 17), jnp.int32)
     return {"tokens": shape, "segments": shape}
 
-  def loss(self, sub_config, execution, sub_params, batch):
+  def loss(self, sub_config, execution, sub_params, batch, teacher=None):
     hidden, embedding = matlm.MatLM(sub_config, execution).apply(
       {"params": sub_params},
       batch["tokens"][:, :-1],
       segments_BxT=batch["segments"][:, :-1],
       return_hidden=True,
     )
-    return losses.chunked_cross_entropy(hidden, embedding, batch["tokens"][:, 1:], 1, 0.0)
+    targets = batch["tokens"][:, 1:]
+    objective, loss = losses.chunked_cross_entropy(hidden, embedding, targets, 1, 0.0)
+    return objective, {"loss": loss}
 
 
 def packed_step(mesh, index, config=MODEL):
