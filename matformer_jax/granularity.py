@@ -411,11 +411,11 @@ def count(
   heads = [config.head_counts[i] for i in granularity.heads]
   widths = [config.ffn_widths[i] for i in granularity.ffn]
   ffn = sum((projections + 1) * d * width for width in widths)
-  per_head = 2 + 2 / config.queries_per_kv  # query, output, and its share of a key and a value
-  attention = sum(int(per_head * d * n * h) for n in heads)
+  kv_heads = [n // config.queries_per_kv for n in heads]
+  attention = sum(2 * d * h * (n + m) for n, m in zip(heads, kv_heads))
   vectors = (2 * config.num_layers + 1) * d * (2 if config.layer_norm else 1)
   if config.qkv_bias:
-    vectors += sum(int((per_head - 1) * n * h) for n in heads)
+    vectors += sum(h * (n + 2 * m) for n, m in zip(heads, kv_heads))
   if config.qk_norm:
     vectors += 2 * config.num_layers * h
   if config.biases:

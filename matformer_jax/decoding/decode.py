@@ -187,10 +187,9 @@ class Decoder:
   @functools.partial(jax.jit, static_argnums=0)
   def lay_out(self, params):
     """The stored model's parameters as the decoders of this config take them."""
-    ends = {name: params[name] for name in ("embedding", "head") if name in params}
     return {
       **params,
-      **jax.tree.map(lambda x: x.astype(self.execution.dtype), ends),
+      **jax.tree.map(lambda x: x.astype(self.execution.dtype), matlm.ends(params)),
       "blocks": kv.lay_out(params["blocks"], self.execution),
     }
 

@@ -11,7 +11,6 @@ then see weights of exactly the submodel's widths.
 from __future__ import annotations
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -118,10 +117,11 @@ class Attention(nn.Module):
     cfg, exe = self.config, self.execution
     ratio = cfg.queries_per_kv
     heads = (cfg.head_groups, self.heads // ratio // cfg.head_groups)
-    init = functools.partial(ops.projection_init, cfg, cfg.d_model, cfg.num_heads * cfg.head_dim)
+    width = cfg.num_heads * cfg.head_dim
+    init_in = ops.projection_init(cfg, cfg.d_model, width)
+    init_out = ops.projection_init(cfg, width, cfg.d_model, residual=True)
     shape = (ratio + 2, *heads, cfg.head_dim, cfg.d_model)
-    w_qkv = _weight(self, "attention", "qkv", init(), shape)
-    init_out = ops.projection_init(cfg, cfg.num_heads * cfg.head_dim, cfg.d_model, residual=True)
+    w_qkv = _weight(self, "attention", "qkv", init_in, shape)
     w_out = _weight(self, "attention", "out", init_out, (*heads, ratio * cfg.head_dim, cfg.d_model))
     b_qkv = _bias(self, "attention", "qkv", shape[:-1])
     if exe.flat_weights:
@@ -356,8 +356,8 @@ def _named(name: str, x, execution: Execution) -> jax.Array:
 
 
 def _bias(module, parent: str, name: str, shape) -> jax.Array | None:
-  """A layer's bias, where this kind of model has biases."""
-  if not (module.config.biases or name == "qkv" and module.config.qkv_bias):
+  """A layer's bias, where this model has one."""
+  if not (module.config.qkv_bias if name == "qkv" else module.config.biases):
     return None
   axes = sharding.LOGICAL_AXES[f"{parent}/{name}_bias"][1:]
   bias = module.param(f"{name}_bias", nn.initializers.zeros, shape)

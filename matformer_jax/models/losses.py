@@ -225,12 +225,9 @@ def _forward(
   return value, (d_hidden, d_embedding.astype(embedding.dtype))
 
 
-def _part(x, embedding, y):
-  """(log-sum-exp [B, t], targets' logits [B, t], gradients) of some tokens, float32.
-
-  `gradients(scale, z_loss)` are those of scale * sum(lse - target + z_loss * lse^2) to the
-  logits [B, t, V] and to x.
-  """
+def _softmax(x, embedding, y):
+  """Of some tokens, float32: logits and exp(logits - top) [B, t, V]; top, the sum of that exp and
+  the log-sum-exp [B, t, 1]; targets' logits [B, t]."""
   logits = jnp.einsum("btd,vd->btv", x, embedding, preferred_element_type=jnp.float32)
   top = jnp.max(logits, -1, keepdims=True)
   exp = jnp.exp(logits - top)
@@ -239,6 +236,16 @@ def _part(x, embedding, y):
   target = jnp.einsum(
     "btd,btd->bt", x, jnp.take(embedding, y, axis=0), preferred_element_type=jnp.float32
   )
+  return logits, exp, top, total, lse, target
+
+
+def _part(x, embedding, y):
+  """(log-sum-exp [B, t], targets' logits [B, t], gradients) of some tokens, float32.
+
+  `gradients(scale, z_loss)` are those of scale * sum(lse - target + z_loss * lse^2) to the
+  logits [B, t, V] and to x.
+  """
+  logits, exp, _, total, lse, target = _softmax(x, embedding, y)
 
   def gradients(scale, z_loss):
     slope = (1.0 + 2.0 * z_loss * lse) / total
@@ -257,15 +264,8 @@ def _part_with_teacher(teacher: _Teacher, x, embedding, y, teacher_x):
   + weight * temperature^2 * KL).
   """
   weight, temperature = teacher.weight, teacher.temperature
-  logits = jnp.einsum("btd,vd->btv", x, embedding, preferred_element_type=jnp.float32)
+  logits, exp, top, total, lse, target = _softmax(x, embedding, y)
   theirs = jnp.einsum("bte,ve->btv", teacher_x, teacher.head, preferred_element_type=jnp.float32)
-  top = jnp.max(logits, -1, keepdims=True)
-  exp = jnp.exp(logits - top)
-  total = jnp.sum(exp, -1, keepdims=True)
-  lse = top + jnp.log(total)
-  target = jnp.einsum(
-    "btd,btd->bt", x, jnp.take(embedding, y, axis=0), preferred_element_type=jnp.float32
-  )
   # Of logits / temperature, as exp and total are of logits.
   soft = (logits - top) / temperature
   soft_exp = exp if temperature == 1 else jnp.exp(soft)

@@ -81,8 +81,12 @@ def init_params(config: MatLMConfig, rng: jax.Array):
 
 def adapt_params(params, fresh, config: MatLMConfig, new: MatLMConfig, keep_head: bool):
   """See models.adapt_params; a new vocabulary has a new embedding and head."""
-  ends = {name: fresh[name] for name in ("embedding", "head") if name in fresh}
-  return params if keep_head else params | ends
+  return params if keep_head else params | ends(fresh)
+
+
+def ends(params):
+  """What the vocabulary gives its length: the embedding, and a head of its own."""
+  return {name: params[name] for name in ("embedding", "head") if name in params}
 
 
 def output_head(params) -> jax.Array:
