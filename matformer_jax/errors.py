@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 import difflib
+import importlib
 import operator
 from typing import Any
 
@@ -48,9 +49,18 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
   return nearest(key, known) or f"; known keys: {', '.join(sorted(known))}"
 
 
-def missing_package(package: str, needed_by: str, extra: str) -> UserError:
-  """The error for a package of one of this project's extras that is not installed."""
-  return UserError(f"{needed_by} needs {package}: pip install 'matformer_jax[{extra}]'")
+def import_extra(module: str, needed_by: str, extra: str) -> Any:
+  """A module of a package that only one of this project's extras installs.
+
+  Raises:
+    UserError: if it is not installed, with what needs it and the extra that brings it.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError:
+    name = module.partition(".")[0]
+    package = {"sklearn": "scikit-learn"}.get(name, name)
+    raise UserError(f"{needed_by} needs {package}: pip install 'matformer_jax[{extra}]'") from None
 
 
 def first_line(e: BaseException, limit: int = 300) -> str:

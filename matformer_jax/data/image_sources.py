@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from matformer_jax.data import tfds_source
-from matformer_jax.errors import UserError, missing_package
+from matformer_jax.errors import UserError, import_extra
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_PIXELS = 178_956_970  # Pillow's own limit
@@ -195,12 +195,9 @@ class _Arrays:
 def _sklearn(source: str, rest: str, split: str) -> Images:
   if rest != "digits":
     raise UserError(f"data.source={source!r}: only sklearn:digits is embedded")
-  try:
-    from sklearn import datasets  # pyright: ignore[reportMissingImports] (an extra)
-  except ImportError:
-    raise missing_package("scikit-learn", f"data.source={source!r}", "digits") from None
+  datasets = import_extra("sklearn.datasets", f"data.source={source!r}", "digits")
   _one_of(source, split, ("train", "validation", "test"))
-  digits: Any = datasets.load_digits()
+  digits = datasets.load_digits()
   order = np.random.default_rng(0).permutation(len(digits.target))
   cut = round(0.8 * len(order))
   chosen = order[:cut] if split == "train" else order[cut:]

@@ -24,7 +24,7 @@ import numpy as np
 import sentencepiece
 
 from matformer_jax import runtime
-from matformer_jax.errors import UserError, first_line, missing_package
+from matformer_jax.errors import UserError, first_line, import_extra
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
@@ -217,10 +217,7 @@ class HuggingFaceTokenizer(Tokenizer):
     eos_id: int | None = None,
     origin: str = HUGGING_FACE_FILE,
   ):
-    try:
-      import tokenizers
-    except ImportError:
-      raise missing_package("tokenizers", origin, "import") from None
+    tokenizers = import_extra("tokenizers", origin, "import")
     try:
       spec = json.loads(definition)
       self._hf = tokenizers.Tokenizer.from_buffer(definition)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
 from matformer_jax import sharding
-from matformer_jax.errors import UserError, missing_package
+from matformer_jax.errors import UserError, import_extra
 
 METRICS = ("cosine", "l2")
 BACKENDS = ("jax", "faiss")
@@ -130,10 +130,7 @@ def _merge(old, new, k: int):
 
 
 def _search_faiss(queries, blocks, k, metric):
-  try:
-    import faiss  # pyright: ignore[reportMissingImports] (an extra)
-  except ImportError:
-    raise missing_package("faiss", "backend='faiss'", "faiss") from None
+  faiss = import_extra("faiss", "backend='faiss'", "faiss")
   kind = faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP
   index = kind(queries.shape[1])
   for block in blocks:

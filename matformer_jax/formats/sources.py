@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import importlib
 import json
 import os
 import pathlib
@@ -19,7 +18,7 @@ import ml_dtypes  # noqa: F401  teaches NumPy bfloat16, in which safetensors ret
 import numpy as np
 
 from matformer_jax.data.tokenizer import Tokenizer, open_tokenizer
-from matformer_jax.errors import UserError, missing_package
+from matformer_jax.errors import UserError, import_extra
 from matformer_jax.formats import gguf_vocab
 
 
@@ -59,10 +58,7 @@ def open_source(path: str | os.PathLike) -> Source:
 
 
 def _package(name: str) -> Any:
-  try:
-    return importlib.import_module(name)
-  except ImportError as e:
-    raise missing_package(name, "reading such a model", "import") from e
+  return import_extra(name, "reading such a model", "import")
 
 
 # ------------------------------------------------------------------ safetensors
