@@ -89,6 +89,16 @@ def define_step() -> flags.FlagHolder[int | None]:
   return flags.DEFINE_integer("step", None, "Checkpoint; default the newest that verifies.")
 
 
+def define_source() -> flags.FlagHolder[str | None]:
+  """Defines --source of a program that evaluates."""
+  return flags.DEFINE_string(
+    "source",
+    None,
+    "Other data to measure on, e.g. text:GLOB: what training on it would hold out; default that "
+    "of the training.",
+  )
+
+
 def define_sample() -> tuple[flags.FlagHolder[int | None], flags.FlagHolder[int | None]]:
   """Defines --batches and --batch_size of a program that evaluates."""
   return (

@@ -175,7 +175,7 @@ def main(argv) -> None:
   workdir = cli.required(_WORKDIR)
   runtime.enable_compilation_cache()
   model = load(workdir, _STEP.value)
-  task = open_task(model)
+  task = open_task(model, _SOURCE.value)
   metrics = _METRICS.value or task.metrics
   if set(metrics) - set(task.metrics):
     raise UserError(f"--metrics={','.join(metrics)!r}: choose among {','.join(task.metrics)}")
@@ -232,6 +232,7 @@ def as_json(model: Model, results: Sequence[Result], baseline: Result | None) ->
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
   _STEP = cli.define_step()
+  _SOURCE = cli.define_source()
   _GRANULARITIES = flags.DEFINE_list(
     "granularities", [], "What to measure, e.g. S,M,'M*2+L*2',XL; default the trained sizes."
   )

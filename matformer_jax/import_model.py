@@ -12,7 +12,7 @@ the most important ones; they are good once they have been trained (configs/elas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 import json
 import pathlib
@@ -39,6 +39,7 @@ from matformer_jax.formats import families, sources
 
 ORDERS = ("importance", "none")
 CALIBRATION_WINDOW = 512  # tokens that attend to each other, at most
+CALIBRATION_BYTES = 16  # of text read per token that is measured, about four times what it takes
 
 
 def import_model(
@@ -70,8 +71,7 @@ def import_model(
     )
   params = families.read_params(source, config)
   if calibration is not None:
-    length = min(CALIBRATION_WINDOW, config.seq_len)
-    windows = list(_windows(calibration, tokenizer, length, tokens))
+    windows = _windows(calibration, tokenizer, min(CALIBRATION_WINDOW, config.seq_len), tokens)
     bar = tqdm.tqdm(windows, desc="measuring importance", unit="window", mininterval=1.0)
     execution = Execution.for_platform(jax.devices()[0].platform, dtype="float32")
     params = importance.sort(params, importance.measure(params, config, execution, bar))
@@ -79,26 +79,22 @@ def import_model(
   model_dir.write(out, card, jax.tree.map(jnp.asarray, params), 0, tokenizer.save)
 
 
-def _windows(
-  calibration: str, tokenizer: Tokenizer, length: int, tokens: int
-) -> Iterator[np.ndarray]:
-  """int32 [1, T] from evenly spread documents of a corpus."""
-  corpus = text_sources.open_corpus(calibration)
-  texts = list(corpus.pieces())
-  wanted = max(1, tokens // length)
-  made = 0
-  for i in np.random.default_rng(0).permutation(len(texts)):
-    ids = tokenizer.begin(texts[i])[:length]
-    if len(ids) < length:
-      continue
-    yield np.array(ids, np.int32)[None]
-    made += 1
-    if made == wanted:
-      return
-  if not made:
+def _windows(calibration: str, tokenizer: Tokenizer, length: int, tokens: int) -> list[np.ndarray]:
+  """int32 [1, T] windows, evenly spread over what training on that text would train on."""
+  corpus = text_sources.open_corpus(calibration).without_held_out(
+    get_config("elastify").data.validation_fraction
+  )
+  ids: list[int] = []
+  for text in corpus.spread(CALIBRATION_BYTES * tokens):
+    ids += [*tokenizer.begin(text), tokenizer.eos_id]
+  found = len(ids) // length
+  if not found:
     raise UserError(
-      f"--calibration={calibration} has no document of {length} tokens; give longer texts"
+      f"--calibration={calibration} has {len(ids):,} tokens, fewer than one window of {length}; "
+      "give more text"
     )
+  chosen = np.linspace(0, found - 1, min(found, max(1, tokens // length))).round().astype(int)
+  return [np.array(ids[i * length : (i + 1) * length], np.int32)[None] for i in chosen]
 
 
 def _card(

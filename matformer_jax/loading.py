@@ -396,20 +396,26 @@ def load(workdir: str | os.PathLike, step: int | None = None, kind: type[M] = Mo
 
 
 @overload
-def open_task(model: LanguageModel) -> LanguageModeling: ...
+def open_task(model: LanguageModel, source: str | None = None) -> LanguageModeling: ...
 @overload
-def open_task(model: VisionModel) -> ImageClassification: ...
+def open_task(model: VisionModel, source: str | None = None) -> ImageClassification: ...
 @overload
-def open_task(model: Model) -> Task: ...
-def open_task(model: Model) -> Any:
+def open_task(model: Model, source: str | None = None) -> Task: ...
+def open_task(model: Model, source: str | None = None) -> Any:
   """The task that the model was trained on, with its data, made from the source if need be.
 
+  Args:
+    source: other data, as `data.source`; what is held out of it is what training on it would
+      hold out.
+
   Raises:
-    UserError: if the source no longer gives the same data.
+    UserError: if the source no longer gives the same data; if another one has other tokens or
+      classes than the model.
   """
   config = Config(model.card["config"])
   config.model = ModelKeys(model.config.to_dict())
   config.data.tokenizer = ""  # the one beside the weights
+  config.data.source = source or config.data.source
   task = make_task(config, model.workdir)
   trained_on = model.card["identity"]
   changed = [
@@ -417,7 +423,11 @@ def open_task(model: Model) -> Any:
     for key, value in task.identity().items()
     if key in trained_on and json.loads(json.dumps(value)) != trained_on[key]
   ]
-  if changed:
+  if source is not None:
+    changed = [key for key in changed if key in ("tokenizer", "classes")]
+    if changed:
+      raise UserError(f"--source={source} has another {changed[0]} than {model.workdir}")
+  elif changed:
     raise UserError(
       f"data.source={config.data.source!r} no longer gives the {', '.join(changed)} "
       "this model was trained on (another version of it?); evaluate where it was "

@@ -330,7 +330,7 @@ def main(argv) -> None:
     latency.read(model.workdir, config),
   )
   distinct = list(dict.fromkeys(c.granularity for c in found))
-  batches = validation_batches(open_task(model), _BATCHES.value, _BATCH_SIZE.value)
+  batches = validation_batches(open_task(model, _SOURCE.value), _BATCHES.value, _BATCH_SIZE.value)
   windows = int(sum(b["weight"].sum() for b in batches))
   if windows < 2:
     raise UserError("one validation window has no standard error; raise --batches or --batch_size")
@@ -388,6 +388,7 @@ def validation_batches(
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a trained or extracted model.")
   _STEP = cli.define_step()
+  _SOURCE = cli.define_source()
   _BUDGETS = flags.DEFINE_list(
     "budgets",
     [],

@@ -4,6 +4,7 @@ import pathlib
 
 from helpers import digits_args, run_program, train_args  # sets the environment: before JAX
 import jax
+import llama_files
 import pytest
 
 from matformer_jax import runtime
@@ -28,6 +29,12 @@ def digits_run(tmp_path_factory) -> pathlib.Path:
   result = run_program("train", *digits_args(workdir))
   assert result.returncode == 0, result.stderr
   return workdir
+
+
+@pytest.fixture(scope="session")
+def dense_llama(tmp_path_factory) -> pathlib.Path:
+  """A random Llama with a tokenizer, and text in DIR/text; shared, never written to."""
+  return llama_files.write_readable(tmp_path_factory.mktemp("dense_llama"))
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ from matformer_jax import UserError
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import card
 from matformer_jax.config import Execution
-from matformer_jax.data import prepare, text_sources
 from matformer_jax.data import store as store_format
+from matformer_jax.data import text_sources
 from matformer_jax.data.batches import ValidationWindows, Windows
 from matformer_jax.data.tokenizer import (
   HuggingFaceTokenizer,
@@ -489,8 +489,22 @@ def test_a_sample_reads_no_more_than_it_needs():
       yield i, "x" * 1000
 
   corpus = text_sources.Corpus("many", "many", part, 1000 * 64)
-  sample = list(prepare.spread(corpus, 640_000, places=64))
+  sample = list(corpus.spread(640_000, places=64))
   assert len(sample) == len(read) == 640 and len(set(read)) == 64
+
+
+def test_a_sample_of_one_long_document_is_as_large_as_wanted(tmp_path):
+  (tmp_path / "book.txt").write_text("one line of text\n" * 10_000)
+  corpus = text_sources.open_corpus(f"text:{tmp_path}/*.txt")
+  assert sum(map(len, corpus.spread(50_000))) == 50_000
+
+
+def test_a_sample_leaves_out_what_is_held_out(tmp_path):
+  for i in range(40):
+    (tmp_path / f"{i:02}.txt").write_text(f"document {i}\n")
+  corpus = text_sources.open_corpus(f"text:{tmp_path}/*.txt")
+  kept = "".join(corpus.without_held_out(0.1).spread(10_000)).splitlines()
+  assert kept == [f"document {i}" for i in range(40) if i % 10 != 5]
 
 
 # ------------------------------------------------------------------- windows

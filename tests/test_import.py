@@ -1,105 +1,26 @@
 """Dense models of others: read, sorted, and used like any other model."""
 
 import dataclasses
-import json
-import pathlib
+import shutil
 
 import flax.linen as nn
-import gguf
+from helpers import run_program
 import jax
+from llama_files import HF, arrays, write_directory, write_gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
+import matformer_jax
 from matformer_jax import UserError
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution
 from matformer_jax.evals import importance
 from matformer_jax.formats import families, sources
+from matformer_jax.loading import open_task
 from matformer_jax.models import matlm
 
-HF = dict(
-  architectures=["LlamaForCausalLM"],
-  vocab_size=64,
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=3,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  head_dim=10,
-  max_position_embeddings=64,
-  rms_norm_eps=1e-5,
-  rope_theta=20_000.0,
-  tie_word_embeddings=False,
-)
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 24)).astype(np.int32)
-
-
-def arrays(seed: int = 0) -> dict[str, np.ndarray]:
-  """A random Llama's, by the names of transformers."""
-  d, m, h, kv = 32, 48, 40, 20
-  shapes = {"model.embed_tokens": (64, d), "lm_head": (64, d), "model.norm": (d,)}
-  for i in range(3):
-    layer = {
-      "input_layernorm": (d,),
-      "post_attention_layernorm": (d,),
-      "self_attn.q_proj": (h, d),
-      "self_attn.k_proj": (kv, d),
-      "self_attn.v_proj": (kv, d),
-      "self_attn.o_proj": (d, h),
-      "mlp.gate_proj": (m, d),
-      "mlp.up_proj": (m, d),
-      "mlp.down_proj": (d, m),
-    }
-    shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-  rng = np.random.default_rng(seed)
-  return {
-    f"{name}.weight": rng.normal(0.5 if len(shape) == 1 else 0, 0.3, shape).astype(np.float32)
-    for name, shape in shapes.items()
-  }
-
-
-def write_directory(path: pathlib.Path, weights, config=HF) -> pathlib.Path:
-  """In two files, as large models are."""
-  path.mkdir(exist_ok=True)
-  names = sorted(weights)
-  parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
-  for file, part in parts.items():
-    save_file({n: weights[n] for n in part}, path / file)
-  index = {n: file for file, part in parts.items() for n in part}
-  (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-  (path / "config.json").write_text(json.dumps(config))
-  return path
-
-
-def write_gguf(path: pathlib.Path, weights) -> pathlib.Path:
-  """As llama.cpp's converter does: rows of q and k in interleaved order."""
-  writer = gguf.GGUFWriter(path, "llama")
-  writer.add_block_count(3)
-  writer.add_context_length(64)
-  writer.add_embedding_length(32)
-  writer.add_feed_forward_length(48)
-  writer.add_head_count(4)
-  writer.add_head_count_kv(2)
-  writer.add_key_length(10)
-  writer.add_value_length(10)
-  writer.add_rope_freq_base(20_000.0)
-  writer.add_layer_norm_rms_eps(1e-5)
-  names = {theirs: ours for ours, theirs in sources.GGUF_NAMES.items()}
-  for name, array in weights.items():
-    *layer, part = name.removesuffix(".weight").removeprefix("model.layers.").split(".", 1)
-    prefix = f"blk.{layer[0]}." if name.startswith("model.layers.") else ""
-    part = part if prefix else name.removesuffix(".weight")
-    for projection, heads in (("q_proj", 4), ("k_proj", 2)):
-      if projection in name:
-        array = array.reshape(heads, 2, 5, 32).swapaxes(1, 2).reshape(array.shape)
-    writer.add_tensor(f"{prefix}{names[part]}.weight", np.ascontiguousarray(array))
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
-  return path
 
 
 def logits(config, params, granularity=None):
@@ -227,3 +148,48 @@ def _residual(model, params):
   with nn.intercept_methods(intercept):
     model.apply({"params": params}, TOKENS)
   return captured["x"]
+
+
+def test_a_dense_model_becomes_elastic_and_is_used_like_any_other(dense_llama, tmp_path):
+  out, text = tmp_path / "elastic", f"text:{dense_llama}/text/*.txt"
+  flags = [f"--from={dense_llama}", f"--out={out}"]
+  result = run_program("import_model", *flags, f"--calibration={text}", "--calibration_tokens=256")
+  assert result.returncode == 0, result.stderr
+  assert "wrote LlamaForCausalLM" in result.stdout
+  tokens = TOKENS[:, :16]
+  config, params = read(sources.open_source(dense_llama))
+  want = np.asarray(matlm.MatLM(config, Execution()).apply({"params": params}, tokens))
+  model = matformer_jax.load(out)
+  np.testing.assert_allclose(model.logits(tokens), want, atol=1e-5 * np.abs(want).max())
+  moved = [np.asarray(p["blocks"]["0"]["ffn"]["out"]) for p in (model.params, params)]
+  assert not np.allclose(*moved) and np.allclose(*(np.sort(x, axis=2) for x in moved))
+  assert model.tokenizer.decode(model.tokenizer.encode("def f(x):\r\n")) == "def f(x):\r\n"
+
+  train = ["--config=configs/elastify.py", f"--workdir={tmp_path / 'run'}"]
+  train += [f"--config.init_from={out}", f"--config.data.source={text}"]
+  values = {"steps": 4, "batch_size": 2, "model.seq_len": 32, "eval.batches": 1, "log_every": 1}
+  train += [f"--config.{k}={v}" for k, v in values.items()]
+  train += ["--config.distill.teacher=parent", "--config.distill.weight=0.5"]
+  result = run_program("train", *train)
+  assert result.returncode == 0, result.stderr
+  for program, *more in (
+    ("evaluate", f"--source={text}"),
+    ("describe", "--budget=0.9x"),
+    ("search", f"--source={text}", "--budgets=0.9x", "--random=2", "--rungs=2"),
+    ("generate", "--prompt=def", "--granularity=S", "--max_tokens=4"),
+    ("extract", "--granularity=M", f"--out={tmp_path / 'small'}"),
+  ):
+    for workdir in (out, tmp_path / "run"):
+      result = run_program(program, f"--workdir={workdir}", *more)
+      assert result.returncode == 0, (program, workdir, result.stderr)
+      shutil.rmtree(tmp_path / "small", ignore_errors=True)
+
+
+def test_text_is_measured_with_the_models_own_tokenizer(tiny_run, dense_llama):
+  result = run_program("evaluate", f"--workdir={tiny_run}", "--source=tokens:/nowhere")
+  assert result.returncode == 1 and "/nowhere" in result.stderr
+  text = f"text:{dense_llama}/text/*.txt"
+  losses = [
+    open_task(matformer_jax.load(tiny_run), source).store.fingerprint for source in (None, text)
+  ]
+  assert losses[0] != losses[1]

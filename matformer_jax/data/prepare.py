@@ -12,7 +12,6 @@ spread over the corpus unless --tokenizer names one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import concurrent.futures
 import dataclasses
 import json
@@ -141,22 +140,11 @@ def _tokenizer(
     )
     started = time.perf_counter()
     tokenizer = train_tokenizer(
-      spread(corpus, sample_bytes), vocab_size, tokenizer_type, 2 * sample_bytes
+      corpus.spread(sample_bytes), vocab_size, tokenizer_type, 2 * sample_bytes
     )
     print(f"tokenizer trained in {time.perf_counter() - started:,.1f} s", flush=True)
   tokenizer.save(out)
   return tokenizer
-
-
-def spread(corpus: text_sources.Corpus, limit: int, places: int = 64) -> Iterator[str]:
-  """About `limit` bytes of text, from evenly spread places; no more is read or kept."""
-  for place in range(places):
-    left = limit // places
-    for piece in corpus.pieces(place, places):
-      yield piece
-      left -= len(piece.encode("utf-8", "replace"))
-      if left <= 0:
-        break
 
 
 # ----------------------------------------------------------------- the workers

@@ -70,6 +70,30 @@ class Corpus:
     for _, text in self.part(index, count):
       yield from store.cut(text)
 
+  def spread(self, limit: int, places: int = 64) -> Iterator[str]:
+    """About `limit` bytes of text from evenly spread places; little more is read."""
+    places = max(1, min(places, self.num_documents))
+    left = 0
+    for place in range(places):
+      left = max(left, 0) + limit // places  # with what the places before did not have
+      for piece in self.pieces(place, places):
+        yield piece[:left]
+        left -= len(piece[:left].encode("utf-8", "replace"))
+        if left <= 0:
+          break
+
+  def without_held_out(self, validation_fraction: float) -> Corpus:
+    """The text that is trained on where that share is held out for validation."""
+    split = store.Split(validation_fraction, self.num_documents)
+
+    def part(index, count):
+      for number, text in self.part(index, count):
+        for name, share in split.share(number, text):
+          if name == "train":
+            yield number, share
+
+    return dataclasses.replace(self, part=part)
+
 
 def open_corpus(source: str, data_dir: str | None = None) -> Corpus:
   """Opens `stdlib`, `text:GLOB` or `tfds:NAME[/CONFIG]:FEATURE`.
