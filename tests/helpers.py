@@ -160,6 +160,26 @@ def _args(row: str, workdir, overrides) -> list[str]:
   ]
 
 
+# What tokenizers get wrong.
+AWKWARD = [
+  "",
+  " ",
+  "a",
+  "  two  spaces   and   runs ",
+  "\ttab\t\ttabs\n\n\n newline\r\nCRLF\r\n\r\n",
+  "0 12 345 6789 1234567 3.14159 1e-5 ٣४Ⅷ²",
+  "don't WE'LL I'Ve it's",
+  "é à ü ñ 漢字 かな 한국어 العربية ไทย",
+  "😀 👩‍👩‍👧 🏳️‍🌈",
+  "a\u0301 vs \u00e1, n\u0303 e\u0302\u0323",
+  "\u2028 \ufeff \u00a0 \u2003 \u200d",
+  "\x00\x01\x7f",
+  "<|endoftext|> <|im_start|>user</s><s> <unk> <0x41> [PAD]",
+  "x" * 3000,
+  "def f(x):\n    return {k: v for k, v in x.items()}  # !?;,.-_=+*&^%$#@~|\\/<>[]\n",
+]
+
+
 def byte_level_library(documents, vocab_size: int, pre_tokenizer=None, **model):
   """A byte-level BPE that Hugging Face's library trains: its own object, with one special token."""
   import tokenizers

@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 import helpers
+from helpers import AWKWARD
 import numpy as np
 import pytest
 import sentencepiece
@@ -33,25 +34,8 @@ SAMPLE = [
   p.read_text(encoding="utf-8", errors="replace")
   for p in sorted(pathlib.Path(json.__file__).parent.glob("*.py"))
 ]
+TEXTS = AWKWARD + SAMPLE
 EOS = "<|endoftext|>"
-AWKWARD = [
-  "",
-  " ",
-  "a",
-  "  two  spaces   and   runs ",
-  "\ttab\t\ttabs\n\n\n newline\r\nCRLF\r\n\r\n",
-  "0 12 345 6789 1234567 3.14159 1e-5 ٣४Ⅷ²",
-  "don't WE'LL I'Ve it's",
-  "é à ü ñ 漢字 かな 한국어 العربية ไทย",
-  "😀 👩‍👩‍👧 🏳️‍🌈",
-  "a\u0301 vs \u00e1, n\u0303 e\u0302\u0323",
-  "\u2028 \ufeff \u00a0 \u2003 \u200d",
-  "\x00\x01\x7f",
-  "<|endoftext|> <|im_start|>user</s><s> <unk> <0x41> [PAD]",
-  "x" * 3000,
-  "def f(x):\n    return {k: v for k, v in x.items()}  # !?;,.-_=+*&^%$#@~|\\/<>[]\n",
-  *SAMPLE,
-]
 LONE_SURROGATES = ["\ud800", "a\udc80b", "\udfff\ud800 x", "😀\ud83d"]
 
 
@@ -82,7 +66,7 @@ def ids_of(library, text: str) -> list[int]:
 # -------------------------------------------------------------------- encoding
 
 
-@pytest.mark.parametrize("text", AWKWARD)
+@pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_those_of_the_library(byte_level, library, pieces, text):
   assert byte_level.encode(text) == ids_of(library, text)
   assert pieces.encode(text) == sentencepiece.SentencePieceProcessor(
@@ -90,7 +74,7 @@ def test_ids_are_those_of_the_library(byte_level, library, pieces, text):
   ).encode(text)
 
 
-@pytest.mark.parametrize("text", AWKWARD)
+@pytest.mark.parametrize("text", TEXTS)
 def test_lossless_and_every_byte_counted(tokenizer, text):
   ids = tokenizer.encode(text)
   assert tokenizer.decode(ids) == text
@@ -99,7 +83,7 @@ def test_lossless_and_every_byte_counted(tokenizer, text):
 
 
 def test_a_batch_is_its_texts(tokenizer):
-  assert tokenizer.encode_batch(AWKWARD) == [tokenizer.encode(text) for text in AWKWARD]
+  assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
   assert tokenizer.encode_batch([]) == []
 
 
@@ -247,7 +231,7 @@ def test_saved_and_opened_again(tokenizer, pieces, byte_level, tmp_path):
       tokenizer.bos_id,
       tokenizer.vocab_size,
     )
-    assert again.encode_batch(AWKWARD) == tokenizer.encode_batch(AWKWARD)
+    assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
 
 
 def test_sha256_of_a_sentencepiece_model_is_its_file_s(pieces, tmp_path):
@@ -369,7 +353,7 @@ def test_byte_level_bpe_of_a_gguf_file(pre):
   assert isinstance(converted, HuggingFaceTokenizer)
   assert converted.vocab_size == 700 and converted.eos_id == made.token_to_id(EOS)
   assert converted.bos_id == (0 if pre == "llama-bpe" else None)
-  for text in AWKWARD:
+  for text in TEXTS:
     text = text.replace("`", "'") if pre == "default" else text  # to Falcon it is punctuation
     ids = converted.encode(text)
     assert ids == ids_of(made, text)
@@ -412,12 +396,12 @@ def test_sentencepiece_of_a_gguf_file(pieces):
   made = to_tokenizer(gguf_of_pieces(pieces))
   assert isinstance(made, SentencePieceTokenizer)
   assert (made.vocab_size, made.eos_id, made.bos_id) == (600, 1, None)
-  assert made.encode_batch(AWKWARD) == pieces.encode_batch(AWKWARD)
+  assert made.encode_batch(TEXTS) == pieces.encode_batch(TEXTS)
   np.testing.assert_array_equal(made.byte_lengths, pieces.byte_lengths)
   prefixed = to_tokenizer(gguf_of_pieces(pieces, add_space_prefix=True))
   assert prefixed.encode("word") == pieces.encode(" word") and prefixed.decode([1]) == ""
   library = sentencepiece.SentencePieceProcessor(model_proto=prefixed.model)
-  for text in (*AWKWARD, "\u2581 literal \u2581\u2581"):
+  for text in (*TEXTS, "\u2581 literal \u2581\u2581"):
     assert prefixed.encode(text) == library.encode(text)
 
 

@@ -5,6 +5,9 @@ import importlib.metadata
 import pathlib
 import pydoc_data.topics
 
+from helpers import AWKWARD
+import jax
+import llama_cpp
 import numpy as np
 import pytest
 import torch
@@ -55,3 +58,31 @@ def test_logits_equal_transformers(theirs, ours, ids):
   error, their_error = (np.abs(np.asarray(x) - want) for x in (have, in_float32))
   print(f"ours {error.max():.2e}, transformers in float32 {their_error.max():.2e}")
   assert error.max() < 2e-4 and error.mean() < 2e-5 and np.abs(want).max() > 40
+
+
+def test_the_likeliest_token_is_llama_cpps(file, ours, ids):
+  """Over 2,000 tokens; llama.cpp multiplies the quantised weights by quantised activations."""
+  config, params = ours
+  window = 500
+  runtime = llama_cpp.Llama(
+    str(file), n_ctx=window, n_batch=window, n_threads=2, logits_all=True, verbose=False
+  )
+  model, agree = matlm.MatLM(config, Execution(scan_layers=True)), []
+  logits = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
+  for tokens in ids[: 4 * window].reshape(4, window):
+    runtime.reset()
+    runtime.eval(tokens.tolist())
+    have = np.asarray(logits(params, tokens[None]))[0]
+    agree.append(have.argmax(-1) == runtime.scores[:window].argmax(-1))
+  print(f"top-1 agreement {np.mean(agree):.2%}")
+  assert np.mean(agree) >= 0.95
+
+
+def test_its_tokenizer_is_llama_cpps(file):
+  """Special tokens stay plain text. (transformers rebuilds another pre-tokenizer from GGUF.)"""
+  ours = sources.open_source(file).tokenizer()
+  theirs = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+  for text in (TEXT, *AWKWARD):
+    ids = theirs.tokenize(text.encode(), add_bos=False, special=False)
+    assert ours.encode(text) == ids, text[:80]
+    assert ours.decode(ids) == text
