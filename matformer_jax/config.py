@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import dataclasses
 import importlib
 import math
+import numbers
 from typing import Any, ClassVar
 
 from matformer_jax.errors import UserError, did_you_mean
@@ -140,6 +141,8 @@ class ModelConfig:
 
   def _complete_widths(self) -> None:
     ratios, widths = tuple(self.ffn_ratios), tuple(self.ffn_widths)
+    _check_numbers("ffn_ratios", ratios)
+    _check_numbers("ffn_widths", widths)
     same = len(widths) == len(ratios) and all(map(math.isclose, widths, self._times_d(ratios)))
     if widths and ratios and not same:
       raise UserError(
@@ -169,6 +172,7 @@ class ModelConfig:
   def _check_nested_heads(self) -> None:
     self._set("head_ratios", tuple(self.head_ratios))
     if self.nested_heads:
+      _check_numbers("head_ratios", self.head_ratios)
       _check_increasing("head_ratios", self.head_ratios)
       if len(self.head_ratios) != self.num_granularities or self.head_ratios[-1] != 1:
         raise UserError(
@@ -697,6 +701,11 @@ def _logits_bytes(tpu: chips.Tpu | None) -> int:
 
 def _divisors(n: int) -> list[int]:
   return [d for d in range(1, n + 1) if n % d == 0 and (n // d) % 2 == 0]
+
+
+def _check_numbers(name: str, values) -> None:
+  if not all(isinstance(value, numbers.Real) for value in values):
+    raise UserError(f"model.{name}={values!r} must be numbers, such as (0.5, 1, 2, 4)")
 
 
 def _check_increasing(name: str, values) -> None:

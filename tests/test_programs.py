@@ -373,6 +373,7 @@ MISTAKES = {
   "mesh": ({"mesh__fsdp": 3}, ("mesh", "1 devices")),
   "heads": ({"model__num_heads": 5}, ("num_heads=5", "d_model=32")),
   "widths": ({"model__ffn_ratios": "(0.3,1)"}, ("0.3", "d_model=32")),
+  "no widths": ({"model__ffn_ratios": "banana"}, ("ffn_ratios", "banana")),
   "corpus": ({"data__source": "text:/nowhere/*.txt"}, ("/nowhere/*.txt", "no file")),
   "source": ({"data__source": "wiki"}, ("'wiki'", "stdlib")),
   "vocabulary": ({"model__vocab_size": 10**6}, ("vocab_size=1000000", "at most")),
