@@ -78,7 +78,7 @@ smollm2: $(SMOLLM2)/elastic
 	  --batches=0 --batch_size=4 --plot=$(SMOLLM2)/elastic_curve.png
 	@echo
 	@echo "Next:"
-	@echo "  $(BIN)/python -m matformer_jax.train --config=configs/elastify.py:smollm2 --workdir=$(SMOLLM2)/run \"
+	@echo "  $(BIN)/python -m matformer_jax.train --config=configs/elastify.py --workdir=$(SMOLLM2)/run \\"
 	@echo "      --config.init_from=$(SMOLLM2)/elastic --config.data.source='$(TEXT)'"
 	@echo "  $(BIN)/python -m matformer_jax.generate --workdir=$(SMOLLM2)/elastic --prompt='The capital of France is'"
 

@@ -29,7 +29,7 @@ def main(argv) -> None:
   if _WORKDIR.value:
     config = model_config(cards.read(_WORKDIR.value))
   else:
-    run = cli.read_config(_CONFIG)
+    run = cards.with_model_of_init(cli.read_config(_CONFIG))
     config = model_config(run)
     distillation = distill.from_config(run, config)
     if distillation is not None:

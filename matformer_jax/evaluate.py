@@ -198,19 +198,30 @@ def main(argv) -> None:
     baseline = bigram_baseline(task, _BATCHES.value, _BATCH_SIZE.value)
   print(
     f"{model.workdir}, step {model.step:,}, {results[0].examples:,} validation "
-    f"{model.config.unit}s\n"
+    f"{model.config.unit}s{f' of {_SOURCE.value}' if _SOURCE.value else ''}\n"
   )
   print(results_table(model, results, baseline))
   if _PLOT.value:
     plot(model, results, _PLOT.value, baseline)
     print(f"\nwrote {_PLOT.value}")
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(runtime.to_json(as_json(model, results, baseline), 1))
+    pathlib.Path(_JSON.value).write_text(
+      runtime.to_json(as_json(model, results, baseline, _SOURCE.value), 1)
+    )
     print(f"wrote {_JSON.value}")
 
 
-def as_json(model: Model, results: Sequence[Result], baseline: Result | None) -> dict:
-  """{"granularities": {"S": {"params", "flops_per_token", "loss", ...}}, ...}."""
+def as_json(
+  model: Model,
+  results: Sequence[Result],
+  baseline: Result | None,
+  source: str | None = None,
+) -> dict:
+  """{"granularities": {"S": {"params", "flops_per_token", "loss", ...}}, ...}.
+
+  Args:
+    source: of the data, where it is not that of the training.
+  """
   rows = {}
   for r in results:
     n = gran.count(model.config, r.granularity)
@@ -223,6 +234,7 @@ def as_json(model: Model, results: Sequence[Result], baseline: Result | None) ->
   return {
     "workdir": str(model.workdir),
     "step": model.step,
+    "source": source or model.card["config"]["data"]["source"],
     f"{model.config.unit}s": results[0].examples,
     "bigram": None if baseline is None else baseline.metrics,
     "granularities": rows,

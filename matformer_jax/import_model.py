@@ -69,12 +69,17 @@ def import_model(
       f"--from={source.path}: its tokenizer has {tokenizer.vocab_size:,} tokens and its embedding "
       f"{config.vocab_size:,} rows"
     )
+  length = min(CALIBRATION_WINDOW, config.seq_len)
+  windows = _windows(calibration, tokenizer, length, tokens) if calibration else []
   params = families.read_params(source, config)
-  if calibration is not None:
-    windows = _windows(calibration, tokenizer, min(CALIBRATION_WINDOW, config.seq_len), tokens)
+  if windows:
     bar = tqdm.tqdm(windows, desc="measuring importance", unit="window", mininterval=1.0)
-    execution = Execution.for_platform(jax.devices()[0].platform, dtype="float32")
+    device = jax.devices()[0]
+    execution = Execution.for_platform(
+      device.platform, dtype="float32", device_kind=device.device_kind
+    )
     params = importance.sort(params, importance.measure(params, config, execution, bar))
+    runtime.say(f"sorted by importance on {len(windows) * length:,} tokens of {calibration}")
   card = _card(source, config, tokenizer, calibration)
   model_dir.write(out, card, jax.tree.map(jnp.asarray, params), 0, tokenizer.save)
 
@@ -129,10 +134,8 @@ def _widths(full: int) -> tuple[int, ...]:
     widths = [ratio * full for ratio in _numbers(_RATIOS)]
   for width in widths:
     if width.denominator != 1:
-      raise UserError(
-        f"--ratios={','.join(_RATIOS.value)} of the source's {full} neurons gives {float(width):g};"
-        " give --ffn_widths instead"
-      )
+      given = "--ffn_widths holds" if _WIDTHS.value else f"--ratios of {full} neurons give"
+      raise UserError(f"{given} {float(width):g}; --ffn_widths takes whole numbers of neurons")
   return tuple(map(int, widths))
 
 
@@ -150,6 +153,11 @@ def main(argv) -> None:
   if not _FROM.value:
     raise UserError("--from is missing; give a Hugging Face directory or a .gguf file")
   out = pathlib.Path(cli.required(_OUT))
+  if (_CALIBRATION.value or "").startswith("tokens:"):
+    raise UserError(
+      f"--calibration={_CALIBRATION.value}: text is needed, for the source's own tokenizer; give "
+      "text:GLOB, stdlib or tfds:NAME:FEATURE"
+    )
   if _ORDER.value == "importance" and not _CALIBRATION.value:
     raise UserError(
       "--order=importance needs --calibration=text:GLOB, text like what the model is for; "

@@ -318,6 +318,9 @@ def plot(config: MatLMConfig, scored: Sequence[Scored], title: str, path: pathli
 def main(argv) -> None:
   cli.check(argv)
   workdir = cli.required(_WORKDIR)
+  if _SOURCE.value and not _OUT.value:
+    raise UserError("--source needs --out, since WORKDIR/search is for the training data")
+  out = pathlib.Path(_OUT.value or pathlib.Path(workdir) / "search")
   runtime.enable_compilation_cache()
   model = load(workdir, _STEP.value, LanguageModel)
   config = model.config
@@ -342,7 +345,6 @@ def main(argv) -> None:
     np.stack([rows[c.granularity] for c in found]),
     bits_per_nat(batches),
   )
-  out = pathlib.Path(_OUT.value or model.workdir / "search")
   out.mkdir(parents=True, exist_ok=True)
   flat = as_rows(config, scored)
   with open(out / "search.csv", "w", newline="") as f:
@@ -351,7 +353,14 @@ def main(argv) -> None:
     writer.writerows(flat)
   (out / "search.json").write_text(
     runtime.to_json(
-      {"workdir": str(model.workdir), "step": model.step, "tokens": tokens, "rows": flat}, indent=1
+      {
+        "workdir": str(model.workdir),
+        "step": model.step,
+        "source": _SOURCE.value or model.card["config"]["data"]["source"],
+        "tokens": tokens,
+        "rows": flat,
+      },
+      indent=1,
     )
   )
   plot(
@@ -363,7 +372,7 @@ def main(argv) -> None:
   )
   print(
     f"{model.workdir}, step {model.step:,}: {len(distinct)} submodels, {tokens:,} validation "
-    f"tokens each\n"
+    f"tokens each{f' of {_SOURCE.value}' if _SOURCE.value else ''}\n"
   )
   if _BUDGETS.value:
     print(comparison_table(config, scored) + "\n")

@@ -27,7 +27,7 @@ from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import kind_of, model_config
-from matformer_jax.config_keys import Config, ModelKeys
+from matformer_jax.config_keys import Config
 from matformer_jax.data.tokenizer import (
   TOKENIZER_FILES,
   DamagedTokenizer,
@@ -210,42 +210,25 @@ def _start_from(config: Config, workdir: pathlib.Path, old_card) -> Config:
       f"--workdir={workdir} is an {made} model; to train it further give "
       f"--config.init_from={workdir} and another --workdir"
     )
-  if not config.get("init_from"):
-    return config
-  card = old_card or cards.read(config.init_from)
-  if card["task"] != config.task:
-    raise UserError(
-      f"init_from={config.init_from!r} is of task {card['task']!r}, and this config "
-      f"of {config.task!r}"
-    )
-  kind = kind_of(config)
-  own = kind.config.adaptable + (() if _keeps_head(config) else kind.config.adaptable_with_head)
-  own = {key: config.model[key] for key in own}
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.model = ModelKeys(card["model"] | own)
-  return config
+  return cards.with_model_of_init(config, old_card)
 
 
 def _copy_files(config: Config, workdir: pathlib.Path, old_card) -> None:
   """Takes over what `init_from` holds beside its weights, such as a tokenizer."""
-  if config.get("init_from") and _keeps_head(config) and not config.data.get("tokenizer"):
+  if config.get("init_from") and cards.keeps_head(config) and not config.data.get("tokenizer"):
     for name in kind_of(config).resolve("objective").files:
       source = pathlib.Path(config.init_from) / name
-      if source.exists() and (old_card is None or not (workdir / name).exists()):
+      if old_card is None:  # what is there is of an attempt that failed, perhaps with another model
+        (workdir / name).unlink(missing_ok=True)
+      if source.exists() and not (workdir / name).exists():
         shutil.copyfile(source, workdir / name)
-
-
-def _keeps_head(config: Config) -> bool:
-  """Whether a run that starts from a trained model takes its output head over."""
-  return bool(config.get("init_head", True))
 
 
 def _check_tokenizer(config: Config, card) -> None:
   """Raises UserError where the trained embedding's rows would mean other tokens."""
   theirs = cards.read(config.init_from)["identity"].get("tokenizer")
   ours = card["identity"].get("tokenizer")
-  if _keeps_head(config) and ours != theirs:
+  if cards.keeps_head(config) and ours != theirs:
     source = config.data.tokenizer or config.data.source
     raise UserError(
       f"init_from={config.init_from!r} was trained with another tokenizer ({theirs[:12]}) than "
@@ -264,7 +247,7 @@ def _start_over(config: Config, workdir: pathlib.Path, hosts: Hosts) -> None:
     say(f"note: {workdir} was started over before, and is resumed now; --start_over works once")
     return
   fresh = _start_from(config, workdir, None)
-  if fresh.get("init_from") and _keeps_head(fresh) and hasattr(fresh.data, "tokenizer"):
+  if fresh.get("init_from") and cards.keeps_head(fresh) and hasattr(fresh.data, "tokenizer"):
     with fresh.unlocked():
       fresh.data.tokenizer = fresh.data.tokenizer or str(fresh.init_from)
   _task_on_mesh(fresh, None)  # so that nothing is moved for a command that cannot run
@@ -313,7 +296,7 @@ def _initial_state(
       models.adapt_params,
       config=old,
       new=trainer.task.model_config,
-      keep_head=_keeps_head(config),
+      keep_head=cards.keeps_head(config),
     )
     places = jax.tree.map(lambda s: s.sharding, abstract.params)
     params = jax.jit(adapt, out_shardings=places)(found[0]["params"], state.params)

@@ -63,7 +63,7 @@ def write_directory(path: pathlib.Path, weights, config=HF) -> pathlib.Path:
   return path
 
 
-def write_gguf(path: pathlib.Path, weights) -> pathlib.Path:
+def write_gguf(path: pathlib.Path, weights, norm_eps=1e-5, rope_scale=None) -> pathlib.Path:
   """As llama.cpp's converter does: rows of q and k in interleaved order."""
   writer = gguf.GGUFWriter(path, "llama")
   writer.add_block_count(3)
@@ -75,7 +75,10 @@ def write_gguf(path: pathlib.Path, weights) -> pathlib.Path:
   writer.add_key_length(10)
   writer.add_value_length(10)
   writer.add_rope_freq_base(20_000.0)
-  writer.add_layer_norm_rms_eps(1e-5)
+  if norm_eps:
+    writer.add_layer_norm_rms_eps(norm_eps)
+  if rope_scale:
+    writer.add_float32("llama.rope.scale_linear", rope_scale)
   names = {theirs: ours for ours, theirs in sources.GGUF_NAMES.items()}
   for name, array in weights.items():
     *layer, part = name.removesuffix(".weight").removeprefix("model.layers.").split(".", 1)

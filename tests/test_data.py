@@ -499,6 +499,20 @@ def test_a_sample_of_one_long_document_is_as_large_as_wanted(tmp_path):
   assert sum(map(len, corpus.spread(50_000))) == 50_000
 
 
+def test_a_sample_is_as_large_as_wanted_where_one_document_is_most_of_the_text(tmp_path):
+  (tmp_path / "0.txt").write_text("a line of the largest\n" * 100_000)
+  for i in range(1, 64):
+    (tmp_path / f"{i}.txt").write_text(f"document {i}\n")
+  corpus = text_sources.open_corpus(f"text:{tmp_path}/*.txt")
+  sample = list(corpus.spread(1_000_000))
+  assert sum(map(len, sample)) == 1_000_000
+  small = [text for text in sample if "document" in text]
+  assert sorted(small) == sorted(f"document {i}\n" for i in range(1, 64))
+  large = "".join(text for text in sample if "document" not in text)
+  assert ("a line of the largest\n" * 100_000).startswith(large)  # nothing twice
+  assert sum(map(len, corpus.spread(10**9))) == corpus.size
+
+
 def test_a_sample_leaves_out_what_is_held_out(tmp_path):
   for i in range(40):
     (tmp_path / f"{i:02}.txt").write_text(f"document {i}\n")

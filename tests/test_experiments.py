@@ -10,7 +10,7 @@ import pytest
 from matformer_jax import UserError
 from matformer_jax import granularity as gran
 from matformer_jax.config import model_config
-from matformer_jax.experiments import commands, vit, vit_finetune
+from matformer_jax.experiments import commands, elastify, vit, vit_finetune
 
 CONFIG = helpers.get_config("digits", "matvit")
 MODEL = model_config(CONFIG)
@@ -166,3 +166,42 @@ def test_claims_follow_the_numbers(tmp_path):
 def test_a_failing_program_stops_the_experiment(tmp_path):
   with pytest.raises(UserError, match="ended with 1; fix what it reports"):
     commands.run("describe", "--workdir=/nowhere")
+
+
+def test_elastify_measures_one_order_and_one_training_beside_the_other(tmp_path, monkeypatch):
+  calls = []
+
+  def run(module, *args):
+    args = [str(a) for a in args]
+    calls.append((module, args))
+    workdir = pathlib.Path(flag(args, "out") or flag(args, "workdir"))
+    (workdir / "checkpoints" / "7").mkdir(parents=True, exist_ok=True)
+    if module == "evaluate":
+      losses = {"unordered": 9, "ordered": 6, "sampled": 4, "distilled": 3}
+      rows = {
+        n: {"params": 10**6 * i, "loss": losses[workdir.name] / i, "loss_stderr": 0.1}
+        for i, n in enumerate(("S", "M", "S*1+M*1"), 1)
+      }
+      pathlib.Path(flag(args, "json")).write_text(json.dumps({"step": 7, "granularities": rows}))
+
+  monkeypatch.setattr(commands, "run", run)
+  monkeypatch.setattr(sys, "argv", ["elastify", "--config=elastify", "--config.steps=5"])
+  config = helpers.get_config("default", "elastify")
+  config.data.source = "text:a*"
+  elastify.make(config, "model.gguf", tmp_path)
+  rows = elastify.measure(tmp_path, "text:b*", "evaluation_1.json", 9, 2, 4)
+  imports = [args for module, args in calls if module == "import_model"]
+  assert "--order=none" in imports[0] and flag(imports[1], "calibration") == "text:a*"
+  sampled, distilled = (args for module, args in calls if module == "train")
+  assert flag(sampled, "config.distill.teacher") == "none"
+  assert flag(distilled, "config.distill.teacher") is None and "--config.steps=5" in distilled
+  assert flag(sampled, "config.init_from") == flag(distilled, "config.init_from")
+  assert flag(sampled, "config.init_from").endswith("/ordered")
+  assert all(flag(args, "source") == "text:b*" for module, args in calls if module == "evaluate")
+  table = elastify.losses_table(rows).splitlines()
+  assert "9.000" in table[2] and "3.000" in table[2] and "1.000" in table[4]
+  elastify.draw(rows, "title", tmp_path / "plot.png")
+  assert (tmp_path / "plot.png").stat().st_size > 10_000
+  made = len(calls)
+  elastify.make(config, "model.gguf", tmp_path)  # trains on, if there is something to train
+  assert [module for module, _ in calls[made:]] == ["train", "train"]

@@ -1,7 +1,7 @@
 """Dense models of others: read, sorted, and used like any other model."""
 
 import dataclasses
-import shutil
+import json
 
 import flax.linen as nn
 from helpers import run_program
@@ -10,6 +10,7 @@ from llama_files import HF, arrays, write_directory, write_gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import matformer_jax
 from matformer_jax import UserError
@@ -66,6 +67,8 @@ def test_narrow_types_are_read_as_float32(tmp_path, dtype):
     ({"num_hidden_layers": 4}, "no array 'model.layers.3"),
     ({"num_hidden_layers": 2}, "9 arrays that this architecture does not"),
     ({"vocab_size": 65}, r"embed_tokens.weight is \[64, 32\]"),
+    ({"rms_norm_eps": None}, "no rms_norm_eps"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "without low_freq_factor"),
   ],
 )
 def test_what_is_refused(tmp_path, changes, words):
@@ -88,6 +91,15 @@ def test_what_is_no_model(tmp_path):
   path.write_bytes(b"GGUF" + bytes(40))
   with pytest.raises(UserError, match="cannot be read as GGUF"):
     sources.open_source(path)
+  for broken, words in [
+    (dict(norm_eps=None), "no field llama.attention.layer_norm_rms_epsilon"),
+    (dict(rope_scale=4.0), "RoPE of type 'linear'"),
+  ]:
+    with pytest.raises(UserError, match=words):
+      read(sources.open_source(write_gguf(path, arrays(), **broken)))
+  untied = {name: array for name, array in arrays().items() if name != "lm_head.weight"}
+  with pytest.raises(UserError, match="no array 'lm_head.weight'"):
+    read(sources.open_source(write_directory(tmp_path / "headless", untied)))
   path = write_directory(tmp_path / "part", arrays())
   (path / "model-2.safetensors").unlink()
   with pytest.raises(UserError, match="download is not complete"):
@@ -95,6 +107,12 @@ def test_what_is_no_model(tmp_path):
   (path / "model-1.safetensors").rename(path / "pytorch_model.bin")
   with pytest.raises(UserError, match="pickled"):
     sources.open_source(path)
+
+
+def test_other_weights_beside_the_listed_ones_are_not_read(tmp_path):
+  path = write_directory(tmp_path / "hf", arrays())
+  save_file({"layers.0.attention.wq.weight": np.zeros(2)}, path / "consolidated.safetensors")
+  read(sources.open_source(path))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -165,6 +183,9 @@ def test_a_dense_model_becomes_elastic_and_is_used_like_any_other(dense_llama, t
   assert not np.allclose(*moved) and np.allclose(*(np.sort(x, axis=2) for x in moved))
   assert model.tokenizer.decode(model.tokenizer.encode("def f(x):\r\n")) == "def f(x):\r\n"
 
+  result = run_program("describe", "--config=elastify", f"--config.init_from={out}")
+  assert f"{gran.count(model.config, 'XL').params:,}" in result.stdout
+
   train = ["--config=configs/elastify.py", f"--workdir={tmp_path / 'run'}"]
   train += [f"--config.init_from={out}", f"--config.data.source={text}"]
   values = {"steps": 4, "batch_size": 2, "model.seq_len": 32, "eval.batches": 1, "log_every": 1}
@@ -172,17 +193,21 @@ def test_a_dense_model_becomes_elastic_and_is_used_like_any_other(dense_llama, t
   train += ["--config.distill.teacher=parent", "--config.distill.weight=0.5"]
   result = run_program("train", *train)
   assert result.returncode == 0, result.stderr
-  for program, *more in (
-    ("evaluate", f"--source={text}"),
-    ("describe", "--budget=0.9x"),
-    ("search", f"--source={text}", "--budgets=0.9x", "--random=2", "--rungs=2"),
-    ("generate", "--prompt=def", "--granularity=S", "--max_tokens=4"),
-    ("extract", "--granularity=M", f"--out={tmp_path / 'small'}"),
+  other = f"--source={text}"
+  found = f"--out={tmp_path / 'search'}"
+  for workdir, program, *more in (
+    (out, "evaluate", other, f"--json={tmp_path / 'evaluation.json'}"),
+    (out, "search", other, found, "--budgets=0.9x", "--random=2", "--rungs=2", "--batches=2"),
+    (tmp_path / "run", "evaluate"),
+    (tmp_path / "run", "describe", "--budget=0.9x"),
+    (tmp_path / "run", "generate", "--prompt=def", "--granularity=S", "--max_tokens=4"),
+    (tmp_path / "run", "extract", "--granularity=M", f"--out={tmp_path / 'small'}"),
   ):
-    for workdir in (out, tmp_path / "run"):
-      result = run_program(program, f"--workdir={workdir}", *more)
-      assert result.returncode == 0, (program, workdir, result.stderr)
-      shutil.rmtree(tmp_path / "small", ignore_errors=True)
+    result = run_program(program, f"--workdir={workdir}", *more)
+    assert result.returncode == 0, (program, workdir, result.stderr)
+  for file in ("evaluation.json", "search/search.json"):
+    assert json.loads((tmp_path / file).read_text())["source"] == text
+  assert "--out" in run_program("search", f"--workdir={out}", other).stderr
 
 
 def test_text_is_measured_with_the_models_own_tokenizer(tiny_run, dense_llama):

@@ -15,8 +15,8 @@ import jax
 from matformer_jax import granularity as gran
 from matformer_jax import runtime
 from matformer_jax.checkpoints import checkpoint
-from matformer_jax.config import model_config
-from matformer_jax.config_keys import Config
+from matformer_jax.config import kind_of, model_config
+from matformer_jax.config_keys import Config, ModelKeys
 from matformer_jax.errors import UserError
 from matformer_jax.hosts.multihost import differences
 from matformer_jax.runtime import say, warn
@@ -37,6 +37,37 @@ VERSIONED_EXTRAS = ("tokenizers",)  # where a run uses them
 CARD_FILE = "config.json"
 # A run in which one of these changes is another run.
 FIXED = ("task", "model", "seed", "batch_size", "sampling", "identity", "optimizer", "distill")
+
+
+def keeps_head(config: Config) -> bool:
+  """Whether a run that starts from a trained model takes its output head over."""
+  return bool(config.get("init_head", True))
+
+
+def with_model_of_init(config: Config, card: dict[str, Any] | None = None) -> Config:
+  """The config with its model taken from `init_from`, where given, but for what may be adapted.
+
+  Args:
+    card: instead of that of `init_from`, which may be gone when a run resumes.
+
+  Raises:
+    UserError: if `init_from` is no model, or of another task.
+  """
+  if not config.get("init_from"):
+    return config
+  card = card or read(config.init_from)
+  if card["task"] != config.task:
+    raise UserError(
+      f"init_from={config.init_from!r} is of task {card['task']!r}, and this config "
+      f"of {config.task!r}"
+    )
+  kind = kind_of(config).config
+  own = kind.adaptable + (() if keeps_head(config) else kind.adaptable_with_head)
+  own = {key: config.model[key] for key in own}
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model = ModelKeys(card["model"] | own)
+  return config
 
 
 def make_card(config: Config, task: Task, distill: dict[str, Any] | None = None) -> dict[str, Any]:

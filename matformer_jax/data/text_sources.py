@@ -71,16 +71,27 @@ class Corpus:
       yield from store.cut(text)
 
   def spread(self, limit: int, places: int = 64) -> Iterator[str]:
-    """About `limit` bytes of text from evenly spread places; little more is read."""
-    places = max(1, min(places, self.num_documents))
-    left = 0
-    for place in range(places):
-      left = max(left, 0) + limit // places  # with what the places before did not have
-      for piece in self.pieces(place, places):
-        yield piece[:left]
-        left -= len(piece[:left].encode("utf-8", "replace"))
-        if left <= 0:
-          break
+    """About `limit` bytes from evenly spread documents, each from its beginning.
+
+    No document is read that is not needed. Where places have less than their share, the others
+    are read again for more.
+    """
+    taken = dict.fromkeys(range(max(1, min(places, self.num_documents))), 0)  # characters
+    count = len(taken)
+    while limit > 0 and taken:
+      share = -(-limit // len(taken))
+      for place, start in list(taken.items()):
+        left = share
+        for text in _after(start, self.pieces(place, count)):
+          text = text[:left]
+          yield text
+          taken[place] += len(text)
+          left -= len(text.encode("utf-8", "replace"))
+          if left <= 0:
+            break
+        else:
+          del taken[place]  # that was all there is
+        limit -= share - left
 
   def without_held_out(self, validation_fraction: float) -> Corpus:
     """The text that is trained on where that share is held out for validation."""
@@ -93,6 +104,14 @@ class Corpus:
             yield number, share
 
     return dataclasses.replace(self, part=part)
+
+
+def _after(start: int, pieces: Iterator[str]) -> Iterator[str]:
+  """Pieces without their first `start` characters."""
+  for piece in pieces:
+    if start < len(piece):
+      yield piece[start:]
+    start = max(start - len(piece), 0)
 
 
 def open_corpus(source: str, data_dir: str | None = None) -> Corpus:

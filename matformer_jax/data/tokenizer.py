@@ -266,12 +266,16 @@ class HuggingFaceTokenizer(Tokenizer):
   def _read_bos(self, origin: str) -> int | None:
     name, add = _token(self._config, "bos_token", origin), self._config.get("add_bos_token")
     named = None if name is None else self._id(name, "bos_token", origin)
-    if add is not None:
+    if add is not None and (named is not None or not add):
       return named if add else None
     bare, whole = (
       self._hf.encode("a", add_special_tokens=special).ids for special in (False, True)
     )
     begins = len(whole) > len(bare) and whole[0] != bare[0]
+    if add and not begins:
+      raise DamagedTokenizer(
+        f"{origin}: the {CONFIG_FILE} beside it has add_bos_token and names no bos_token; name it"
+      )
     return whole[0] if begins and named in (None, whole[0]) else None
 
   def _id(self, name: str, key: str, origin: str) -> int:

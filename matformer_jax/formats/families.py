@@ -46,6 +46,15 @@ class Family:
   activation: str = ""
 
 
+_REQUIRED = (
+  "num_hidden_layers",
+  "hidden_size",
+  "num_attention_heads",
+  "intermediate_size",
+  "vocab_size",
+  "max_position_embeddings",
+  "rms_norm_eps",
+)
 _DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _QWEN = dict(
   max_position_embeddings=32768,
@@ -110,6 +119,9 @@ def model_config(source: Source, widths: Sequence[int] = (), **changes) -> MatLM
 
   if get("attention_bias") or get("mlp_bias"):
     refuse("a bias of the output projection or the FFN (attention_bias, mlp_bias)")
+  for key in _REQUIRED:
+    if get(key) is None:
+      raise UserError(f"--from={source.path}: its config has no {key}")
   window, longest = get("sliding_window"), get("max_position_embeddings")
   if window and window < longest and get("use_sliding_window", True):
     refuse(f"sliding_window={window}")
@@ -137,7 +149,7 @@ def model_config(source: Source, widths: Sequence[int] = (), **changes) -> MatLM
     seq_len=longest,
     rope_base=base,
     rope_scaling=scaling,
-    tied_head=bool(get("tie_word_embeddings")) or "lm_head.weight" not in source.names,
+    tied_head=bool(get("tie_word_embeddings")),
     embedding_scale=0.0 if family.scaled_embedding else 1.0,
     qkv_bias=family.qkv_bias,
     qk_norm=family.qk_norm,
@@ -155,6 +167,9 @@ def _rope(source: Source, refuse: Callable[[str], Any]) -> tuple[float, tuple[fl
     refuse(f"partial_rotary_factor={rope['partial_rotary_factor']}")
   if kind == "llama3":
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [key for key in keys if key not in rope]
+    if missing:
+      refuse(f"RoPE of type 'llama3' without {', '.join(missing)}")
     return base, tuple(float(rope[key]) for key in keys)
   if kind != "default":
     refuse(f"RoPE of type {kind!r}")

@@ -66,11 +66,15 @@ def _package(name: str) -> Any:
 
 def _open_directory(path: pathlib.Path) -> Source:
   safetensors = _package("safetensors")
-  try:
-    config = json.loads((path / "config.json").read_bytes())
-  except (OSError, ValueError) as e:
-    raise UserError(f"--from={path}: config.json cannot be read ({e})") from e
-  files = sorted(path.glob("*.safetensors"))
+  config = _read_object(path / "config.json")
+  listed = path / "model.safetensors.index.json"
+  weight_map = _read_object(listed).get("weight_map", {}) if listed.exists() else {}
+  # Beside what is listed there may be adapters, or the same weights in another form.
+  whole = path / "model.safetensors"
+  if weight_map:
+    files = [path / name for name in sorted(set(weight_map.values())) if (path / name).exists()]
+  else:
+    files = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
   if not files:
     pickled = sorted(p.name for p in path.glob("*.bin"))
     raise UserError(
@@ -84,14 +88,12 @@ def _open_directory(path: pathlib.Path) -> Source:
     except Exception as e:  # of the package's own kinds
       raise UserError(f"--from={path}: {file.name} cannot be read ({e})") from e
     where |= dict.fromkeys(opened.keys(), opened)
-  listed = path / "model.safetensors.index.json"
-  if listed.exists():
-    missing = json.loads(listed.read_bytes())["weight_map"].keys() - where.keys()
-    if missing:
-      raise UserError(
-        f"--from={path}: {listed.name} lists {len(missing)} arrays that no .safetensors file here "
-        f"has, such as {min(missing)}; the download is not complete"
-      )
+  missing = weight_map.keys() - where.keys()
+  if missing:
+    raise UserError(
+      f"--from={path}: {listed.name} lists {len(missing)} arrays that no .safetensors file here "
+      f"has, such as {min(missing)}; the download is not complete"
+    )
   return Source(
     path,
     config,
@@ -99,6 +101,19 @@ def _open_directory(path: pathlib.Path) -> Source:
     lambda name: where[name].get_tensor(name).astype(np.float32),
     lambda: open_tokenizer(path),
   )
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON file that holds an object."""
+  try:
+    found = json.loads(path.read_bytes())
+  except (OSError, ValueError) as e:
+    raise UserError(f"--from={path.parent}: {path.name} cannot be read ({e})") from e
+  if not isinstance(found, dict):
+    raise UserError(
+      f"--from={path.parent}: {path.name} holds {type(found).__name__}, not an object"
+    )
+  return found
 
 
 # ------------------------------------------------------------------------- GGUF
@@ -127,6 +142,14 @@ GGUF_NAMES = {
   "ffn_up": "mlp.up_proj",
   "ffn_down": "mlp.down_proj",
 }
+_GGUF_REQUIRED = (
+  "block_count",
+  "embedding_length",
+  "feed_forward_length",
+  "context_length",
+  "attention.head_count",
+  "attention.layer_norm_rms_epsilon",
+)
 ROPE_FACTORS = "rope_freqs.weight"  # of Llama 3: by how much each wavelength is stretched
 
 
@@ -145,6 +168,11 @@ def _open_gguf(path: pathlib.Path) -> Source:
     )
   name, interleaved = _GGUF[architecture]
   get = lambda key, default=None: fields.get(f"{architecture}.{key}", default)
+  for key in _GGUF_REQUIRED:
+    if get(key) is None:
+      raise UserError(f"--from={path} has no field {architecture}.{key}")
+  if "model.embed_tokens.weight" not in tensors:
+    raise UserError(f"--from={path} has no array 'token_embd.weight'")
   heads, width = get("attention.head_count"), get("embedding_length")
   kv_heads = get("attention.head_count_kv", heads)
   if isinstance(heads, list) or isinstance(kv_heads, list):
@@ -167,7 +195,8 @@ def _open_gguf(path: pathlib.Path) -> Source:
   }
   if architecture == "arcee":
     config["hidden_act"] = "relu2"
-  scaling = get("rope.scaling.type", "none")
+  factor = get("rope.scaling.factor", get("rope.scale_linear", 1.0))  # the latter in old files
+  scaling = get("rope.scaling.type", "none" if factor in (0.0, 1.0) else "linear")
   if scaling not in ("none", "default"):
     config["rope_scaling"] = {"rope_type": scaling}
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from matformer_jax import granularity as gran
 from matformer_jax import sharding
+from matformer_jax.checkpoints import card as cards
 from matformer_jax.config import MatLMConfig
 from matformer_jax.config_keys import Config
 from matformer_jax.errors import UserError
@@ -32,6 +33,7 @@ def open_trainer(config: Config, topology: str, mesh_sizes: str = "") -> tuple[T
   """
   tpu, devices = topology_devices(topology)
   mesh = sharding.make_mesh(parse_mesh(mesh_sizes, config.mesh), devices)
+  config = cards.with_model_of_init(config)
   task = make_task_without_data(config)
   sharding.check_model_fits_mesh(task.model_config, mesh)
   sharding.check_batch(config.batch_size, config.grad_accum, mesh)

@@ -143,7 +143,7 @@ def check_parent(config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
     raise UserError(
       f"distill.parent={path!r} was trained with another tokenizer ({theirs[:12]}) than the data's "
       f"({ours[:12]}), so it predicts other tokens; use that model's tokenizer: "
-      f"--config.data.tokenizer={path}/{task.files[0]}"
+      f"--config.data.tokenizer={path}"
     )
 
 
