@@ -3,7 +3,8 @@
   python -m matformer_jax.train --config=configs/elastify.py --workdir=runs/elastic \
       --config.init_from=models/elastic --config.data.source='text:books/*.txt'
 
-The model is what init_from holds, but for seq_len. Its tokenizer is taken over.
+The model is what init_from holds, but for seq_len. Its tokenizer is taken over. Each size also
+learns from init_from itself, frozen.
 """
 
 import pathlib
@@ -24,7 +25,11 @@ def get_config(row: str = "default") -> ml_collections.ConfigDict:
   config.update(
     dict(
       steps=1_000,
-      batch_size=8,
+      batch_size=4,
+      # So that SmolLM2-135M takes 10 GB of a CPU's memory; accelerators: auto, both.
+      remat="attn_out",
+      layers="scanned",
+      distill=dict(teacher="parent", weight=0.5),
       # SmolLM2-135M's, where init_from names no other.
       model=dict(
         vocab_size=49_152,
@@ -41,9 +46,9 @@ def get_config(row: str = "default") -> ml_collections.ConfigDict:
         rope_base=100_000.0,
         embedding_scale=1.0,
       ),
-      optim=dict(peak_lr=1e-4, warmup_steps=50, b2=0.95, weight_decay=0.0, final_lr_ratio=0.1),
+      optim=dict(peak_lr=3e-4, warmup_steps=50, b2=0.95, weight_decay=0.0, final_lr_ratio=0.1),
       checkpoint=dict(every=250),
-      eval=dict(every=250, batches=16, batch_size=8),
+      eval=dict(every=250, batches=8, batch_size=4),
     )
   )
   return config

@@ -83,7 +83,8 @@ def check(config: Config) -> None:
     )
   if teacher == "parent" and not _parent(config):
     raise UserError(
-      "distill.teacher='parent' needs the directory of a trained model: --config.distill.parent=DIR"
+      "distill.teacher='parent' needs the directory of a trained model: --config.init_from=DIR, or "
+      "--config.distill.parent=DIR"
     )
   if keys.parent and teacher != "parent":
     raise UserError(
