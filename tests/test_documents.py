@@ -40,7 +40,7 @@ RUN = {
 # Each is run elsewhere in the tests.
 PARSE = {
   *("train", "search", "pod_plan", "data.prepare"),
-  *("experiments.vit", "experiments.vit_finetune"),
+  *("import_model", "experiments.vit", "experiments.vit_finetune", "experiments.elastify"),
 }
 SKIP = {
   "pip install": "installs packages; test_wheel.py installs one",

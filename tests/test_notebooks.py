@@ -11,9 +11,11 @@ NOTEBOOKS = sorted((helpers.ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path: pathlib.Path, tiny_run, digits_run, monkeypatch):
+def test_notebook_runs(path: pathlib.Path, tiny_run, digits_run, dense_llama, monkeypatch):
   run = digits_run if "retrieval" in path.stem else tiny_run
   monkeypatch.setenv("MATFORMER_RUN", str(run))
+  monkeypatch.setenv("MATFORMER_DENSE", str(dense_llama))
+  monkeypatch.setenv("MATFORMER_TEXT", f"text:{dense_llama}/text/*.txt")
   monkeypatch.delenv("XLA_FLAGS")
   notebook = nbformat.read(path, as_version=4)
   client = nbclient.NotebookClient(

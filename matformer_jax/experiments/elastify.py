@@ -103,11 +103,12 @@ def draw(rows: Mapping[str, Mapping[str, Any]], title: str, path: pathlib.Path) 
 
 
 def minutes(workdir: pathlib.Path) -> dict[str, float]:
-  """What a run spent its time on, over all restarts, by its goodput."""
+  """What a run spent its time on, over all restarts, by its goodput; not the time between them."""
   spent: dict[str, float] = {}
   for attempt in json.loads((workdir / "goodput.json").read_text()):
     for phase, seconds in attempt["seconds"].items():
-      spent[phase] = spent.get(phase, 0) + seconds / 60
+      if phase != "down":
+        spent[phase] = spent.get(phase, 0) + seconds / 60
   return spent
 
 
