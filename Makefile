@@ -77,8 +77,8 @@ smollm2: $(SMOLLM2)/elastic
 	$(BIN)/python -m matformer_jax.evaluate --workdir=$(SMOLLM2)/elastic --source='$(TEXT)' \
 	  --batches=0 --batch_size=4 --plot=$(SMOLLM2)/elastic_curve.png
 	@echo
-	@echo "Next:"
-	@echo "  $(BIN)/python -m matformer_jax.train --config=configs/elastify.py --workdir=$(SMOLLM2)/run \\"
+	@echo "Next: train the sizes, after which the smaller ones are good (half an hour on 2 idle cores, 10 GB)"
+	@echo "  $(BIN)/python -m matformer_jax.train --config=configs/elastify.py --config.steps=200 --workdir=$(SMOLLM2)/run \\"
 	@echo "      --config.init_from=$(SMOLLM2)/elastic --config.data.source='$(TEXT)'"
 	@echo "  $(BIN)/python -m matformer_jax.generate --workdir=$(SMOLLM2)/elastic --prompt='The capital of France is'"
 

@@ -88,7 +88,7 @@ def plot(model: Model, results: Sequence[Result], path: str, baseline: Result | 
       first = results[0].metrics
       plots.bits_per_byte_axis(axes, first["bits_per_byte"] / first["loss"])
     for names, marker, size, kind in (
-      (explicit, "o", 70, "trained granularity"),
+      (explicit, "o", 70, "trained granularity" if model.step else "granularity, not trained yet"),
       (None, "D", 30, "Mix'n'Match, never trained"),
     ):
       chosen = [

@@ -1,6 +1,6 @@
 """Continues a text with any size of a trained model, plainly or speculatively.
 
-  python -m matformer_jax.generate --workdir=runs/quickstart --prompt='def main(' \
+  python -m matformer_jax.generate --workdir=runs/quickstart --prompt='def main(' \\
       --granularity=XL --draft=S --temperature=0 --max_tokens=200
 
 The continuation streams to standard output, and nothing else does; speed and

@@ -1,6 +1,6 @@
 """Makes a universal model of a dense one: a public checkpoint becomes elastic.
 
-  python -m matformer_jax.import_model --from=models/SmolLM2-135M --out=models/elastic \
+  python -m matformer_jax.import_model --from=models/SmolLM2-135M --out=models/elastic \\
       --calibration='text:books/*.txt'
   python -m matformer_jax.import_model --from=model.Q4_1.gguf --out=models/elastic --order=none
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 import json
+import os
 import pathlib
 import time
 from typing import Any
@@ -86,7 +87,7 @@ def import_model(
 
 def _windows(calibration: str, tokenizer: Tokenizer, length: int, tokens: int) -> list[np.ndarray]:
   """int32 [1, T] windows, evenly spread over what training on that text would train on."""
-  corpus = text_sources.open_corpus(calibration).without_held_out(
+  corpus = text_sources.open_corpus(calibration, key="--calibration").without_held_out(
     get_config("elastify").data.validation_fraction
   )
   ids: list[int] = []
@@ -107,7 +108,9 @@ def _card(
 ) -> dict[str, Any]:
   training = get_config("elastify")
   training.model = ModelKeys(config.to_dict())
-  training.data.source = calibration or training.data.source
+  kind, colon, path = (calibration or training.data.source).partition(":")
+  path = os.path.abspath(os.path.expanduser(path)) if kind == "text" else path
+  training.data.source = f"{kind}{colon}{path}"  # from wherever the model is measured
   return {
     "format": checkpoint.FORMAT,
     "task": "matlm",
@@ -169,9 +172,11 @@ def main(argv) -> None:
   if _HEAD_RATIOS.value:
     ratios = tuple(float(ratio) for ratio in _numbers(_HEAD_RATIOS))
     changes |= dict(nested_heads=True, head_ratios=ratios)
+  dense = families.model_config(source)
   if _SEQ_LEN.value:
     changes["seq_len"] = _SEQ_LEN.value
-  dense = families.model_config(source)
+    if _SEQ_LEN.value > dense.seq_len:
+      runtime.warn(f"--seq_len={_SEQ_LEN.value} is longer than the source's, {dense.seq_len}")
   config = families.model_config(source, _widths(dense.ffn_widths[-1]), **changes)
   calibration = _CALIBRATION.value if _ORDER.value == "importance" else None
   import_model(source, out, config, calibration, _TOKENS.value)

@@ -85,6 +85,8 @@ def train(
     raise UserError(
       f"--profile begins at step {profile.start}, after the last of steps={config.steps}"
     )
+  if not workdir.exists():
+    _start_from(config, workdir, None)  # a mistake there leaves no directory behind
   workdir.mkdir(parents=True, exist_ok=True)
   with lock.hold(workdir, hosts):
     if start_over:

@@ -114,12 +114,13 @@ def _after(start: int, pieces: Iterator[str]) -> Iterator[str]:
     start = max(start - len(piece), 0)
 
 
-def open_corpus(source: str, data_dir: str | None = None) -> Corpus:
+def open_corpus(source: str, data_dir: str | None = None, key: str = "data.source") -> Corpus:
   """Opens `stdlib`, `text:GLOB` or `tfds:NAME[/CONFIG]:FEATURE`.
 
   Args:
     source: `stdlib` is the running interpreter's own library sources.
     data_dir: where TFDS datasets were prepared.
+    key: of the config, or flag, that holds the source, for errors.
 
   Raises:
     UserError: for an unknown kind, or where nothing is found.
@@ -139,14 +140,14 @@ def open_corpus(source: str, data_dir: str | None = None) -> Corpus:
     )
     if not files:
       raise UserError(
-        f"data.source={source!r}: no file matches {rest!r}; quote the pattern, and "
+        f"{key}={source!r}: no file matches {rest!r}; quote the pattern, and "
         "use ** for subdirectories"
       )
     return _file_corpus(source, files, pathlib.Path("/"))
   if kind == "tfds" and rest:
     return _tfds_corpus(source, rest, data_dir)
   raise UserError(
-    f"data.source={source!r} is not a source; use stdlib, text:GLOB, "
+    f"{key}={source!r} is not a source; use stdlib, text:GLOB, "
     "tfds:NAME[/CONFIG]:FEATURE or tokens:DIR"
   )
 

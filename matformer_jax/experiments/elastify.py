@@ -99,6 +99,8 @@ def draw(rows: Mapping[str, Mapping[str, Any]], title: str, path: pathlib.Path) 
     dense = max(rows["unordered"].values(), key=lambda row: row["params"])["loss"]
     axes.axhline(dense, color="0.5", linestyle=":", label="the dense model")
     axes.set(xlabel="parameters (million)", ylabel="held-out loss (nats per token)", title=title)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
 
 
@@ -135,7 +137,9 @@ def main(argv) -> None:
     )
     result["texts"][text] = rows
     print(f"\n{text}: nats per token of what is held out\n\n{losses_table(rows)}")
-    draw(rows, f"{pathlib.Path(_FROM.value).stem} made elastic", root / f"elastify_{i}.png")
+    where = "held out of the training text" if i == 0 else f"on {text}"
+    title = f"{pathlib.Path(_FROM.value).stem} made elastic, {where}"
+    draw(rows, title, root / f"elastify_{i}.png")
   print(f"\n{config.steps:,} steps, {tokens:,} tokens")
   for name, spent in result["minutes"].items():
     print(

@@ -53,7 +53,10 @@ def open_source(path: str | os.PathLike) -> Source:
   if path.is_file() and path.suffix == ".gguf":
     return _open_gguf(path)
   if not path.exists():
-    raise UserError(f"--from={path} does not exist; give a Hugging Face directory or a .gguf file")
+    raise UserError(
+      f"--from={path} does not exist; give a Hugging Face directory or a .gguf file (nothing "
+      "is downloaded)"
+    )
   raise UserError(f"--from={path} is neither a directory nor a .gguf file")
 
 
