@@ -37,9 +37,11 @@ def evaluate(
     batches, batch_size: see `Task.evaluate`; by default what training measures.
   """
   on_this_device = lambda read, size: read(range(size))
-  with tqdm.tqdm(desc="evaluating", unit="batch", mininterval=1.0) as bar:
+  # Every size is compiled when it meets the first batch.
+  with tqdm.tqdm(desc="compiling", unit="batch", mininterval=1.0) as bar:
 
     def progress(done, total):
+      bar.set_description("evaluating", refresh=False)
       bar.total = total
       bar.update(done - bar.n)
 
