@@ -123,10 +123,11 @@ def check(argv: list[str]) -> None:
     )
 
 
-def required(flag: flags.FlagHolder) -> str:
-  """The value of a directory flag. Raises UserError where it is missing."""
+def required(flag: flags.FlagHolder, what: str = "") -> str:
+  """The value of a flag, by default of a directory. Raises UserError where it is missing."""
   if not flag.value:
-    raise UserError(f"--{flag.name} is missing; give a directory, e.g. --{flag.name}=runs/mine")
+    what = what or f"a directory, e.g. --{flag.name}=runs/mine"
+    raise UserError(f"--{flag.name} is missing; give {what}")
   return flag.value
 
 

@@ -153,8 +153,7 @@ def _numbers(flag: flags.FlagHolder[list[str]]) -> Sequence[Fraction]:
 
 def main(argv) -> None:
   cli.check(argv)
-  if not _FROM.value:
-    raise UserError("--from is missing; give a Hugging Face directory or a .gguf file")
+  path = cli.required(_FROM, sources.WHAT_TO_GIVE)
   out = pathlib.Path(cli.required(_OUT))
   if (_CALIBRATION.value or "").startswith("tokens:"):
     raise UserError(
@@ -167,7 +166,7 @@ def main(argv) -> None:
       "--order=none leaves neurons as they are"
     )
   started = time.perf_counter()
-  source = sources.open_source(_FROM.value)
+  source = sources.open_source(path)
   changes: dict[str, Any] = dict(ffn_groups=_FFN_GROUPS.value, head_groups=_HEAD_GROUPS.value)
   if _HEAD_RATIOS.value:
     ratios = tuple(float(ratio) for ratio in _numbers(_HEAD_RATIOS))

@@ -86,7 +86,7 @@ def train(
       f"--profile begins at step {profile.start}, after the last of steps={config.steps}"
     )
   if not workdir.exists():
-    _start_from(config, workdir, None)  # a mistake there leaves no directory behind
+    cards.with_model_of_init(config)  # a mistake there leaves no directory behind
   workdir.mkdir(parents=True, exist_ok=True)
   with lock.hold(workdir, hosts):
     if start_over:
@@ -248,7 +248,7 @@ def _start_over(config: Config, workdir: pathlib.Path, hosts: Hosts) -> None:
   if card is not None and card.get(STARTED_OVER):
     say(f"note: {workdir} was started over before, and is resumed now; --start_over works once")
     return
-  fresh = _start_from(config, workdir, None)
+  fresh = cards.with_model_of_init(config)
   if fresh.get("init_from") and cards.keeps_head(fresh) and hasattr(fresh.data, "tokenizer"):
     with fresh.unlocked():
       fresh.data.tokenizer = fresh.data.tokenizer or str(fresh.init_from)

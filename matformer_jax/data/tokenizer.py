@@ -266,8 +266,10 @@ class HuggingFaceTokenizer(Tokenizer):
   def _read_bos(self, origin: str) -> int | None:
     name, add = _token(self._config, "bos_token", origin), self._config.get("add_bos_token")
     named = None if name is None else self._id(name, "bos_token", origin)
-    if add is not None and (named is not None or not add):
-      return named if add else None
+    if add is not None and not add:
+      return None
+    if add and named is not None:
+      return named
     bare, whole = (
       self._hf.encode("a", add_special_tokens=special).ids for special in (False, True)
     )

@@ -26,6 +26,7 @@ from absl import flags
 from matformer_jax import cli, plots, runtime, tables
 from matformer_jax.errors import UserError
 from matformer_jax.experiments import commands
+from matformer_jax.formats import sources
 
 MODELS = {
   "unordered": "cut as it is",
@@ -118,12 +119,11 @@ def main(argv) -> None:
   cli.check(argv)
   root = pathlib.Path(cli.required(_WORKDIR))
   config = cli.read_config(_CONFIG)
-  if not _FROM.value:
-    raise UserError("--from is missing; give a Hugging Face directory or a .gguf file")
+  dense = cli.required(_FROM, sources.WHAT_TO_GIVE)
   if config.distill.teacher == "none":
     raise UserError("config.distill.teacher=none would train the same model twice")
   root.mkdir(parents=True, exist_ok=True)
-  make(config, _FROM.value, root)
+  make(config, dense, root)
   tokens = config.steps * config.batch_size * config.model.seq_len
   result: dict[str, Any] = {
     "steps": config.steps,
@@ -138,7 +138,7 @@ def main(argv) -> None:
     result["texts"][text] = rows
     print(f"\n{text}: nats per token of what is held out\n\n{losses_table(rows)}")
     where = "held out of the training text" if i == 0 else f"on {text}"
-    title = f"{pathlib.Path(_FROM.value).stem} made elastic, {where}"
+    title = f"{pathlib.Path(dense).stem} made elastic, {where}"
     draw(rows, title, root / f"elastify_{i}.png")
   print(f"\n{config.steps:,} steps, {tokens:,} tokens")
   for name, spent in result["minutes"].items():

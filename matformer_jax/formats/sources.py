@@ -21,6 +21,8 @@ from matformer_jax.data.tokenizer import Tokenizer, open_tokenizer
 from matformer_jax.errors import UserError, import_extra
 from matformer_jax.formats import gguf_vocab
 
+WHAT_TO_GIVE = "a Hugging Face directory or a .gguf file"
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -53,10 +55,7 @@ def open_source(path: str | os.PathLike) -> Source:
   if path.is_file() and path.suffix == ".gguf":
     return _open_gguf(path)
   if not path.exists():
-    raise UserError(
-      f"--from={path} does not exist; give a Hugging Face directory or a .gguf file (nothing "
-      "is downloaded)"
-    )
+    raise UserError(f"--from={path} does not exist; give {WHAT_TO_GIVE} (nothing is downloaded)")
   raise UserError(f"--from={path} is neither a directory nor a .gguf file")
 
 
