@@ -38,7 +38,7 @@ from matformer_jax.sharding import logical_axes, path_names
 
 STEPS_DIR = "checkpoints"
 DAMAGED_DIR = "checkpoints_damaged"
-FORMAT = 2
+FORMAT = checksums.FORMAT
 MIN_CHUNK_BYTES = 2**20  # on disk; smaller ones cost more in files than they save in reading
 
 
@@ -154,7 +154,7 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
     _raise_unreadable(e, where)
   for name in items:
     _compare(
-      manifest.of(restored[name]),
+      manifest.of(restored[name], meta["format"]),
       meta["manifest"][name],
       ("shape", "dtype", "checksum"),
       f"{where}, {name}",
@@ -288,7 +288,7 @@ class SliceReader:
       count = manifest.segments(names, shape, self._config).among_first(lengths)
       wanted = [text for row in table[layers] for text in row[:count]]
     start = tuple(i.start or 0 for i in index)
-    found = checksums.part(part, tuple(shape), start)
+    found = checksums.part(part, tuple(shape), start, self._meta["format"])
     if checksums.to_hex(found) != checksums.add(wanted):
       raise DamagedCheckpoint(f"{self._where}: leaf {name} fails its checksum")
     return part

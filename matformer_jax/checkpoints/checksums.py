@@ -1,7 +1,9 @@
 """Checksums of arrays, computed on device from the bits and positions of their elements.
 
 They are sums, so those of a leaf's parts add up to the leaf's: they do not depend on how,
-or on how many hosts, the leaf is sharded.
+or on how many hosts, the leaf is sharded. What is summed is a hash of an element's position and
+bits. Those of formats 1 and 2 summed bits x hash(position), where two elements that change sign
+cancel: 2^31 times any two odd numbers is 0 in 32 bits.
 """
 
 from __future__ import annotations
@@ -16,16 +18,23 @@ import numpy as np
 from matformer_jax.models.ops import mix_bits
 
 
-def terms(x: jax.Array, shape: Sequence[int], start: Sequence[int]) -> list[jax.Array]:
-  """What a checksum sums: bits x odd hash(position), under two seeds; uint32 like x.
+FORMAT = 3  # of checkpoints and model cards as they are written now; formats 1 and 2 sum alike
 
-  x is the part of a leaf of `shape` that begins at `start`, so the sums of a leaf's
-  parts add up to the leaf's.
+
+def terms(
+  x: jax.Array, shape: Sequence[int], start: Sequence[int], format: int = FORMAT
+) -> list[jax.Array]:
+  """What a checksum sums: hashes of position and bits, under two seeds; uint32 like x.
+
+  Args:
+    x: the part of a leaf of `shape` that begins at `start`, so the sums of a leaf's
+      parts add up to the leaf's.
+    format: of the checkpoint, as its meta says.
   """
   itemsize = np.dtype(x.dtype).itemsize
   if itemsize == 8:
     halves = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return terms(halves, (*shape, 2), (*start, 0))
+    return terms(halves, (*shape, 2), (*start, 0), format)
   bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[itemsize])
   bits = bits.astype(jnp.uint32)
   position, stride = jnp.zeros(x.shape, jnp.uint32), 1
@@ -35,23 +44,26 @@ def terms(x: jax.Array, shape: Sequence[int], start: Sequence[int]) -> list[jax.
     stride *= shape[axis]
   result = []
   for seed in (0x9E3779B9, 0x85EBCA6B):
-    result.append(bits * (mix_bits(position ^ np.uint32(seed)) | 1))
+    place = mix_bits(position ^ np.uint32(seed))
+    result.append(bits * (place | 1) if format < 3 else mix_bits(bits ^ place))
   return result
 
 
-def whole(x: jax.Array) -> jax.Array:
+def whole(x: jax.Array, format: int = FORMAT) -> jax.Array:
   """uint32 [2] of an array; a flipped bit changes both."""
-  return _sums(x, x.shape, (0,) * x.ndim)
+  return _sums(x, x.shape, (0,) * x.ndim, format)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def part(x: jax.Array, shape: Sequence[int], start: Sequence[int]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def part(
+  x: jax.Array, shape: Sequence[int], start: Sequence[int], format: int = FORMAT
+) -> jax.Array:
   """uint32 [2] of the part x, beginning at `start`, of a leaf of `shape`."""
-  return _sums(x, shape, start)
+  return _sums(x, shape, start, format)
 
 
-def _sums(x, shape, start):
-  return jnp.stack([jnp.sum(t, dtype=jnp.uint32) for t in terms(x, shape, start)])
+def _sums(x, shape, start, format):
+  return jnp.stack([jnp.sum(t, dtype=jnp.uint32) for t in terms(x, shape, start, format)])
 
 
 def to_hex(checksum) -> str:

@@ -20,9 +20,9 @@ from matformer_jax.config import ModelConfig, Span
 from matformer_jax.sharding import logical_axes, path_names
 
 
-def of(tree) -> dict[str, dict[str, Any]]:
-  """{leaf path: {shape, dtype, checksum}} of a tree of arrays."""
-  sums = jax.device_get(_whole(tree))
+def of(tree, format: int = checksums.FORMAT) -> dict[str, dict[str, Any]]:
+  """{leaf path: {shape, dtype, checksum}} of a tree of arrays, as a checkpoint's format has it."""
+  sums = jax.device_get(_whole(tree, format))
   return {
     name: {**described, "checksum": checksums.to_hex(checksum)}
     for (name, described), checksum in zip(describe(tree).items(), jax.tree.leaves(sums))
@@ -78,9 +78,9 @@ def segments(names: tuple[str, ...], shape: Sequence[int], config: ModelConfig) 
   return Segments("", None, ())
 
 
-@jax.jit
-def _whole(tree):
-  return jax.tree.map(checksums.whole, tree)
+@functools.partial(jax.jit, static_argnums=1)
+def _whole(tree, format: int):
+  return jax.tree.map(lambda leaf: checksums.whole(leaf, format), tree)
 
 
 @functools.partial(jax.jit, static_argnums=1)
