@@ -17,7 +17,6 @@ import numpy as np
 
 from matformer_jax.models.ops import mix_bits
 
-
 FORMAT = 3  # of checkpoints and model cards as they are written now; formats 1 and 2 sum alike
 
 
