@@ -1,0 +1,1 @@
+"""The elastic server: one universal model that answers requests at any size."""
