@@ -1,0 +1,212 @@
+"""What was written, loaded by who reads it, and its logits compared with ours.
+
+Each function takes a `Reference` and returns a sentence that says what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import importlib
+import pathlib
+import pydoc
+from typing import Any
+
+import jax
+import numpy as np
+
+from matformer_jax.config import Execution, MatLMConfig, MatViTConfig
+from matformer_jax.data.tokenizer import Tokenizer
+from matformer_jax.errors import UserError, first_line
+from matformer_jax.formats import families, gguf_export, sources
+from matformer_jax.models import matlm, matvit
+
+EXACT = {"hf": 1e-5, "gguf": 1e-4, "stablehlo": 1e-5}  # of the largest logit, at least of 1
+LOOSE = 0.1  # of the logits' standard deviation, on average, where weights are rounded
+TOKENS = 48  # of each of two sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """Our own logits.
+
+  Attributes:
+    inputs: int32 tokens [B, T], or images [B, S, S, channels].
+    logits: float32 [B, T, V] or [B, C].
+  """
+
+  inputs: np.ndarray
+  logits: np.ndarray
+
+
+def of_language(config: MatLMConfig, params: Any) -> Reference:
+  """Logits of random tokens."""
+  length = min(TOKENS, config.seq_len)
+  shape = (2, length)
+  tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
+  return Reference(tokens, _apply(matlm.MatLM(config, Execution(scan_layers=True)), params, tokens))
+
+
+def of_vision(config: MatViTConfig, params: Any) -> Reference:
+  """Logits of random images, scaled to [-1, 1]."""
+  shape = (2, config.image_size, config.image_size, config.channels)
+  images = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+  return Reference(
+    images, _apply(matvit.MatViT(config, Execution(scan_layers=True)), params, images)
+  )
+
+
+def _apply(model, params, inputs) -> np.ndarray:
+  return np.asarray(jax.jit(model.apply)({"params": params}, inputs))
+
+
+def agree(name: str, have: np.ndarray, reference: Reference, dtype: str, target: str) -> str:
+  """Says how far logits are from ours.
+
+  Args:
+    name: whose logits they are.
+    dtype: of the weights; f32 is exact, the others round.
+    target: a key of EXACT.
+
+  Raises:
+    UserError: where they are further apart than the target's arithmetic explains.
+  """
+  want = reference.logits
+  error = np.abs(have - want)
+  bound = EXACT[target] * max(1.0, float(np.abs(want).max()))
+  top = float(np.mean(have.argmax(-1) == want.argmax(-1)))
+  found = f"{name}: logits within {error.max():.1e} of ours, {top:.1%} of the likeliest the same"
+  wrong = error.max() > bound if dtype == "f32" else error.mean() > LOOSE * want.std()
+  if wrong or not np.isfinite(have).all():
+    raise UserError(
+      f"{found}, which is more than {dtype} explains ({bound:.1e} in f32): nothing was written; "
+      "--nocheck writes it all the same"
+    )
+  return found
+
+
+# ------------------------------------------------------------------ Hugging Face
+
+
+def hf_language(
+  out: pathlib.Path, reference: Reference, tokenizer: Tokenizer, dtype: str, remote_code: bool
+) -> list[str]:
+  """Loads a directory with `transformers`; without it, reads it back as `import_model` does."""
+  transformers = _optional("transformers", "torch")
+  if transformers is None:
+    if remote_code:
+      return ["logits were not checked: that needs transformers and torch"]
+    source = sources.open_source(out)
+    config = families.model_config(source)
+    model = matlm.MatLM(config, Execution(scan_layers=True))
+    have = _apply(model, families.read_params(source, config), reference.inputs)
+    return [
+      agree("read back", have, reference, dtype, "hf"),
+      "transformers and torch are not installed: it was not loaded with them",
+    ]
+  import torch  # pyright: ignore[reportMissingImports]
+
+  with _quiet(transformers):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+      out, dtype=torch.float32, trust_remote_code=remote_code
+    ).eval()
+    with torch.no_grad():
+      have = model(torch.tensor(reference.inputs)).logits.numpy()
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+  return [
+    agree("transformers", have, reference, dtype, "hf"),
+    same_ids("transformers", lambda text: theirs(text).input_ids, tokenizer),
+  ]
+
+
+def hf_vision(out: pathlib.Path, reference: Reference, dtype: str) -> list[str]:
+  """Loads a ViT with `transformers`."""
+  transformers = _optional("transformers", "torch")
+  if transformers is None:
+    return ["logits were not checked: that needs transformers and torch"]
+  import torch  # pyright: ignore[reportMissingImports]
+
+  with _quiet(transformers):
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+      out, dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+      images = torch.tensor(reference.inputs.transpose(0, 3, 1, 2))
+      have = model(images).logits.numpy()
+  return [agree("transformers", have, reference, dtype, "hf")]
+
+
+@contextlib.contextmanager
+def _quiet(transformers):
+  """Without progress bars of its own, and without the directory in its cache of code."""
+  verbosity = transformers.logging.get_verbosity()
+  transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
+  try:
+    yield
+  finally:
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------- GGUF
+
+
+def gguf(
+  file: pathlib.Path, reference: Reference, tokenizer: Tokenizer, dtype: str, expected
+) -> list[str]:
+  """Loads a file with `llama-cpp-python`; without it, reads its arrays back.
+
+  Args:
+    expected: makes the (name, float32 array) that were written.
+  """
+  llama_cpp = _optional("llama_cpp")
+  if llama_cpp is None:
+    gguf_export.check_arrays(file, expected(), dtype)
+    return ["arrays read back; logits were not checked: that needs llama-cpp-python"]
+  length = reference.inputs.shape[1]
+  try:
+    runtime = llama_cpp.Llama(
+      str(file),
+      n_ctx=length,
+      n_batch=length,
+      logits_all=True,
+      verbose=False,
+      type_k=0,  # a cache in float32
+      type_v=0,
+    )
+  except ValueError as e:
+    raise UserError(f"llama.cpp does not load what was written ({first_line(e)})") from e
+  have = []
+  for tokens in reference.inputs:
+    runtime.reset()
+    runtime.eval(tokens.tolist())
+    have.append(np.array(runtime.scores[:length]))
+  encode = lambda text: runtime.tokenize(text.encode(), add_bos=True, special=False)
+  return [
+    agree("llama.cpp", np.stack(have), reference, dtype, "gguf"),
+    same_ids("llama.cpp", encode, tokenizer),
+  ]
+
+
+# ------------------------------------------------------------------------ shared
+
+
+def same_ids(name: str, encode: Callable[[str], Sequence[int]], tokenizer: Tokenizer) -> str:
+  """Says whether a tokenizer gives the ids that ours gives, on some source text of Python."""
+  texts = [pathlib.Path(module.__file__).read_text() for module in (pydoc, contextlib)]
+  want, have = ([list(f(text)) for text in texts] for f in (tokenizer.begin, encode))
+  count = sum(map(len, want))
+  if want == have:
+    return f"{name}: the same {count:,} token ids for two of Python's own modules"
+  other = sum(len(a) != len(b) or sum(x != y for x, y in zip(a, b)) for a, b in zip(want, have))
+  return f"{name}: {max(other, 1):,} of {count:,} token ids of two of Python's modules are others"
+
+
+def _optional(*names: str) -> Any:
+  """The first of modules, where all are installed; else None."""
+  try:
+    return [importlib.import_module(name) for name in names][0]
+  except ImportError:
+    return None
