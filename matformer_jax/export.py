@@ -123,9 +123,8 @@ def _gguf_language(model: LanguageModel, config, params, out, dtype, mixed, chec
   written = gguf_export.write(out, config, params, model.tokenizer, dtype, name)
   lines = [f"{written} of {_size(out)}"]
   if check:
-    arrays = lambda: gguf_export.gguf_arrays(config, params, gguf_export.target_of(config))
     reference = compare.of_language(config, params)
-    lines += compare.gguf(out, reference, model.tokenizer, dtype, arrays)
+    lines += compare.gguf(out, reference, config, params, model.tokenizer, dtype)
   return lines
 
 

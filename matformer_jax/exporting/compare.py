@@ -22,7 +22,10 @@ from matformer_jax.errors import UserError, first_line
 from matformer_jax.formats import families, gguf_export, sources
 from matformer_jax.models import matlm, matvit
 
-EXACT = {"hf": 1e-5, "gguf": 1e-4, "stablehlo": 1e-5}  # of the largest logit, at least of 1
+# How far float32 logits may be from ours, as a share of the largest one, or of 1.
+EXACT = 1e-5
+LLAMA_CPP = 1e-4
+LLAMA_CPP_GELU = 1e-3  # it looks gelu up in a table in half precision
 LOOSE = 0.1  # of the logits' standard deviation, on average, where weights are rounded
 TOKENS = 48  # of each of two sequences
 
@@ -61,20 +64,22 @@ def _apply(model, params, inputs) -> np.ndarray:
   return np.asarray(jax.jit(model.apply)({"params": params}, inputs))
 
 
-def agree(name: str, have: np.ndarray, reference: Reference, dtype: str, target: str) -> str:
+def agree(
+  name: str, have: np.ndarray, reference: Reference, dtype: str = "f32", exact: float = EXACT
+) -> str:
   """Says how far logits are from ours.
 
   Args:
     name: whose logits they are.
     dtype: of the weights; f32 is exact, the others round.
-    target: a key of EXACT.
+    exact: how far f32 logits may be from ours, as a share of the largest one, or of 1.
 
   Raises:
-    UserError: where they are further apart than the target's arithmetic explains.
+    UserError: where they are further apart than that.
   """
   want = reference.logits
   error = np.abs(have - want)
-  bound = EXACT[target] * max(1.0, float(np.abs(want).max()))
+  bound = exact * max(1.0, float(np.abs(want).max()))
   top = float(np.mean(have.argmax(-1) == want.argmax(-1)))
   found = f"{name}: logits within {error.max():.1e} of ours, {top:.1%} of the likeliest the same"
   wrong = error.max() > bound if dtype == "f32" else error.mean() > LOOSE * want.std()
@@ -102,7 +107,7 @@ def hf_language(
     model = matlm.MatLM(config, Execution(scan_layers=True))
     have = _apply(model, families.read_params(source, config), reference.inputs)
     return [
-      agree("read back", have, reference, dtype, "hf"),
+      agree("read back", have, reference, dtype),
       "transformers and torch are not installed: it was not loaded with them",
     ]
   import torch  # pyright: ignore[reportMissingImports]
@@ -113,9 +118,9 @@ def hf_language(
     ).eval()
     with torch.no_grad():
       have = model(torch.tensor(reference.inputs)).logits.numpy()
-    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    theirs = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=remote_code)
   return [
-    agree("transformers", have, reference, dtype, "hf"),
+    agree("transformers", have, reference, dtype),
     same_ids("transformers", lambda text: theirs(text).input_ids, tokenizer),
   ]
 
@@ -134,7 +139,7 @@ def hf_vision(out: pathlib.Path, reference: Reference, dtype: str) -> list[str]:
     with torch.no_grad():
       images = torch.tensor(reference.inputs.transpose(0, 3, 1, 2))
       have = model(images).logits.numpy()
-  return [agree("transformers", have, reference, dtype, "hf")]
+  return [agree("transformers", have, reference, dtype)]
 
 
 @contextlib.contextmanager
@@ -154,16 +159,18 @@ def _quiet(transformers):
 
 
 def gguf(
-  file: pathlib.Path, reference: Reference, tokenizer: Tokenizer, dtype: str, expected
+  file: pathlib.Path,
+  reference: Reference,
+  config: MatLMConfig,
+  params: Any,
+  tokenizer: Tokenizer,
+  dtype: str,
 ) -> list[str]:
-  """Loads a file with `llama-cpp-python`; without it, reads its arrays back.
-
-  Args:
-    expected: makes the (name, float32 array) that were written.
-  """
+  """Loads a file with `llama-cpp-python`; without it, reads its arrays back."""
   llama_cpp = _optional("llama_cpp")
   if llama_cpp is None:
-    gguf_export.check_arrays(file, expected(), dtype)
+    written = gguf_export.gguf_arrays(config, params, gguf_export.target_of(config))
+    gguf_export.check_arrays(file, written, dtype)
     return ["arrays read back; logits were not checked: that needs llama-cpp-python"]
   length = reference.inputs.shape[1]
   try:
@@ -178,6 +185,7 @@ def gguf(
     )
   except ValueError as e:
     raise UserError(f"llama.cpp does not load what was written ({first_line(e)})") from e
+  exact = LLAMA_CPP_GELU if config.activation == "gelu" else LLAMA_CPP
   have = []
   for tokens in reference.inputs:
     runtime.reset()
@@ -185,7 +193,7 @@ def gguf(
     have.append(np.array(runtime.scores[:length]))
   encode = lambda text: runtime.tokenize(text.encode(), add_bos=True, special=False)
   return [
-    agree("llama.cpp", np.stack(have), reference, dtype, "gguf"),
+    agree("llama.cpp", np.stack(have), reference, dtype, exact),
     same_ids("llama.cpp", encode, tokenizer),
   ]
 
