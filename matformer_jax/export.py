@@ -1,8 +1,8 @@
 """Writes a size of a trained model for other people's runtimes, and checks what it wrote.
 
-  python -m matformer_jax.export --workdir=runs/quickstart --granularity=M --format=hf --out=exports/m
-  python -m matformer_jax.export --workdir=runs/elastic --granularity='M*15+L*15' --format=gguf \\
-      --dtype=q8_0 --out=exports/ml.gguf
+  python -m matformer_jax.export --workdir=runs/quickstart --format=hf --granularity=M --out=out/m
+  python -m matformer_jax.export --workdir=models/elastic --format=gguf --granularity='M*15+L*15' \\
+      --dtype=q8_0 --out=out/ml.gguf
 
 hf is a directory that `transformers` loads, gguf a file for llama.cpp, stablehlo a directory of
 compiled functions that JAX runs without this package. What was written is loaded by that runtime,
@@ -25,9 +25,9 @@ from matformer_jax import cli, runtime
 from matformer_jax import granularity as gran
 from matformer_jax.errors import UserError
 from matformer_jax.evals import latency
-from matformer_jax.exporting import compare
-from matformer_jax.formats import gguf_export, hf_export
-from matformer_jax.loading import LanguageModel, Model, load
+from matformer_jax.exporting import compare, stablehlo
+from matformer_jax.formats import gguf_export, hf_export, hf_vit
+from matformer_jax.loading import LanguageModel, Model, VisionModel, load
 from matformer_jax.models import slicing
 
 FORMATS = ("hf", "gguf", "stablehlo")
@@ -109,8 +109,8 @@ def _hf_language(model: LanguageModel, config, params, out, dtype, mixed, check)
   padding = 0 if remote else hf_export.padding_bytes(config, dtype)
   if padding:
     lines.append(
-      f"layers differ in width and were padded with zeros to the widest, exactly: {padding:,} bytes "
-      "more; --mixed=remote_code keeps the true size"
+      "layers differ in width and were padded with zeros to the widest, which is exact: "
+      f"{padding:,} bytes more; --mixed=remote_code keeps the true size"
     )
   if check:
     reference = compare.of_language(config, params)
@@ -128,9 +128,50 @@ def _gguf_language(model: LanguageModel, config, params, out, dtype, mixed, chec
   return lines
 
 
+def _stablehlo_language(model: LanguageModel, config, params, out, dtype, mixed, check):
+  stablehlo.check_dtype(dtype)
+  out.mkdir()
+  tokenizer = model.tokenizer
+  stablehlo.write_language(out, config, params, dtype, tokenizer.eos_id, tokenizer.bos_id)
+  tokenizer.save(out)
+  lines = [f"forward, prefill, decode and weights of {_size(out)}"]
+  if check:
+    lines += compare.stablehlo_language(out, compare.of_language(config, params), dtype)
+  return lines
+
+
+def _hf_vision(model: VisionModel, config, params, out, dtype, mixed, check) -> list[str]:
+  hf_export.refuse_dtype(dtype, "hf", hf_export.DTYPES)
+  out.mkdir()
+  written = hf_vit.write(out, config, params, model.class_names, model.transform, dtype)
+  lines = [f"{written} of {_size(out)}"]
+  if hf_export.is_mix(config):
+    lines.append("layers differ in width and were padded with zeros to the widest, exactly")
+  if not (out / "preprocessor_config.json").exists():
+    lines.append(
+      f"no preprocessor_config.json: transformers has no equal of {model.transform.text!r}"
+    )
+  if check:
+    lines += compare.hf_vision(out, compare.of_vision(config, params), dtype)
+  return lines
+
+
+def _stablehlo_vision(model: VisionModel, config, params, out, dtype, mixed, check) -> list[str]:
+  stablehlo.check_dtype(dtype)
+  out.mkdir()
+  stablehlo.write_vision(out, config, params, dtype, model.class_names)
+  lines = [f"forward and weights of {_size(out)}"]
+  if check:
+    lines += compare.stablehlo_vision(out, compare.of_vision(config, params), dtype)
+  return lines
+
+
 _WRITERS: dict[tuple[type, str], Callable[..., list[str]]] = {
   (LanguageModel, "hf"): _hf_language,
   (LanguageModel, "gguf"): _gguf_language,
+  (LanguageModel, "stablehlo"): _stablehlo_language,
+  (VisionModel, "hf"): _hf_vision,
+  (VisionModel, "stablehlo"): _stablehlo_vision,
 }
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import importlib
+import inspect
+import json
 import pathlib
 import pydoc
 from typing import Any
@@ -19,6 +21,7 @@ import numpy as np
 from matformer_jax.config import Execution, MatLMConfig, MatViTConfig
 from matformer_jax.data.tokenizer import Tokenizer
 from matformer_jax.errors import UserError, first_line
+from matformer_jax.exporting import stablehlo
 from matformer_jax.formats import families, gguf_export, sources
 from matformer_jax.models import matlm, matvit
 
@@ -35,7 +38,7 @@ class Reference:
   """Our own logits.
 
   Attributes:
-    inputs: int32 tokens [B, T], or images [B, S, S, channels].
+    inputs: int32 tokens [B, T], or uint8 images [B, S, S, channels].
     logits: float32 [B, T, V] or [B, C].
   """
 
@@ -52,9 +55,9 @@ def of_language(config: MatLMConfig, params: Any) -> Reference:
 
 
 def of_vision(config: MatViTConfig, params: Any) -> Reference:
-  """Logits of random images, scaled to [-1, 1]."""
+  """Logits of random images."""
   shape = (2, config.image_size, config.image_size, config.channels)
-  images = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+  images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   return Reference(
     images, _apply(matvit.MatViT(config, Execution(scan_layers=True)), params, images)
   )
@@ -98,8 +101,8 @@ def hf_language(
   out: pathlib.Path, reference: Reference, tokenizer: Tokenizer, dtype: str, remote_code: bool
 ) -> list[str]:
   """Loads a directory with `transformers`; without it, reads it back as `import_model` does."""
-  transformers = _optional("transformers", "torch")
-  if transformers is None:
+  found = _optional("transformers", "torch")
+  if found is None:
     if remote_code:
       return ["logits were not checked: that needs transformers and torch"]
     source = sources.open_source(out)
@@ -110,8 +113,7 @@ def hf_language(
       agree("read back", have, reference, dtype),
       "transformers and torch are not installed: it was not loaded with them",
     ]
-  import torch  # pyright: ignore[reportMissingImports]
-
+  transformers, torch = found
   with _quiet(transformers):
     model = transformers.AutoModelForCausalLM.from_pretrained(
       out, dtype=torch.float32, trust_remote_code=remote_code
@@ -127,24 +129,23 @@ def hf_language(
 
 def hf_vision(out: pathlib.Path, reference: Reference, dtype: str) -> list[str]:
   """Loads a ViT with `transformers`."""
-  transformers = _optional("transformers", "torch")
-  if transformers is None:
+  found = _optional("transformers", "torch")
+  if found is None:
     return ["logits were not checked: that needs transformers and torch"]
-  import torch  # pyright: ignore[reportMissingImports]
-
+  transformers, torch = found
   with _quiet(transformers):
     model = transformers.AutoModelForImageClassification.from_pretrained(
       out, dtype=torch.float32
     ).eval()
     with torch.no_grad():
-      images = torch.tensor(reference.inputs.transpose(0, 3, 1, 2))
+      images = torch.tensor(reference.inputs.transpose(0, 3, 1, 2)) / 127.5 - 1
       have = model(images).logits.numpy()
   return [agree("transformers", have, reference, dtype)]
 
 
 @contextlib.contextmanager
 def _quiet(transformers):
-  """Without progress bars of its own, and without the directory in its cache of code."""
+  """Without its own warnings and progress bars."""
   verbosity = transformers.logging.get_verbosity()
   transformers.logging.set_verbosity_error()
   transformers.logging.disable_progress_bar()
@@ -167,14 +168,14 @@ def gguf(
   dtype: str,
 ) -> list[str]:
   """Loads a file with `llama-cpp-python`; without it, reads its arrays back."""
-  llama_cpp = _optional("llama_cpp")
-  if llama_cpp is None:
+  found = _optional("llama_cpp")
+  if found is None:
     written = gguf_export.gguf_arrays(config, params, gguf_export.target_of(config))
     gguf_export.check_arrays(file, written, dtype)
     return ["arrays read back; logits were not checked: that needs llama-cpp-python"]
   length = reference.inputs.shape[1]
   try:
-    runtime = llama_cpp.Llama(
+    runtime = found[0].Llama(
       str(file),
       n_ctx=length,
       n_batch=length,
@@ -198,12 +199,44 @@ def gguf(
   ]
 
 
+# -------------------------------------------------------------------- StableHLO
+
+
+def stablehlo_language(out: pathlib.Path, reference: Reference, dtype: str) -> list[str]:
+  """Runs the functions of a directory: whole sequences, and a prompt continued token by token."""
+  functions, weights = stablehlo.load(out)
+  manifest = json.loads((out / stablehlo.MANIFEST).read_text())
+  tokens = reference.inputs
+  batch, length = tokens.shape
+  have = np.asarray(functions["forward"](weights, tokens))
+  prompt = length // 2
+  size = lambda n: np.full(batch, n, np.int32)
+  cache = stablehlo.empty_cache(manifest, batch, length)
+  logits, cache = functions["prefill"](weights, tokens[:, :prompt], size(prompt), cache)
+  steps = [logits]
+  for i in range(prompt, length):
+    logits, cache = functions["decode"](weights, tokens[:, i], size(i), cache)
+    steps.append(logits)
+  decoded = Reference(tokens[:, prompt - 1 :], reference.logits[:, prompt - 1 :])
+  return [
+    agree("forward", have, reference, dtype),
+    agree("prefill and decode", np.stack(steps, 1), decoded, dtype),
+  ]
+
+
+def stablehlo_vision(out: pathlib.Path, reference: Reference, dtype: str) -> list[str]:
+  """Runs the function of a directory."""
+  functions, weights = stablehlo.load(out)
+  have = np.asarray(functions["forward"](weights, reference.inputs))
+  return [agree("forward", have, reference, dtype)]
+
+
 # ------------------------------------------------------------------------ shared
 
 
 def same_ids(name: str, encode: Callable[[str], Sequence[int]], tokenizer: Tokenizer) -> str:
   """Says whether a tokenizer gives the ids that ours gives, on some source text of Python."""
-  texts = [pathlib.Path(module.__file__).read_text() for module in (pydoc, contextlib)]
+  texts = [inspect.getsource(module) for module in (pydoc, contextlib)]
   want, have = ([list(f(text)) for text in texts] for f in (tokenizer.begin, encode))
   count = sum(map(len, want))
   if want == have:
@@ -212,9 +245,9 @@ def same_ids(name: str, encode: Callable[[str], Sequence[int]], tokenizer: Token
   return f"{name}: {max(other, 1):,} of {count:,} token ids of two of Python's modules are others"
 
 
-def _optional(*names: str) -> Any:
-  """The first of modules, where all are installed; else None."""
+def _optional(*names: str) -> list[Any] | None:
+  """Modules, where all are installed."""
   try:
-    return [importlib.import_module(name) for name in names][0]
+    return [importlib.import_module(name) for name in names]
   except ImportError:
     return None

@@ -1,7 +1,7 @@
 """Writes language models as GGUF files, which llama.cpp runs.
 
-llama.cpp makes all layers of `llama`, `qwen2`, `qwen3`, `gemma` and `arcee` models equally wide. `deci`
-has lists of heads, key/value heads and FFN widths by layer, and computes what `llama` does: as such a
+All layers of a `llama`, `qwen2`, `qwen3`, `gemma` or `arcee` model are equally wide there. `deci` has
+lists of heads, key/value heads and FFN widths by layer, and computes what `llama` does: as such a
 mix keeps its true size.
 """
 
@@ -94,19 +94,16 @@ def check_dtype(config: MatLMConfig, dtype: str) -> None:
   """Raises UserError where rows of a matrix are no whole blocks of Q8_0."""
   if dtype != "q8_0":
     return
-  heads = {s.kv_heads * config.queries_per_kv * config.head_dim for s in layout.layer_sizes(config)}
-  rows = {
-    "d_model": {config.d_model},
-    "heads x head_dim": heads,
-    "FFN width": {s.neurons for s in layout.layer_sizes(config)},
-  }
-  for name, values in rows.items():
-    for value in sorted(values):
-      if value % _BLOCK:
-        raise UserError(
-          f"--dtype=q8_0 stores {_BLOCK} numbers at a time, and this model has {name} {value}; give "
-          "--dtype=f16 or another granularity"
-        )
+  width = config.queries_per_kv * config.head_dim
+  rows = [("d_model", config.d_model)]
+  for size in layout.layer_sizes(config):
+    rows += [("heads x head_dim", size.kv_heads * width), ("FFN width", size.neurons)]
+  for name, value in rows:
+    if value % _BLOCK:
+      raise UserError(
+        f"--dtype=q8_0 stores {_BLOCK} numbers at a time, and this model has {name} {value}; give "
+        "--dtype=f16 or another granularity"
+      )
 
 
 def write(

@@ -344,7 +344,8 @@ def parse_sentencepiece(model: bytes) -> Any:
   # Typed by hand: protobuf makes its classes when it is imported.
   from sentencepiece import sentencepiece_model_pb2
 
-  proto: Any = sentencepiece_model_pb2.ModelProto()
+  module: Any = sentencepiece_model_pb2
+  proto = module.ModelProto()
   proto.ParseFromString(model)
   return proto
 

@@ -17,7 +17,7 @@ import ml_dtypes  # noqa: F401  teaches NumPy bfloat16, which safetensors writes
 import numpy as np
 import tqdm
 
-from matformer_jax.config import MatLMConfig
+from matformer_jax.config import MatLMConfig, ModelConfig
 from matformer_jax.data.tokenizer import Tokenizer
 from matformer_jax.errors import UserError, import_extra
 from matformer_jax.formats import families, hf_tokenizer, layout
@@ -34,7 +34,7 @@ _MODEL_TYPES = {
 }
 
 
-def is_mix(config: MatLMConfig) -> bool:
+def is_mix(config: ModelConfig) -> bool:
   """Whether the layers that a model stores differ in width."""
   return len(set(layout.layer_sizes(config))) > 1
 
@@ -193,13 +193,17 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def write_safetensors(
-  out: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]], dtype: str
+  out: pathlib.Path,
+  arrays: Iterable[tuple[str, np.ndarray]],
+  dtype: str,
+  shard_bytes: float = SHARD_BYTES,
 ) -> None:
   """Writes arrays as `model.safetensors`; in several files with an index, if they are large.
 
   Args:
     arrays: (name, float32 array); one file's are in memory at a time.
     dtype: as NumPy names it.
+    shard_bytes: of one file, at most.
   """
   save = import_extra("safetensors.numpy", "writing safetensors", "export").save_file
   parts: list[list[str]] = []
@@ -214,7 +218,7 @@ def write_safetensors(
 
   for name, array in tqdm.tqdm(arrays, desc="writing", unit="array", mininterval=1.0):
     cast = np.ascontiguousarray(array.astype(dtype))
-    if part and size + cast.nbytes > SHARD_BYTES:
+    if part and size + cast.nbytes > shard_bytes:
       flush()
       size = 0
     part[name] = cast

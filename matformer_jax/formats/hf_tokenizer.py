@@ -1,8 +1,8 @@
 """Writes tokenizers so that `transformers.AutoTokenizer` gives the ids that ours give.
 
 Both kinds become a `tokenizer.json`, which is run as it is written; of a SentencePiece model alone
-`transformers` would make another tokenizer. Two things differ: `transformers` makes special tokens of
-text that spells them out, and a U+2581 in a text, SentencePiece's own mark of a space, stays a space.
+`transformers` would make another tokenizer. Two things differ: `transformers` makes special tokens
+of text that spells them out, and SentencePiece's mark of a space, U+2581, in a text is a space.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ the first ones of each group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 from typing import Any
 
@@ -131,7 +131,7 @@ def _in_groups(array: np.ndarray, axis: int, groups: int) -> np.ndarray:
 
 
 def dense_layers(
-  config: ModelConfig, params: dict[str, Any], size: LayerSize | None = None
+  config: ModelConfig, params: Mapping[str, Any], size: LayerSize | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
   """Every stored layer's `dense_layer`; with `size`, padded to it."""
   for i, span in enumerate(config.spans):
