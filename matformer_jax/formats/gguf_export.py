@@ -1,6 +1,6 @@
 """Writes language models as GGUF files, which llama.cpp runs.
 
-All layers of a `llama`, `qwen2`, `qwen3`, `gemma` or `arcee` model are equally wide there. `deci` has
+All layers of a `llama`, `qwen2`, `qwen3`, `gemma` or `arcee` model are equally wide. `deci` has
 lists of heads, key/value heads and FFN widths by layer, and computes what `llama` does: as such a
 mix keeps its true size.
 """

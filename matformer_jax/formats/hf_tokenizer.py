@@ -122,6 +122,12 @@ def sentencepiece_definition(proto: Any) -> dict[str, Any]:
     normalizers.append({"type": "Strip", "strip_left": True, "strip_right": True})
     normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
   prefix = spec.add_dummy_prefix
+  scheme = "first" if prefix else "never"
+  if prefix and not any(piece.type == USER_DEFINED for piece in proto.pieces):
+    # Metaspace puts no space before a text that begins with one, as SentencePiece does; but this
+    # would put one after every user-defined piece too.
+    normalizers.append({"type": "Prepend", "prepend": _SPACE})
+    scheme = "never"
   decoders: list[dict[str, Any]] = [
     {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
     {"type": "ByteFallback"},
@@ -143,7 +149,7 @@ def sentencepiece_definition(proto: Any) -> dict[str, Any]:
     "pre_tokenizer": {
       "type": "Metaspace",
       "replacement": _SPACE,
-      "prepend_scheme": "first" if prefix else "never",
+      "prepend_scheme": scheme,
       "split": False,  # pieces may span words
     },
     "post_processor": None,
