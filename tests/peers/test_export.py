@@ -10,14 +10,20 @@ import typing
 import export_models
 from export_models import KINDS, MIX
 from helpers import AWKWARD
+import jax
 import llama_cpp
 import numpy as np
+from PIL import Image
 import pytest
 import torch
 import transformers
 
 from matformer_jax import UserError, export
+from matformer_jax.config import Execution, MatViTConfig
+from matformer_jax.data.augment import Transform
 from matformer_jax.exporting import compare
+from matformer_jax.loading import VisionModel
+from matformer_jax.models import matvit
 
 PROMPTS = export_models.tokens()
 SOURCE = [pathlib.Path(m.__file__).read_text() for m in (argparse, inspect, typing)]
@@ -45,8 +51,10 @@ def greedy(model) -> list[int]:
   return out[0].tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("granularity", ["S", MIX])
+@pytest.mark.parametrize(
+  "kind,granularity",
+  [*((kind, MIX) for kind in KINDS), ("llama, nested heads", "S"), ("gemma", "S")],
+)
 def test_transformers(tmp_path, kind, granularity):
   model = export_models.make(kind)
   want = export_models.logits(model, PROMPTS, granularity)
@@ -75,31 +83,27 @@ def of_llama_cpp(file, length: int):
   )
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama, tied", "llama 3, in groups", "qwen2", "qwen3"])
-@pytest.mark.parametrize("granularity", ["S", MIX])
-def test_llama_cpp(tmp_path, kind, granularity):
-  if granularity == MIX and "qwen" in kind:
-    pytest.skip("deci has neither biases nor norms of queries")
-  check_llama_cpp(tmp_path / "model.gguf", kind, granularity, 1e-4)
-
-
 @pytest.mark.parametrize(
-  "kind,granularity,bound",
+  "kind,granularity,architecture",
   [
-    ("llama, nested heads", "M", 1e-4),
-    ("llama, nested heads", "S*1+XL*1+M*1+L*1", 1e-4),
-    ("arcee", "M", 1e-4),
-    ("gemma", "M", compare.LLAMA_CPP_GELU),
+    ("llama, tied", "S", "llama"),
+    ("llama, tied", MIX, "deci"),
+    ("llama 3, in groups", "S", "llama"),
+    ("llama 3, in groups", MIX, "deci"),
+    ("llama, nested heads", "M", "llama"),
+    ("llama, nested heads", "S*1+XL*1+M*1+L*1", "deci"),
+    ("gemma", "M", "gemma"),
+    ("arcee", "M", "arcee"),
+    ("qwen2", "S", "qwen2"),
+    ("qwen3", "S", "qwen3"),
   ],
 )
-def test_llama_cpps_other_architectures(tmp_path, kind, granularity, bound):
-  check_llama_cpp(tmp_path / "model.gguf", kind, granularity, bound)
-
-
-def check_llama_cpp(file, kind, granularity, bound) -> None:
-  model = export_models.make(kind)
+def test_llama_cpp(tmp_path, kind, granularity, architecture):
+  file, model = tmp_path / "model.gguf", export_models.make(kind)
+  bound = compare.LLAMA_CPP_GELU if kind == "gemma" else 1e-4
   export.export(model, granularity, "gguf", file, check=False)
   runtime = of_llama_cpp(file, 64)
+  assert runtime.metadata["general.architecture"] == architecture
   want = export_models.logits(model, PROMPTS, granularity)
   for tokens, logits in zip(PROMPTS, want):
     runtime.reset()
@@ -156,3 +160,70 @@ def test_padding_is_said(tmp_path):
   # Two layers of 64 neurons beside two of 96, three matrices of 64 rows, 4 bytes.
   assert f"{2 * 32 * 3 * 64 * 4:,} bytes more" in lines[1]
   assert json.loads((tmp_path / "mix" / "config.json").read_text())["intermediate_size"] == 96
+
+
+# ------------------------------------------------------------------------ vision
+
+VIT = dict(
+  image_size=16,
+  patch_size=4,
+  channels=3,
+  num_classes=5,
+  num_layers=3,
+  d_model=32,
+  num_heads=4,
+  ffn_ratios=(0.5, 1.0, 2.0, 4.0),
+)
+
+
+def vision_model(transform: str = "", **changes) -> VisionModel:
+  config = MatViTConfig(**VIT | changes)
+  rng = np.random.default_rng(0)
+  add_noise = lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape).astype(np.float32)
+  params = jax.tree.map(add_noise, matvit.init_params(config, jax.random.key(0)))
+  card = {"identity": {"classes": [f"class {i}" for i in range(5)]}}
+  where = pathlib.Path("runs/random")
+  return VisionModel(params, config, 0, card, where, Execution(), Transform(transform, 16))
+
+
+@pytest.mark.parametrize(
+  "granularity,changes",
+  [("XL", {}), ("S", {}), ("S*1+XL*1+M*1", dict(nested_heads=True, ffn_groups=2))],
+)
+def test_vit(tmp_path, granularity, changes):
+  model = vision_model(**changes)
+  lines = export.export(model, granularity, "hf", tmp_path / "vit")
+  assert "transformers: logits within" in lines[-1]
+  theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "vit").eval()
+  images = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), np.uint8)
+  with torch.no_grad():
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2) / 127.5 - 1, dtype=torch.float32)
+    have = theirs(pixels).logits.numpy()
+  np.testing.assert_allclose(have, model.logits(images, granularity), atol=2e-6 * 10)
+  assert theirs.config.id2label[3] == "class 3"
+
+
+@pytest.mark.parametrize("transform", ["", "resize(16)", "resize_small(20)|center_crop(16)"])
+def test_vits_preprocessor(tmp_path, transform):
+  """Their processor and our transform make the same pixels, to a level of 8 bits."""
+  model = vision_model(transform)
+  export.export(model, "S", "hf", tmp_path / "vit", check=False)
+  processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "vit")
+  size = (16, 16) if not transform else (40, 32)  # resize_small(20) rounds no side of it
+  pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+  image = Image.fromarray(pixels)
+  have = np.asarray(processor(image, return_tensors="np")["pixel_values"])
+  want = model.prepare([image]).transpose(0, 3, 1, 2) / 127.5 - 1
+  assert have.shape == want.shape
+  assert np.abs(have - want).max() <= 1.01 / 127.5
+
+
+def test_vits_that_transformers_does_not_have(tmp_path):
+  for changes, words in (
+    (dict(pooling="mean"), "pooling=mean"),
+    (dict(representation_size=8), "a representation layer"),
+    (dict(gated=True), "a gate"),
+  ):
+    with pytest.raises(UserError, match=words):
+      export.export(vision_model(**changes), "S", "hf", tmp_path / "vit")
+  assert not list(tmp_path.iterdir())
