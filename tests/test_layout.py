@@ -17,6 +17,7 @@ LAYERS = (
   ("tasks",),
   ("training", "checkpoints"),
   ("loading", "planning"),
+  ("serving",),
   ("programs", "experiments"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -28,7 +28,7 @@ def serving(app):
   while not server.started:
     time.sleep(0.01)
   try:
-    yield "http://127.0.0.1:%d" % server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
   finally:
     server.should_exit = True
     thread.join()

@@ -11,6 +11,8 @@ from starlette.requests import ClientDisconnect, Request  # pyright: ignore[repo
 from starlette.responses import JSONResponse  # pyright: ignore[reportMissingImports]
 
 from matformer_jax.serving.refusals import Refusal, stopping
+from matformer_jax.serving.replies import GONE
+from matformer_jax.serving.service import Service
 
 BODY_SECONDS = 30  # in which a body is to arrive
 PUBLIC = ("/", "/health", "/openapi.json")  # without a key
@@ -30,16 +32,16 @@ class Gate:
 
   Args:
     app: what is behind it.
-    service: an `api.Service`.
+    service: what it asks for limits and counts for.
   """
 
-  def __init__(self, app: Any, service: Any):
+  def __init__(self, app: Any, service: Service):
     self._app, self._service = app, service
 
   async def __call__(self, scope, receive, send) -> None:
     if scope["type"] != "http":
       return await self._app(scope, receive, send)
-    service, path, status = self._service, scope["path"], 499  # nobody was left to answer
+    service, path, status = self._service, scope["path"], GONE
     generates = scope["method"] == "POST" and path.startswith("/v1/")
 
     async def counted(message) -> None:
