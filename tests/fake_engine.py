@@ -14,13 +14,14 @@ class Stats:
   slots: int
   active: int = 0
   waiting: int = 0
-  requests_finished: dict = dataclasses.field(default_factory=dict)
+  finished: dict = dataclasses.field(default_factory=dict)
   tokens: dict = dataclasses.field(default_factory=dict)
   prompt_tokens: int = 0
   steps: int = 0
-  seconds_busy: float = 0.0
+  busy_seconds: float = 0.0
   drafted: int = 0
   accepted: int = 0
+  failures: int = 0
 
 
 class FakeJob:

@@ -15,6 +15,7 @@ from matformer_jax.serving.replies import GONE
 from matformer_jax.serving.service import Service
 
 BODY_SECONDS = 30  # in which a body is to arrive
+_READ_ON = 2**24  # bytes that are read and dropped of a body that is too large
 PUBLIC = ("/", "/health", "/openapi.json")  # without a key
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
@@ -94,22 +95,22 @@ class Gate:
 
   async def _body(self, request: Request) -> bytes:
     most = self._service.settings.max_body
-    too_large = Refusal(
-      413,
-      f"the body is larger than {most} bytes",
-      code="request_too_large",
-      headers={"connection": "close"},
-    )
+    too_large = Refusal(413, f"the body is larger than {most} bytes", code="request_too_large")
+    # A client reads its answer after it has written its body, so some more is read; for one that
+    # writes without end the connection is closed, and it may not see why.
+    cut_off = Refusal(413, too_large.message, too_large.code, headers={"connection": "close"})
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > most:
-      raise too_large
-    body = bytearray()
+    if length.isdecimal() and int(length[:20]) > most + _READ_ON:
+      raise cut_off
+    body, size = bytearray(), 0
     try:
       async with asyncio.timeout(BODY_SECONDS):
         async for chunk in request.stream():
-          body += chunk
-          if len(body) > most:
-            raise too_large
+          size += len(chunk)
+          if size <= most:
+            body += chunk
+          elif size > most + _READ_ON:
+            raise cut_off
     except TimeoutError:
       raise Refusal(
         408,
@@ -117,6 +118,8 @@ class Gate:
         code="timeout",
         headers={"connection": "close"},
       ) from None
+    if size > most:
+      raise too_large
     return bytes(body)
 
 

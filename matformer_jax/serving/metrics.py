@@ -61,16 +61,17 @@ class _EngineCollector:
       yield core.GaugeMetricFamily(f"matformer_{name}", what, value)
     for name, value, what in (
       ("prompt_tokens", stats.prompt_tokens, "Tokens of prompts."),
-      ("steps", stats.steps, "Steps of the engine."),
-      ("busy_seconds", stats.seconds_busy, "In which the engine had something to do."),
+      ("steps", stats.steps, "Tokens made for all slots at once."),
+      ("busy_seconds", stats.busy_seconds, "Spent in the model's programs."),
       ("drafted_tokens", stats.drafted, "Tokens drafted by speculative decoding."),
       ("accepted_tokens", stats.accepted, "Of them, those that the verifier accepted."),
+      ("failures", stats.failures, "Turns of the engine that raised."),
     ):
       yield core.CounterMetricFamily(f"matformer_{name}", what, value)
     finished = core.CounterMetricFamily(
       "matformer_requests_finished", "By how they ended.", labels=["finish"]
     )
-    for finish, count in stats.requests_finished.items():
+    for finish, count in stats.finished.items():
       finished.add_metric([finish], count)
     yield finished
     generated = core.CounterMetricFamily(

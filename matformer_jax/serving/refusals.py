@@ -39,9 +39,13 @@ class Refusal(Exception):
     """The response's JSON."""
     kinds = {401: KEY, 429: LIMIT}
     kind = kinds.get(self.status, SERVER if self.status >= 500 else REQUEST)
-    return {
-      "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-    }
+    error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+    return {"error": {key: value and _encodable(value) for key, value in error.items()}}
+
+
+def _encodable(text: str) -> str:
+  """`text` as it can be sent: a message may quote halves of surrogate pairs."""
+  return text.encode("utf-8", "backslashreplace").decode()
 
 
 def too_many() -> Refusal:

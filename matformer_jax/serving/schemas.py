@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (  # pyright: ignore[reportMissingImports]
+  AfterValidator,
   BaseModel,
   ConfigDict,
   Field,
@@ -18,9 +19,20 @@ from pydantic import (  # pyright: ignore[reportMissingImports]
 MOST_CHOICES = 128  # of a request: prompts times n
 MOST_STOPS = 16
 
+
+def _whole(text: str) -> str:
+  if not text.isascii():
+    try:
+      text.encode()
+    except UnicodeEncodeError:
+      raise ValueError("half of a surrogate pair is no text") from None
+  return text
+
+
+_Text = Annotated[str, AfterValidator(_whole)]
 _TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 _Ids = Annotated[list[_TokenId], Field(min_length=1)]
-_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_Stop = Annotated[_Text, Field(min_length=1, max_length=256)]
 _Zero = Annotated[float, Field(ge=0, le=0)]
 _NoItems = Annotated[list[Any], Field(max_length=0)]
 _NoKeys = Annotated[dict[str, Any], Field(max_length=0)]
@@ -47,7 +59,7 @@ class StreamOptions(_Schema):
 class _Request(_Schema):
   """What completions and chat share."""
 
-  model: str = Field(
+  model: _Text = Field(
     max_length=1000,
     description="`name` (the load policy chooses), `name:M`, `name:M*2+L*2`, or a budget: "
     "`name:0.6x` of the parameters, `name:15ms` a token.",
@@ -70,8 +82,8 @@ class _Request(_Schema):
 
 class CompletionRequest(_Request):
   prompt: (
-    str
-    | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
+    _Text
+    | Annotated[list[_Text], Field(min_length=1, max_length=MOST_CHOICES)]
     | _Ids
     | Annotated[list[_Ids], Field(min_length=1, max_length=MOST_CHOICES)]
   )
@@ -83,13 +95,13 @@ class CompletionRequest(_Request):
 
 class TextPart(_Lenient):
   type: Literal["text"]
-  text: str
+  text: _Text
 
 
 class Message(_Lenient):
   role: Literal["system", "developer", "user", "assistant"]
-  content: str | list[TextPart]
-  name: str | None = None
+  content: _Text | list[TextPart]
+  name: _Text | None = None
   tool_calls: _NoItems | None = None
   function_call: None = None
 
