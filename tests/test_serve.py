@@ -1,6 +1,6 @@
 """The server over HTTP, with OpenAI's own client."""
 
-import asyncio
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -13,8 +13,13 @@ import time
 import fake_engine
 import helpers
 import httpx
+import hypothesis
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 import openai
 import pytest
+import schemathesis
+from schemathesis.specs.openapi import checks as conformance
 import serve_clients
 import uvicorn
 
@@ -25,6 +30,9 @@ from matformer_jax.decoding.decode import Sampling
 from matformer_jax.errors import UserError
 from matformer_jax.serving import api, chat, generation, names, text
 from matformer_jax.serving.service import Settings
+
+
+set_hypothesis_home_dir(helpers.CACHE / "hypothesis")
 
 
 @pytest.fixture(scope="module")
@@ -586,7 +594,8 @@ def test_metrics_and_health(model):
     ):
       assert line in lines
     health = httpx.get(f"{url}/health").json()
-    assert health == {"status": "ok", "model": "tiny", "slots": 4, "active": 0, "waiting": 0}
+    counts = {"max_length": 64, "slots": 4, "active": 0, "waiting": 0}
+    assert health == {"status": "ok", "model": "tiny", **counts}
 
 
 # -------------------------------------------------------------------- the crowd
@@ -615,3 +624,51 @@ def test_64_clients_some_of_them_hostile(model):
     answer = client_of(url).completions.create(model="tiny", prompt="x", max_tokens=5)
     assert answer.choices[0].text == expected(engine, "x", 5)
     print(dict(storm.counts))
+
+
+# ------------------------------------------------------------------- the schema
+
+
+def test_answers_conform_to_the_schema(model):
+  """To requests that schemathesis makes of it, right ones and wrong ones."""
+  checks = [
+    schemathesis.checks.not_a_server_error,
+    conformance.status_code_conformance,
+    conformance.content_type_conformance,
+    conformance.response_headers_conformance,
+    conformance.response_schema_conformance,
+    conformance.negative_data_rejection,
+  ]
+  statuses = collections.Counter()
+  engine = fake_engine.FakeEngine(with_template(model, TEMPLATE), max_length=128, step_s=0)
+  app = api.make_app(engine, engine.model, Settings("tiny", local_only=False))
+  settings = hypothesis.settings(
+    max_examples=30,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+  )
+
+  def try_operation(operation):
+    @settings
+    @hypothesis.given(st.data())
+    def conforms(data):
+      mode = data.draw(st.sampled_from(list(schemathesis.GenerationMode)))
+      case = data.draw(operation.as_strategy(generation_mode=mode))
+      for part, key in ((case.body, "model"), (case.path_parameters, "name")):
+        if mode.is_positive and isinstance(part, dict) and key in part:
+          part[key] = data.draw(st.sampled_from(["tiny", "tiny:S", part[key]]))
+      response = case.call()
+      statuses[operation.label, response.status_code] += 1
+      case.validate_response(response, checks=checks)
+
+    conforms()
+
+  try:
+    for operation in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations():
+      try_operation(operation.ok())
+  finally:
+    engine.close()
+  assert len({label for label, status in statuses if status == 200}) == 6, statuses
+  assert statuses["POST /v1/completions", 400] and statuses["GET /v1/models/{name}", 404]

@@ -106,6 +106,7 @@ def make_app(engine: Engine, model: loading.LanguageModel, settings: Settings) -
     return schemas.Health(
       status="ok",
       model=settings.name,
+      max_length=engine.max_length,
       slots=stats.slots,
       active=stats.active,
       waiting=stats.waiting,

@@ -245,6 +245,7 @@ class ModelList(_Schema):
 class Health(_Schema):
   status: Literal["ok"]
   model: str
+  max_length: int = Field(description="Tokens of a prompt and its continuation, at most.")
   slots: int
   active: int
   waiting: int
