@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ class State:
     index = self.length[:, None] - count + jnp.arange(count)
     return jnp.take_along_axis(self.tokens, index, axis=1)
 
-  def append(self, new, count, eos_id: int, **caches) -> State:
+  def append(self, new, count, eos_id: int, **caches) -> Self:
     """Adds new[b, :count[b]], up to end-of-text and the limit, to sequences not done."""
     put = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,))
     tokens = jax.vmap(put)(self.tokens, new, self.length)
@@ -155,6 +155,9 @@ class State:
     """Every sequence as token ids, prompt included. Waits for the device."""
     tokens, length = jax.device_get((self.tokens, self.length))
     return [row[:n].tolist() for row, n in zip(tokens, length)]
+
+
+S = TypeVar("S", bound=State)
 
 
 # ------------------------------------------------------------------- decoder
@@ -268,7 +271,7 @@ class Decoder:
     cache = kv.init_cache(self.config, self.execution, *tokens.shape)
     return self.extend(self.submodel(weights), tokens[:, :width], cache, None, origin)[1]
 
-  def advance(self, weights, state: State, steps: int) -> State:
+  def advance(self, weights, state: S, steps: int) -> S:
     """Adds up to `steps` tokens to every sequence that is not done.
 
     `state` is consumed: its buffers are reused.
@@ -291,7 +294,7 @@ class Decoder:
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
   def _advance(self, weights, state: State, steps):
-    weights = self.submodel(weights)  # outside the loop: a slice can be a copy
+    weights = self.submodel(weights, state)  # outside the loop: a slice can be a copy
 
     def step(carry):
       i, state = carry
@@ -306,8 +309,8 @@ class Decoder:
 
   # What follows is traced inside programs.
 
-  def submodel(self, weights):
-    """The weights this granularity uses, from `lay_out`'s."""
+  def submodel(self, weights, state: State | None = None):
+    """The weights this granularity uses, from `lay_out`'s, whichever sequences it continues."""
     blocks = slicing.slice_blocks(weights["blocks"], self.config, self.granularity)
     return {**weights, "blocks": blocks}
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from matformer_jax import granularity as gran
 from matformer_jax.decoding import decode
-from matformer_jax.decoding.decode import Decoder, State
+from matformer_jax.decoding.decode import Decoder, S, State
 from matformer_jax.errors import UserError
 from matformer_jax.models import matlm
 
@@ -171,11 +171,11 @@ class SpeculativeDecoder:
     self,
     weights,
     draft_weights,
-    state: State,
+    state: S,
     steps: int,
     stats: Stats | None = None,
     costs: Sequence[float] | None = None,
-  ) -> tuple[State, Stats]:
+  ) -> tuple[S, Stats]:
     """Adds at least `steps` tokens to every sequence that is not done, unless it ends.
 
     `state` is consumed. A sequence may get up to k more than `steps`.
@@ -209,7 +209,8 @@ class SpeculativeDecoder:
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
   def _advance(self, weights, draft_weights, state: State, stats: Stats, steps, costs):
     target = jnp.minimum(state.length + steps, state.limit)
-    weights, draft_weights = self.verifier.submodel(weights), self.draft.submodel(draft_weights)
+    weights = self.verifier.submodel(weights, state)
+    draft_weights = self.draft.submodel(draft_weights, state)
     if self.draft_vocab is not None:
       head = matlm.output_head(draft_weights)
       rows = jnp.take(head, np.array(self.draft_vocab), axis=0)

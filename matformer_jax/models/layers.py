@@ -99,7 +99,7 @@ class Attention(nn.Module):
   heads: int
 
   @nn.compact
-  def __call__(self, x_BxTxD, cache=None, start=None, layer=None, origin_BxT=None):
+  def __call__(self, x_BxTxD, cache=None, start=None, layer=None, origin_BxT=None, heads_B=None):
     """Runs T tokens, alone or after those in a cache.
 
     Args:
@@ -110,6 +110,7 @@ class Attention(nn.Module):
       origin_BxT: int32 [B, T] or, with `start`, [B, 1]: the position at which the document
         of each token begins. Attention stays within a document, and rotary positions count
         from there. None: at 0.
+      heads_B: int32, how many of the heads each row uses; None: all.
 
     Returns:
       ([B, T, D], cache).
@@ -147,6 +148,9 @@ class Attention(nn.Module):
       mine = cache if layer is None else jax.tree.map(lambda leaf: leaf[layer], cache)
       k, v = (mine[name][:, :, : heads[1]] for name in ("k", "v"))
       out_BxAxNxTxH = cached_attention(q, k, v, start, origin_BxT)
+    if heads_B is not None:
+      mine = jnp.arange(out_BxAxNxTxH.shape[2]) < heads_B[:, None] // cfg.head_groups
+      out_BxAxNxTxH = jnp.where(mine[:, None, :, None, None], out_BxAxNxTxH, 0)
     w_out = w_out.reshape(out_BxAxNxTxH.shape[1:3] + (cfg.head_dim, cfg.d_model))
     out = ops.project_out(out_BxAxNxTxH.transpose(0, 3, 1, 2, 4), w_out, exe)
     return _add_bias(self, "attention", "out", out), cache
@@ -220,14 +224,14 @@ class Block(nn.Module):
     x_BxTxD = self.feed_forward(x_BxTxD, layer, seeds_B)
     return sharding.constrain(x_BxTxD, ("batch", "length", "d"), self.execution), cache
 
-  # The halves, apart so that latency.py can time one without the other.
+  # The halves, apart for programs that need one without the other.
 
-  def attend(self, x_BxTxD, cache, start, layer, seeds_B, origin_BxT):
+  def attend(self, x_BxTxD, cache, start, layer, seeds_B, origin_BxT, heads_B=None):
     """x plus attention of its norm: ([B, T, D], cache)."""
     cfg = self.config
     attention = Attention(cfg, self.execution, cfg.head_counts[self.span.heads], name="attention")
     y_BxTxD = Norm(cfg, self.execution, name="attention_norm")(x_BxTxD)
-    y, cache = attention(y_BxTxD, cache, start, layer, origin_BxT)
+    y, cache = attention(y_BxTxD, cache, start, layer, origin_BxT, heads_B)
     return x_BxTxD + self._dropped(_named("attn_out", y, self.execution), layer, seeds_B, 0), cache
 
   def feed_forward(self, x_BxTxD, layer, seeds_B):

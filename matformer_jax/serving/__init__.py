@@ -1,1 +1,1 @@
-"""The server: the engine that runs requests together, and HTTP in front of it."""
+"""The elastic server: one universal model that answers requests at any size."""

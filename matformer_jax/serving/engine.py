@@ -1,13 +1,41 @@
-"""The engine's interface, until the engine is here."""
+"""One universal model in memory that answers many requests at once, each at its own size.
+
+A thread owns the device. In turns it lets requests into free slots, reads a piece of a prompt,
+and makes a few tokens for every slot; see decoding/slots.py. What it has compiled when it starts
+is all it ever runs: sizes, sampling and the number of requests are data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Collection, Iterator
 import dataclasses
-from typing import Any
+import itertools
+import threading
+import time
+from typing import Literal
+
+from absl import logging
+import jax
+import numpy as np
+import tqdm
 
 from matformer_jax import granularity as gran
-from matformer_jax.decoding.decode import Sampling
+from matformer_jax.decoding import slots as slotted
+from matformer_jax.decoding.decode import BUCKET, Sampling, bucket
+from matformer_jax.decoding.slots import SlotDecoder
+from matformer_jax.decoding.speculative import CostMeter, SpeculativeDecoder
+from matformer_jax.decoding.speculative import Stats as DraftStats
+from matformer_jax.errors import UserError, check_seed
+from matformer_jax.loading import LanguageModel
+from matformer_jax.serving import policy as policies
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+
+CALL_SECONDS = 0.03  # a program call makes about as many tokens as take this long
+MOST_STEPS = 16
+DRAFT_LENGTHS = (0, 4)  # 0: where drafting does not pay
+CAPACITIES = 3  # cache lengths that programs are compiled for, each a quarter of the next
 
 
 class Overloaded(Exception):
@@ -16,6 +44,16 @@ class Overloaded(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
+  """What is to be continued, and how.
+
+  Attributes:
+    prompt: token ids, at least one.
+    max_tokens: most tokens to add.
+    granularity: who answers; None: chosen by load once the request has a slot.
+    sampling: how tokens are chosen.
+    seed: of the draws, 32 bits.
+  """
+
   prompt: tuple[int, ...]
   max_tokens: int
   granularity: gran.Granularity | None = None
@@ -25,26 +63,408 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
+  """News of a request.
+
+  Attributes:
+    tokens: new token ids, without end-of-text.
+    finish: why it has ended: `stop` (end of text), `length`, `cancelled`, `error`; None: it goes
+      on.
+  """
+
   tokens: tuple[int, ...]
-  finish: str | None = None
+  finish: Finish | None = None
 
 
+Listener = Callable[[Update], None]
+
+
+@dataclasses.dataclass(eq=False)
 class Job:
-  granularity: gran.Granularity | None
+  """A request on its way.
 
-  def cancel(self) -> None: ...
+  Attributes:
+    granularity: who answers; set before the listener hears anything.
+  """
+
+  request: Request
+  listener: Listener
+  granularity: gran.Granularity | None
+  cancelled: bool = False
+  sent: int = 0  # of its sequence, prompt included
+  pieces: Iterator | None = None  # of the prompt, while it is read
+
+  @property
+  def size(self) -> gran.Granularity:
+    """Who answers, once that is known."""
+    assert self.granularity is not None
+    return self.granularity
+
+  def cancel(self) -> None:
+    """Ends it at the engine's next turn. May be called from any thread, and again."""
+    self.cancelled = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+  """Counts since the engine started, and what it does now.
+
+  Attributes:
+    slots, active, waiting: how many there are, are taken, and requests without one.
+    finished: requests by how they ended.
+    tokens: generated, by the size that made them.
+    prompt_tokens: read.
+    steps: tokens made for all slots at once, drafted ones not counted.
+    busy_seconds: spent in the device's programs.
+    drafted, accepted: tokens of speculative decoding.
+    failures: turns that raised; the requests of that turn ended with `error`.
+  """
+
+  slots: int
+  active: int
+  waiting: int
+  finished: dict[str, int]
+  tokens: dict[str, int]
+  prompt_tokens: int
+  steps: int
+  busy_seconds: float
+  drafted: int
+  accepted: int
+  failures: int
 
 
 class Engine:
-  max_length: int
+  """Answers requests until it is closed.
+
+  Attributes:
+    max_length: most tokens of a sequence, prompt included.
+  """
 
   def __init__(
-    self, model, slots: int = 8, max_length: int | None = None, queue_limit: int = 256, policy=True
+    self,
+    model: LanguageModel,
+    slots: int = 8,
+    max_length: int | None = None,
+    queue_limit: int = 256,
+    policy: bool = True,
+    draft: bool = True,
   ):
-    raise NotImplementedError
+    """Compiles all programs and starts.
 
-  def submit(self, request: Request, listener: Callable[[Update], None]) -> Job: ...
+    Args:
+      slots: requests that are answered at a time.
+      max_length: by default, the model's sequence length.
+      queue_limit: requests that may wait for a slot.
+      policy: requests that leave the size open get smaller ones as the queue grows, else the
+        largest.
+      draft: few greedy requests, with nobody waiting, are drafted by the smallest size.
 
-  def stats(self) -> Any: ...
+    Raises:
+      UserError: for numbers below 1.
+    """
+    self._numbers = {"slots": slots, "queue_limit": queue_limit}
+    self.max_length = model.config.seq_len if max_length is None else max_length
+    for name, value in {**self._numbers, "max_length": self.max_length}.items():
+      if value < 1:
+        raise UserError(f"{name}={value} must be 1 or more")
+    self._config = model.config
+    self._sizes = gran.trained(model.config)
+    self._policy = policy
+    self._eos_id = model.tokenizer.eos_id
+    self._decoder = SlotDecoder(
+      model.config, model.execution, gran.full(model.config), eos_id=self._eos_id
+    )
+    self._weights = self._decoder.lay_out(model.params)
+    self._drafter = _Drafter(self._decoder, self._sizes[0]) if draft else None
+    longest = bucket(self.max_length + _SPARE)
+    self._capacities = sorted({max(bucket(longest // 4**i), BUCKET) for i in range(CAPACITIES)})
+    self._count = slots
+    self._jobs: list[Job | None] = [None] * slots
+    self._lengths = np.ones(slots, np.int32)
+    self._steps = 1
+    self._queue: collections.deque[Job] = collections.deque()
+    self._changed = threading.Condition()
+    self._closing = False
+    self._finished: collections.Counter[str] = collections.Counter()
+    self._tokens: collections.Counter[str] = collections.Counter()
+    self._totals: collections.Counter[str] = collections.Counter()
+    self._busy = 0.0
+    self._slots = self._warm_up()
+    self._thread = threading.Thread(target=self._run, name="matformer-engine", daemon=True)
+    self._thread.start()
 
-  def close(self, timeout: float | None = None) -> None: ...
+  # ------------------------------------------------------- from other threads
+
+  def submit(self, request: Request, listener: Listener) -> Job:
+    """Puts a request in the queue.
+
+    Args:
+      listener: called on the engine's thread, and so must not wait for anything.
+
+    Raises:
+      Overloaded: if the queue is full or the engine is closing.
+      UserError: for a request that does not fit the model.
+    """
+    self._check(request)
+    job = Job(request, listener, request.granularity)
+    with self._changed:
+      if self._closing:
+        raise Overloaded("the server is shutting down")
+      if len(self._queue) >= self._numbers["queue_limit"]:
+        raise Overloaded(f"{len(self._queue)} requests are waiting already")
+      self._queue.append(job)
+      self._changed.notify()
+    return job
+
+  def stats(self) -> Stats:
+    """A snapshot."""
+    with self._changed:
+      return Stats(
+        slots=self._count,
+        active=sum(job is not None for job in self._jobs),
+        waiting=len(self._queue),
+        finished=dict(self._finished),
+        tokens=dict(self._tokens),
+        busy_seconds=self._busy,
+        **{
+          name: self._totals[name]
+          for name in ("prompt_tokens", "steps", "drafted", "accepted", "failures")
+        },
+      )
+
+  def close(self, timeout: float | None = None) -> None:
+    """Takes no more requests, finishes those it has, and stops.
+
+    Args:
+      timeout: seconds, after which those that are left are cancelled.
+    """
+    with self._changed:
+      self._closing = True
+      self._changed.notify()
+    self._thread.join(timeout)
+    if self._thread.is_alive():
+      with self._changed:
+        for job in [*self._queue, *self._jobs]:
+          if job is not None:
+            job.cancel()
+      self._thread.join()
+
+  def _check(self, request: Request) -> None:
+    prompt, vocab = request.prompt, self._config.vocab_size
+    if not prompt or min(prompt) < 0 or max(prompt) >= vocab:
+      raise UserError(f"a prompt must be token ids in 0..{vocab - 1}, at least one")
+    if request.max_tokens < 1:
+      raise UserError(f"max_tokens={request.max_tokens} must be 1 or more")
+    if len(prompt) + request.max_tokens > self.max_length:
+      raise UserError(
+        f"{len(prompt)} tokens of prompt and {request.max_tokens} new ones are more than the "
+        f"{self.max_length} that a sequence may have"
+      )
+    check_seed(request.seed, "seed")
+
+  # ---------------------------------------------------- on the engine's thread
+
+  def _run(self) -> None:
+    while True:
+      with self._changed:
+        while not (self._queue or any(self._jobs) or self._closing):
+          self._changed.wait()
+        if self._closing and not self._queue and not any(self._jobs):
+          return
+      try:
+        self._turn()
+      except Exception:
+        logging.exception("a turn of the engine failed; its requests end")
+        self._totals["failures"] += 1
+        for slot in range(self._count):
+          self._end(slot, "error")
+        self._slots = self._decoder.empty(self._weights, self._count, self._capacities[0])
+
+  def _turn(self) -> None:
+    self._drop_cancelled()
+    self._admit()
+    taken = {slot: job for slot, job in enumerate(self._jobs) if job is not None}
+    reading = {slot: job for slot, job in taken.items() if job.pieces is not None}
+    if reading:  # the shortest prompt first
+      self._read_piece(*min(reading.items(), key=lambda item: len(item[1].request.prompt)))
+    running = {slot: job for slot, job in taken.items() if job.pieces is None}
+    if running:
+      self._advance(running, alone=not reading)
+
+  def _drop_cancelled(self) -> None:
+    leaving = np.array([job is not None and job.cancelled for job in self._jobs])
+    if leaving.any():
+      self._slots = self._decoder.leave(self._slots, leaving)
+      for slot in np.flatnonzero(leaving).tolist():
+        self._end(slot, "cancelled")
+    with self._changed:
+      dropped = [job for job in self._queue if job.cancelled]
+      for job in dropped:
+        self._queue.remove(job)
+    for job in dropped:
+      self._tell(job, (), "cancelled")
+
+  def _admit(self) -> None:
+    for slot, taken in enumerate(self._jobs):
+      with self._changed:
+        if taken is not None or not self._queue:
+          continue
+        job = self._queue.popleft()
+        waiting = len(self._queue) if self._policy else 0
+        self._jobs[slot] = job
+      if job.granularity is None:
+        job.granularity = policies.choose(self._sizes, waiting, self._count)
+      job.sent = len(job.request.prompt)
+      job.pieces = self._decoder.pieces(job.request.prompt)
+      self._lengths[slot] = 1
+
+  def _read_piece(self, slot: int, job: Job) -> None:
+    """The next piece of a prompt; after the last one the sequence starts."""
+    assert job.pieces is not None
+    request, length, read = job.request, len(job.request.prompt), 0
+    for tokens, start in itertools.islice(job.pieces, 1):
+      read = start + tokens.shape[1]
+      self._make_room(read)
+      with self._timed():
+        self._slots = self._decoder.read(self._weights, self._slots, slot, tokens, start, job.size)
+      self._lengths[slot] = read
+    if read >= length - 1:
+      self._make_room(length + 1)
+      sequence = (request.prompt, request.max_tokens, job.size, request.sampling, request.seed)
+      self._slots = self._decoder.join(self._slots, slot, *sequence)
+      self._lengths[slot] = length
+      self._totals["prompt_tokens"] += length
+      job.pieces = None
+
+  def _advance(self, running: dict[int, Job], alone: bool) -> None:
+    """Tokens for all running slots, and news of them.
+
+    Args:
+      alone: nobody waits for this to end.
+    """
+    steps = self._steps if alone else 1
+    self._make_room(steps + max(self._lengths[slot] for slot in running))
+    drafter = self._drafter
+    started = time.perf_counter()
+    with self._timed():
+      if drafter and alone and not self._queue and self._may_draft(running.values()):
+        self._slots, drafted, accepted = drafter.advance(self._weights, self._slots, steps)
+        self._totals["drafted"] += drafted
+        self._totals["accepted"] += accepted
+      else:
+        self._slots = self._decoder.advance(self._weights, self._slots, steps)
+      tokens, lengths, done = jax.device_get(
+        (self._slots.tokens, self._slots.length, self._slots.done)
+      )
+    elapsed = time.perf_counter() - started
+    self._totals["steps"] += int(max(lengths[slot] - self._lengths[slot] for slot in running))
+    if alone:
+      self._steps = max(1, min(MOST_STEPS, 2 * steps, int(steps * CALL_SECONDS / elapsed)))
+    self._lengths = lengths.copy()
+    for slot, job in running.items():
+      new = tokens[slot, job.sent : lengths[slot]].tolist()
+      job.sent = int(lengths[slot])
+      stopped = bool(new) and new[-1] == self._eos_id
+      self._tokens[gran.to_text(job.size, self._config)] += len(new)
+      if done[slot]:
+        self._end(slot, "stop" if stopped else "length", new[:-1] if stopped else new)
+      elif new:
+        self._tell(job, new)
+
+  def _may_draft(self, jobs: Collection[Job]) -> bool:
+    few = len(jobs) <= max(1, self._count // 4)
+    return few and all(
+      job.request.sampling.temperature == 0 and job.size != self._sizes[0] for job in jobs
+    )
+
+  def _make_room(self, need: int) -> None:
+    """Grows the cache to hold `need` tokens of a sequence, or shrinks it where much is unused."""
+    live = [self._lengths[slot] for slot, job in enumerate(self._jobs) if job]
+    need = max([need, *live]) + _SPARE
+    have = self._slots.tokens.shape[1]
+    fitting = next(c for c in self._capacities if c >= min(need, self._capacities[-1]))
+    if fitting > have or (fitting < have and 2 * need <= fitting):
+      self._slots = self._decoder.resize(self._slots, fitting)
+
+  def _end(self, slot: int, finish: Finish, tokens=()) -> None:
+    """Frees a slot, and says so."""
+    job = self._jobs[slot]
+    if job is None:
+      return
+    with self._changed:
+      self._jobs[slot] = None
+    self._lengths[slot] = 1
+    self._tell(job, tokens, finish)
+
+  def _tell(self, job: Job, tokens, finish: Finish | None = None) -> None:
+    if finish is not None:
+      self._finished[finish] += 1
+    try:
+      job.listener(Update(tuple(tokens), finish))
+    except Exception:  # whoever listened is gone
+      logging.exception("a listener failed; its request is cancelled")
+      job.cancel()
+
+  def _timed(self):
+    return _Stopwatch(self)
+
+  def _warm_up(self) -> slotted.Slots:
+    """Compiles every program; empty slots of the smallest capacity."""
+    slots, full = None, gran.full(self._config)
+    row = np.zeros(self._count, bool)
+    for length in tqdm.tqdm(self._capacities, desc="compiling", unit="cache length"):
+      slots = self._decoder.empty(self._weights, self._count, length)
+      for width in slotted.PIECES:
+        piece = np.zeros((1, width), np.int32)
+        slots = self._decoder.read(self._weights, slots, 0, piece, 0, full)
+      for sampling in (Sampling(), Sampling(1.0)):
+        slots = self._decoder.join(slots, 0, [0], 4, full, sampling, 0)
+        slots = self._decoder.advance(self._weights, slots, 1)
+        if self._drafter and sampling.temperature == 0:
+          slots, *_ = self._drafter.advance(self._weights, slots, 1)
+        slots = self._decoder.leave(slots, ~row)
+      for other in self._capacities:
+        self._decoder.resize(slots, other)
+    assert slots is not None
+    return self._decoder.resize(slots, self._capacities[0])
+
+
+class _Stopwatch:
+  """Adds the seconds of a block to an engine's busy ones."""
+
+  def __init__(self, engine: Engine):
+    self._engine = engine
+
+  def __enter__(self):
+    self._started = time.perf_counter()
+
+  def __exit__(self, *_):
+    self._engine._busy += time.perf_counter() - self._started
+
+
+class _Drafter:
+  """Speculative decoding of all slots, drafted by one size."""
+
+  def __init__(self, decoder: SlotDecoder, size: gran.Granularity):
+    draft = dataclasses.replace(decoder, granularity=size)
+    self._decoder = SpeculativeDecoder(decoder, draft, DRAFT_LENGTHS)
+    self._meter = CostMeter(DRAFT_LENGTHS)
+    self._stats: DraftStats | None = None
+    self._before = np.zeros(3)
+
+  def advance(self, weights, slots: slotted.Slots, steps: int):
+    """(slots, tokens drafted, tokens accepted), the slots having at least `steps` more."""
+    started = time.perf_counter()
+    slots, self._stats = self._decoder.advance(
+      weights, weights, slots, steps, self._stats, self._meter.costs()
+    )
+    stats = jax.device_get(self._stats)
+    now = np.array([stats.rounds.max(), stats.drafted.sum(), stats.accepted.sum()])
+    rounds, drafted, accepted = now - self._before
+    self._before = now
+    self._meter.record(time.perf_counter() - started, float(rounds))
+    if now.max() > 2**22:  # float32 counts
+      self._stats, self._before = None, np.zeros(3)
+    return slots, int(drafted), int(accepted)
+
+
+_SPARE = max(DRAFT_LENGTHS) + 2  # positions beyond a sequence that a call may write
