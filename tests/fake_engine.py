@@ -1,12 +1,17 @@
 """An engine without a model: tokens that depend on the prompt alone, a few milliseconds each."""
 
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
 
+import uvicorn
+
 from matformer_jax import granularity as gran
+from matformer_jax.serving import api
 from matformer_jax.serving.engine import Overloaded, Update
+from matformer_jax.serving.service import Settings
 
 
 @dataclasses.dataclass
@@ -110,3 +115,31 @@ class FakeEngine:
             self._active.remove(job)
             self._finished[finish] += 1
         job.listener(Update(new, finish))
+
+
+@contextlib.contextmanager
+def serving(app):
+  """The base URL of an application that uvicorn serves from a thread."""
+  config = uvicorn.Config(app, port=0, log_level="error", lifespan="off")
+  server = uvicorn.Server(config)
+  thread = threading.Thread(target=server.run)
+  thread.start()
+  while not server.started:
+    time.sleep(0.01)
+  try:
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+  finally:
+    server.should_exit = True
+    thread.join()
+
+
+@contextlib.contextmanager
+def served(model, settings=None, engine=None, **fake):
+  """A server of its own, by default with a fake engine: (its engine, its app, its URL)."""
+  engine = engine or FakeEngine(model, **fake)
+  app = api.make_app(engine, model, settings or Settings("tiny"))
+  try:
+    with serving(app) as url:
+      yield engine, app, url
+  finally:
+    engine.close(0.0)

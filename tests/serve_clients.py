@@ -21,6 +21,7 @@ class Storm:
 
   Attributes:
     counts: of what happened, by name.
+    chosen: sizes that the load policy chose.
     wrong: what should not have happened.
   """
 
@@ -29,6 +30,7 @@ class Storm:
     self.prompts, self.lengths = prompts, lengths
     self.counts = collections.Counter()
     self.wrong = []
+    self.chosen = set()
 
   def run(self, clients: int, seconds: float, seed: int = 0) -> None:
     asyncio.run(self._run(clients, seconds, seed))
@@ -72,7 +74,9 @@ class Storm:
 
   def _check(self, request, size, text, what):
     asked = request["model"].partition(":")[2]
-    if asked and size != asked:
+    if not asked:
+      self.chosen.add(size)
+    elif size != asked:
       self.wrong.append(f"asked for {asked}, {size} answered")
     if text != self.expected(request["prompt"], size, request["max_tokens"]):
       self.wrong.append(f"another text for {request}: {text!r}")

@@ -7,30 +7,35 @@ import gc
 import json
 import os
 import random
+import signal
+import subprocess
 import threading
 import time
 
 import fake_engine
+from fake_engine import served
 import helpers
 import httpx
 import hypothesis
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
+import jax
 import openai
+import psutil
 import pytest
 import schemathesis
 from schemathesis.specs.openapi import checks as conformance
 import serve_clients
-import uvicorn
 
 import matformer_jax
 from matformer_jax import granularity as gran
 from matformer_jax.data import tokenizer as tokenizers
 from matformer_jax.decoding.decode import Sampling
 from matformer_jax.errors import UserError
+from matformer_jax.models import matlm
 from matformer_jax.serving import api, chat, generation, names, text
+from matformer_jax.serving.engine import Engine
 from matformer_jax.serving.service import Settings
-
 
 set_hypothesis_home_dir(helpers.CACHE / "hypothesis")
 
@@ -40,36 +45,8 @@ def model(tiny_run):
   return matformer_jax.load(tiny_run)
 
 
-@contextlib.contextmanager
-def serving(app):
-  """The base URL of an application that uvicorn serves from a thread."""
-  config = uvicorn.Config(app, port=0, log_level="error", lifespan="off")
-  server = uvicorn.Server(config)
-  thread = threading.Thread(target=server.run)
-  thread.start()
-  while not server.started:
-    time.sleep(0.01)
-  try:
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-  finally:
-    server.should_exit = True
-    thread.join()
-
-
 def client_of(url, key="none"):
   return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-
-
-@contextlib.contextmanager
-def served(model, settings=None, **engine):
-  """A server of its own: (its engine, its app, its URL)."""
-  engine = fake_engine.FakeEngine(model, **engine)
-  app = api.make_app(engine, model, settings or Settings("tiny"))
-  try:
-    with serving(app) as url:
-      yield engine, app, url
-  finally:
-    engine.close(0.0)
 
 
 @pytest.fixture(scope="module")
@@ -606,24 +583,98 @@ def generations() -> int:
   return sum(isinstance(o, generation.Generation) for o in gc.get_objects())
 
 
-def test_64_clients_some_of_them_hostile(model):
+@pytest.fixture(scope="module")
+def lively(model):
+  """Random weights and a head of its own: a model that has hardly learnt repeats its last token."""
+  config = dataclasses.replace(model.config, tied_head=False)
+  params = matlm.init_params(config, jax.random.key(0))
+  return dataclasses.replace(model, config=config, params=params)
+
+
+@pytest.fixture(scope="module")
+def real(lively):
+  """A server with the real engine."""
+  engine = Engine(lively, slots=8, queue_limit=24, max_length=64)
+  with served(lively, engine=engine) as server:
+    yield server
+
+
+def test_64_clients_some_of_them_hostile(real, lively):
   """MATFORMER_STORM_SECONDS=60 makes it a minute."""
   seconds = float(os.environ.get("MATFORMER_STORM_SECONDS", 8))
-  prompts = ["def f(", "import os", "x", "", "class A:\n  def", "é漢😀"]
-  with served(model, slots=8, queue_limit=24, max_length=64) as (engine, app, url):
-    want = lambda prompt, size, tokens: expected(engine, prompt, tokens)
-    httpx.get(f"{url}/health")
-    threads, before = threading.active_count(), generations()
-    storm = serve_clients.Storm(url, "tiny", want, prompts, (1, 5, 20))
-    storm.run(64, seconds)
-    assert not storm.wrong, f"{len(storm.wrong)}, e.g. {storm.wrong[:3]}"
-    assert min(storm.counts[k] for k in ("whole", "streamed", "left", "garbage")) > 10, storm.counts
-    wait_until(lambda: is_idle(engine) and not app.state.service.in_flight)
-    assert generations() <= before + 4  # some may be held by frames that are being left
-    assert threading.active_count() <= threads + 40  # the pool that makes ids of texts
-    answer = client_of(url).completions.create(model="tiny", prompt="x", max_tokens=5)
-    assert answer.choices[0].text == expected(engine, "x", 5)
-    print(dict(storm.counts))
+  engine, app, url = real
+  prompts, lengths = ["def f(", "import os", "x", "", "class A:\n  def", "é漢😀"], (3, 9, 20)
+  want = {
+    (prompt, size, tokens): lively.generate(prompt, size, max_tokens=tokens)
+    for prompt in prompts
+    for size in ("S", "M", "L", "XL")
+    for tokens in lengths
+  }
+  assert len(set(want.values())) > len(want) / 2
+  httpx.get(f"{url}/health")
+  before = generations(), threading.active_count(), psutil.Process().num_fds()
+  storm = serve_clients.Storm(url, "tiny", lambda *request: want[request], prompts, lengths)
+  storm.run(64, seconds)
+  print(dict(storm.counts))
+  assert not storm.wrong, f"{len(storm.wrong)}, e.g. {storm.wrong[:3]}"
+  assert min(storm.counts[k] for k in ("whole", "streamed", "left", "garbage")) > 10, storm.counts
+  assert storm.chosen >= {"S", "XL"}  # the load policy
+  wait_until(lambda: is_idle(engine) and not app.state.service.in_flight)
+  after = generations(), threading.active_count(), psutil.Process().num_fds()
+  assert after[0] <= before[0] + 4  # some may be held by frames that are being left
+  assert after[1] <= before[1] + 40  # the pool that makes ids of texts
+  assert after[2] <= before[2] + 64  # connections that are kept alive
+  answer = client_of(url).completions.create(
+    model="tiny:XL", prompt="x", max_tokens=20, temperature=0
+  )
+  assert answer.choices[0].text == want["x", "XL", 20]
+
+
+# ------------------------------------------------------------------ the program
+
+
+def test_the_program_finishes_what_is_running(tiny_run):
+  process = subprocess.Popen(
+    helpers.command("serve", f"--workdir={tiny_run}", "--port=0", "--slots=2", "--name=mine"),
+    cwd=helpers.ROOT,
+    env=helpers.PROGRAM_ENV,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    ready = process.stdout.readline()
+    assert ready.startswith("serving mine"), ready + process.stderr.read()
+    url = ready.split()[-1]
+    streams = [
+      client_of(url).completions.create(
+        model="mine:S", prompt="a", max_tokens=25, stream=True, temperature=t
+      )
+      for t in (0, 1, 1, 1)
+    ]
+    process.send_signal(signal.SIGTERM)
+    for stream in streams:
+      assert list(stream)[-1].choices[0].finish_reason in ("length", "stop")
+    assert process.wait(helpers.BACKSTOP_S) == 0
+    assert process.stdout.read() == "" and "Traceback" not in process.stderr.read()
+  finally:
+    process.kill()
+
+
+@pytest.mark.parametrize(
+  "args, words",
+  [
+    (["--host=0.0.0.0"], "MATFORMER_API_KEY"),
+    (["--name=a:b"], "without ':'"),
+    (["--host=192.0.2.1", "--api_key=k"], "cannot listen on --host=192.0.2.1 --port="),
+    (["--host=nowhere.invalid", "--api_key=k"], "cannot listen on --host=nowhere.invalid"),
+    (["--workdir=nowhere", "--port=0"], "nowhere"),
+  ],
+)
+def test_mistakes_of_its_flags_are_one_line(tiny_run, args, words):
+  result = helpers.run_program("serve", f"--workdir={tiny_run}", *args)
+  assert result.returncode == 1 and words in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
 
 
 # ------------------------------------------------------------------- the schema

@@ -8,8 +8,11 @@ import pathlib
 import re
 import shutil
 
+from fake_engine import served
 import pytest
-from test_serve import Settings, engine, model, served, server, url  # noqa: F401: fixtures
+
+import matformer_jax
+from matformer_jax.serving.service import Settings
 
 CHROMIUM = next(
   filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -17,6 +20,11 @@ CHROMIUM = next(
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+  return matformer_jax.load(tiny_run)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +52,8 @@ def picture(page, name):
 
 
 @pytest.mark.slow
-def test_the_page(browser, model):  # noqa: F811
-  with served(model, step_s=0.03, max_length=300) as (engine, _, url):  # noqa: F811
+def test_the_page(browser, model):
+  with served(model, step_s=0.03, max_length=300) as (engine, _, url):
     page = opened(browser, url, viewport={"width": 900, "height": 800})
     expect(page).to_have_title("tiny")
     slider = page.get_by_label("Size")
@@ -94,8 +102,8 @@ def test_the_page(browser, model):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_the_page_asks_for_a_key(browser, model):  # noqa: F811
-  with served(model, Settings("tiny", api_key="secret")) as (_, _, url):  # noqa: F811
+def test_the_page_asks_for_a_key(browser, model):
+  with served(model, Settings("tiny", api_key="secret")) as (_, _, url):
     page = opened(browser, url)
     key = page.get_by_label("API key")
     key.wait_for()

@@ -75,30 +75,35 @@ class Reply:
     ]
     return schemas.ChatCompletion(choices=choices, usage=self._usage(), **self._top(0))
 
-  async def events(self, first: Piece, rest: AsyncIterator[Piece], usage: bool):
+  async def events(
+    self, first: Piece, rest: AsyncIterator[Piece], options: schemas.StreamOptions
+  ) -> AsyncIterator[str]:
     """The answer as server-sent events, as it comes."""
     try:
-      for chunk in self._chunks(first):
+      for chunk in self._chunks(first, options.continuous_usage_stats):
         yield _event(chunk)
       async for piece in rest:
-        for chunk in self._chunks(piece):
+        for chunk in self._chunks(piece, options.continuous_usage_stats):
           yield _event(chunk)
     except Refusal as e:
       yield _event(schemas.Error(**e.body()))
       return
     self._measure()
-    if usage:
+    if options.include_usage:
       kind = schemas.ChatChunk if self._chat else schemas.Completion
       yield _event(kind(choices=[], usage=self._usage(), **self._top(first.index)))
     yield "data: [DONE]\n\n"
 
-  def _chunks(self, piece: Piece) -> Iterator[schemas.Completion | schemas.ChatChunk]:
+  def _chunks(
+    self, piece: Piece, with_usage: bool
+  ) -> Iterator[schemas.Completion | schemas.ChatChunk]:
+    usage = self._usage() if with_usage else None
     index, begins = piece.index, piece.index not in self._begun
     self._begun.add(index)
     if not self._chat:
       piece = dataclasses.replace(piece, text=self._echo[index] * begins + piece.text)
       if piece.text or piece.finish:
-        yield schemas.Completion(choices=[self._choice(piece)], **self._top(index))
+        yield schemas.Completion(choices=[self._choice(piece)], usage=usage, **self._top(index))
       return
     deltas: list[tuple[schemas.Delta, str | None]] = []
     if begins:
@@ -111,7 +116,7 @@ class Reply:
       choice = schemas.ChunkChoice(
         index=index, delta=delta, finish_reason=finish, matformer=self._size(index)
       )
-      yield schemas.ChatChunk(choices=[choice], **self._top(index))
+      yield schemas.ChatChunk(choices=[choice], usage=usage, **self._top(index))
 
   def _choice(self, piece: Piece) -> schemas.CompletionChoice:
     return schemas.CompletionChoice(
@@ -182,8 +187,7 @@ async def answer(service: Service, http: Request, body: Any, reply: Reply) -> Re
     first = await _unless_gone(http, anext(pieces))
     if first is None:
       return Response(status_code=GONE)
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    events = reply.events(first, pieces, usage)
+    events = reply.events(first, pieces, body.stream_options or schemas.StreamOptions())
     streaming = True
     return _EventStream(events, reply, first.index, service.settings.timeout + _SLOW_READER)
   finally:

@@ -53,6 +53,7 @@ class _Lenient(BaseModel):
 
 class StreamOptions(_Schema):
   include_usage: bool = False
+  continuous_usage_stats: bool = Field(False, description="Usage so far, in every chunk.")
   include_obfuscation: Literal[False] | None = None
 
 
