@@ -6,10 +6,8 @@ import dataclasses
 import threading
 import time
 
-import uvicorn
-
 from matformer_jax import granularity as gran
-from matformer_jax.serving import api
+from matformer_jax.serving import api, server
 from matformer_jax.serving.engine import Overloaded, Update
 from matformer_jax.serving.service import Settings
 
@@ -119,17 +117,18 @@ class FakeEngine:
 
 @contextlib.contextmanager
 def serving(app):
-  """The base URL of an application that uvicorn serves from a thread."""
-  config = uvicorn.Config(app, port=0, log_level="error", lifespan="off")
-  server = uvicorn.Server(config)
-  thread = threading.Thread(target=server.run)
+  """The base URL of an application that is served from a thread."""
+  ready = threading.Event()
+  listening = server.listen("127.0.0.1", 0)
+  url = server.url(listening)
+  running = server.Server(app, 0.0, ready.set, 1000)
+  thread = threading.Thread(target=running.run, args=([listening],))
   thread.start()
-  while not server.started:
-    time.sleep(0.01)
+  assert ready.wait(60)
   try:
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    yield url
   finally:
-    server.should_exit = True
+    running.should_exit = True
     thread.join()
 
 

@@ -182,7 +182,8 @@ def test_elastify_measures_one_order_and_one_training_beside_the_other(tmp_path,
         n: {"params": 10**6 * i, "loss": losses[workdir.name] / i, "loss_stderr": 0.1}
         for i, n in enumerate(("S", "M", "S*1+M*1"), 1)
       }
-      pathlib.Path(flag(args, "json")).write_text(json.dumps({"step": 7, "granularities": rows}))
+      found = {"step": 7, "source": flag(args, "source"), "granularities": rows}
+      pathlib.Path(flag(args, "json")).write_text(json.dumps(found))
 
   monkeypatch.setattr(commands, "run", run)
   monkeypatch.setattr(sys, "argv", ["elastify", "--config=elastify", "--config.steps=5"])
@@ -198,6 +199,10 @@ def test_elastify_measures_one_order_and_one_training_beside_the_other(tmp_path,
   assert flag(sampled, "config.init_from") == flag(distilled, "config.init_from")
   assert flag(sampled, "config.init_from").endswith("/ordered")
   assert all(flag(args, "source") == "text:b*" for module, args in calls if module == "evaluate")
+  for text, more in (("text:b*", 0), ("text:c*", 4)):  # what is measured is kept, of its text
+    before = len(calls)
+    elastify.measure(tmp_path, text, "evaluation_1.json", 9, 2, 4)
+    assert len(calls) - before == more
   table = elastify.losses_table(rows).splitlines()
   assert "9.000" in table[2] and "3.000" in table[2] and "1.000" in table[4]
   elastify.draw(rows, "title", tmp_path / "plot.png")

@@ -42,9 +42,26 @@ def overrides() -> list[str]:
   return [arg for arg in sys.argv[1:] if arg.startswith("--config")]
 
 
-def measured(workdir: pathlib.Path, file: str, module: str, *args: str | os.PathLike) -> Any:
-  """What a program writes to `file` in `workdir`; called where that is not of the newest step."""
+def measured(
+  workdir: pathlib.Path,
+  file: str,
+  module: str,
+  *args: str | os.PathLike,
+  source: str | None = None,
+) -> Any:
+  """What a program writes to `file` in `workdir`.
+
+  It is called where the file is missing, is not of the newest step, or is of another source.
+
+  Args:
+    source: the program's --source, if it is to have one.
+  """
   path = workdir / file
-  if not path.exists() or json.loads(path.read_text())["step"] != checkpoint.steps(workdir)[-1]:
-    run(module, f"--workdir={workdir}", *args)
+
+  def is_fresh(found: dict[str, Any]) -> bool:
+    newest = checkpoint.steps(workdir)[-1]
+    return found["step"] == newest and (source is None or found["source"] == source)
+
+  if not path.exists() or not is_fresh(json.loads(path.read_text())):
+    run(module, f"--workdir={workdir}", *([f"--source={source}"] if source else []), *args)
   return json.loads(path.read_text())

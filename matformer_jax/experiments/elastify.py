@@ -68,12 +68,12 @@ def measure(
       root / name,
       file,
       "evaluate",
-      f"--source={text}",
       f"--ladder={ladder}",
       f"--batches={batches}",
       f"--batch_size={batch_size}",
       "--metrics=loss",
       f"--json={path}",
+      source=text,
     )["granularities"]
   return rows
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import signal
 import socket
+import threading
 
 import uvicorn  # pyright: ignore[reportMissingImports]
 
@@ -14,6 +15,7 @@ from matformer_jax.errors import UserError
 from matformer_jax.serving.service import Service
 
 _CLOSING_SECONDS = 5  # in which responses that are complete are to reach their clients
+_IDLE_SECONDS = 60  # of a connection: a request that meets its end is lost, so it comes seldom
 
 
 class Server(uvicorn.Server):
@@ -38,6 +40,7 @@ class Server(uvicorn.Server):
       ws="none",
       server_header=False,
       limit_concurrency=connections,
+      timeout_keep_alive=_IDLE_SECONDS,
       timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
     super().__init__(config)
@@ -52,6 +55,9 @@ class Server(uvicorn.Server):
   @contextlib.contextmanager
   def capture_signals(self) -> Iterator[None]:
     # uvicorn's own raises the signal again at the end, so that the process would die of it.
+    if threading.current_thread() is not threading.main_thread():
+      yield  # only that one can listen to signals
+      return
     loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
     for number in signals:
       loop.add_signal_handler(number, self.stop)
