@@ -34,7 +34,7 @@ import matformer_jax
 from matformer_jax import granularity as gran
 from matformer_jax import tables
 from matformer_jax.checkpoints import card as cards
-from matformer_jax.checkpoints import model_dir
+from matformer_jax.checkpoints import checkpoint, model_dir
 from matformer_jax.config import MatLMConfig, model_config
 from matformer_jax.data.tokenizer import train_tokenizer
 from matformer_jax.models import matlm
@@ -75,6 +75,8 @@ def make_model(out: pathlib.Path) -> None:
   config = MatLMConfig(vocab_size=2048, num_layers=6, d_model=384, num_heads=6, seq_len=256)
   training = matformer_jax.get_config("matlm:quickstart")
   card = {
+    "format": checkpoint.FORMAT,
+    "task": "matlm",
     "model": config.to_dict(),
     "identity": {"tokenizer": tokenizer.sha256},
     "config": json.loads(training.to_json_best_effort()),
