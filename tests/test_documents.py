@@ -40,7 +40,7 @@ RUN = {
 # Programs that train, tokenise or compile for minutes: their flags are parsed, and --config loaded.
 # Each is run elsewhere in the tests.
 PARSE = {
-  *("train", "search", "pod_plan", "data.prepare"),
+  *("train", "search", "serve", "pod_plan", "data.prepare"),
   *("import_model", "experiments.vit", "experiments.vit_finetune", "experiments.elastify"),
 }
 SKIP = {

@@ -4,7 +4,8 @@ A directory (a run, a token store, a model from elsewhere) holds a tokenizer as
 
   tokenizer.model          SentencePiece's; what this package trains
   tokenizer.json           Hugging Face's
-  tokenizer_config.json    beside either: the tokens that begin and end a text
+  tokenizer_config.json    beside either: the tokens that begin and end a text, a chat template
+  chat_template.jinja      beside either: the chat template, where it is a file of its own
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from matformer_jax.errors import UserError, first_line, import_extra
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # read into the config, and kept there
 TOKENIZER_FILES = (HUGGING_FACE_FILE, SENTENCEPIECE_FILE, CONFIG_FILE)  # the first found is opened
 TYPES = ("bpe", "unigram")
 _SPACE = "\u2581"  # SentencePiece's space marker
@@ -51,12 +53,15 @@ class Tokenizer(abc.ABC):
     eos_id: end of text, appended to every document.
     bos_id: what every text begins with; None where texts begin with their first token.
     sha256: of all that defines ids and texts; stored in checkpoints and token stores.
+    config: tokenizer_config.json; its `chat_template` is that of chat_template.jinja if there is
+      one.
   """
 
   vocab_size: int
   eos_id: int
   bos_id: int | None
   sha256: str
+  config: dict[str, Any]
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without beginning and end of text."""
@@ -78,6 +83,11 @@ class Tokenizer(abc.ABC):
     Over a text's ids they sum to its length, but where the tokenizer changes text: a space that it
     puts before every text counts, and one that it normalises counts as it is written then.
     """
+
+  @property
+  @abc.abstractmethod
+  def special_tokens(self) -> dict[str, int]:
+    """Text -> id of the tokens that no text is encoded to."""
 
   @abc.abstractmethod
   def files(self) -> dict[str, bytes]:
@@ -146,7 +156,7 @@ class SentencePieceTokenizer(Tokenizer):
         "eos_id >= 0, or let this program train one (leave data.tokenizer empty)"
       )
     self.model = model
-    self._config = dict(config or {})
+    self.config = dict(config or {})
     self.bos_id = self._read_bos(origin)
     bos = b"" if self.bos_id is None else _to_json(self._sp.id_to_piece(self.bos_id))
     self.sha256 = hashlib.sha256(model + bos).hexdigest()
@@ -157,9 +167,9 @@ class SentencePieceTokenizer(Tokenizer):
       self._space_ids = []
 
   def _read_bos(self, origin: str) -> int | None:
-    if not self._config.get("add_bos_token"):
+    if not self.config.get("add_bos_token"):
       return None
-    name = _token(self._config, "bos_token", origin)
+    name = _token(self.config, "bos_token", origin)
     bos = self._sp.bos_id() if name is None else self._sp.piece_to_id(name)
     if bos < 0 or not self._sp.is_control(bos):
       raise DamagedTokenizer(
@@ -169,7 +179,7 @@ class SentencePieceTokenizer(Tokenizer):
     return bos
 
   def files(self):
-    config = {CONFIG_FILE: _to_json(self._config)} if self._config else {}
+    config = {CONFIG_FILE: _to_json(self.config)} if self.config else {}
     return {SENTENCEPIECE_FILE: self.model, **config}
 
   def encode_batch(self, texts):
@@ -187,6 +197,11 @@ class SentencePieceTokenizer(Tokenizer):
   @functools.cached_property
   def byte_lengths(self):
     return np.array([self._byte_length(i) for i in range(self.vocab_size)], np.int64)
+
+  @functools.cached_property
+  def special_tokens(self):
+    ids = (i for i in range(self.vocab_size) if self._sp.is_control(i))
+    return {self._sp.id_to_piece(i): i for i in ids}
 
   def _byte_length(self, i: int) -> int:
     if self._sp.is_byte(i):
@@ -245,11 +260,11 @@ class HuggingFaceTokenizer(Tokenizer):
     self._hf.no_padding()
     self._hf.encode_special_tokens = True
     self.definition = definition
-    self._config = dict(config or {})
+    self.config = dict(config or {})
     self.eos_id = self._read_eos(eos_id, origin)
     self.bos_id = self._read_bos(origin)
     names = [None if i is None else self._hf.id_to_token(i) for i in (self.eos_id, self.bos_id)]
-    self._config.setdefault("eos_token", names[0])
+    self.config.setdefault("eos_token", names[0])
     for name in filter(None, names):  # in the vocabulary, and not always marked as special
       self._hf.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
     self.vocab_size = 1 + max(self._hf.get_vocab().values())
@@ -257,10 +272,10 @@ class HuggingFaceTokenizer(Tokenizer):
     self.sha256 = hashlib.sha256(definition + _to_json(names)).hexdigest()
 
   def _read_eos(self, given: int | None, origin: str) -> int:
-    name = _token(self._config, "eos_token", origin)
+    name = _token(self.config, "eos_token", origin)
     if name is not None:
       return self._id(name, "eos_token", origin)
-    self._config.pop("eos_token", None)
+    self.config.pop("eos_token", None)
     if given is None:
       raise DamagedTokenizer(
         f"{origin}: no {CONFIG_FILE} beside it names the token that ends a text; write one, such "
@@ -271,7 +286,7 @@ class HuggingFaceTokenizer(Tokenizer):
     return given
 
   def _read_bos(self, origin: str) -> int | None:
-    name, add = _token(self._config, "bos_token", origin), self._config.get("add_bos_token")
+    name, add = _token(self.config, "bos_token", origin), self.config.get("add_bos_token")
     named = None if name is None else self._id(name, "bos_token", origin)
     if add is not None and not add:
       return None
@@ -297,7 +312,7 @@ class HuggingFaceTokenizer(Tokenizer):
     return found
 
   def files(self):
-    return {HUGGING_FACE_FILE: self.definition, CONFIG_FILE: _to_json(self._config)}
+    return {HUGGING_FACE_FILE: self.definition, CONFIG_FILE: _to_json(self.config)}
 
   def encode_batch(self, texts):
     # One by one: parallelism is the callers', by process, and the library's own takes all CPUs.
@@ -312,6 +327,11 @@ class HuggingFaceTokenizer(Tokenizer):
     for i, token in self._hf.get_added_tokens_decoder().items():
       lengths[i] = 0 if token.special else len(token.content.encode())
     return lengths
+
+  @functools.cached_property
+  def special_tokens(self):
+    added = self._hf.get_added_tokens_decoder().items()
+    return {token.content: i for i, token in added if token.special}
 
   def _byte_length(self, token: str) -> int:
     if self._byte_level:
@@ -356,6 +376,9 @@ def open_tokenizer(path: str | os.PathLike, eos_id: int | None = None) -> Tokeni
   except OSError as e:
     raise UserError(f"tokenizer {os.fspath(path)!r}: {e.strerror}; {_WHAT_TO_GIVE}") from e
   config = _read_config(file.with_name(CONFIG_FILE))
+  template = file.with_name(CHAT_TEMPLATE_FILE)
+  if template.exists():
+    config["chat_template"] = template.read_text(encoding="utf-8")
   if file.suffix == ".json":
     return HuggingFaceTokenizer(content, config, eos_id, os.fspath(file))
   return SentencePieceTokenizer(content, config, os.fspath(file))

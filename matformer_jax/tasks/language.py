@@ -14,6 +14,7 @@ from matformer_jax.config_keys import Config
 from matformer_jax.data import text_sources
 from matformer_jax.data.batches import ValidationWindows, Windows
 from matformer_jax.data.tokenizer import (
+  CHAT_TEMPLATE_FILE,
   TOKENIZER_FILES,
   Tokenizer,
   find_tokenizer,
@@ -38,7 +39,7 @@ class NextToken:
   rate = "tokens_per_s"
   metrics = lm.METRICS
   headline = "loss"
-  files = TOKENIZER_FILES
+  files = (*TOKENIZER_FILES, CHAT_TEMPLATE_FILE)
 
   def __init__(
     self,
