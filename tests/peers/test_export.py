@@ -25,6 +25,7 @@ from matformer_jax.exporting import compare
 from matformer_jax.loading import VisionModel
 from matformer_jax.models import matvit
 
+torch.set_num_threads(1)  # the models are tiny
 PROMPTS = export_models.tokens()
 SOURCE = [pathlib.Path(m.__file__).read_text() for m in (argparse, inspect, typing)]
 SPECIALS = AWKWARD[-3]  # transformers makes special tokens of it
@@ -79,7 +80,15 @@ def test_remote_code_has_the_true_size(tmp_path):
 
 def of_llama_cpp(file, length: int):
   return llama_cpp.Llama(
-    str(file), n_ctx=length, n_batch=length, logits_all=True, verbose=False, type_k=0, type_v=0
+    str(file),
+    n_ctx=length,
+    n_batch=length,
+    n_threads=1,
+    n_threads_batch=1,
+    logits_all=True,
+    verbose=False,
+    type_k=0,
+    type_v=0,
   )
 
 
