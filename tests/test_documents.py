@@ -32,6 +32,7 @@ RUN = {
   "describe": [],
   "evaluate": ["--batches=1"],
   "extract": [],
+  "export": ["--nocheck"],
   "generate": ["--max_tokens=4"],
   "latency": ["--rounds=1"],
   "retrieve": ["--ladder=2", "--max_queries=8", "--batch_size=512"],

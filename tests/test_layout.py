@@ -14,7 +14,7 @@ LAYERS = (
   ("data", "formats", "hosts"),
   ("models",),
   ("evals", "decoding"),
-  ("tasks",),
+  ("tasks", "exporting"),
   ("training", "checkpoints"),
   ("loading", "planning"),
   ("serving",),

@@ -8,15 +8,23 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted((helpers.ROOT / "notebooks").glob("*.ipynb"))
+WITH_PEERS = "06_out_into_the_world"  # runs in tests/peers
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+  "path", [p for p in NOTEBOOKS if p.stem != WITH_PEERS], ids=lambda p: p.stem
+)
 def test_notebook_runs(path: pathlib.Path, tiny_run, digits_run, dense_llama, monkeypatch):
   run = digits_run if "retrieval" in path.stem else tiny_run
   monkeypatch.setenv("MATFORMER_RUN", str(run))
   monkeypatch.setenv("MATFORMER_DENSE", str(dense_llama))
   monkeypatch.setenv("MATFORMER_TEXT", f"text:{dense_llama}/text/*.txt")
   monkeypatch.delenv("XLA_FLAGS")
+  execute(path)
+
+
+def execute(path: pathlib.Path) -> None:
+  """Raises at the first cell that fails."""
   notebook = nbformat.read(path, as_version=4)
   client = nbclient.NotebookClient(
     notebook,
@@ -25,7 +33,7 @@ def test_notebook_runs(path: pathlib.Path, tiny_run, digits_run, dense_llama, mo
     kernel_name="python3",
     resources={"metadata": {"path": str(path.parent)}},
   )
-  client.execute()  # raises at the first cell that fails
+  client.execute()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -29,13 +29,16 @@ class Transform:
     size: side of the square that must come out.
     name: of the config key, for errors.
 
+  Attributes:
+    steps: (name, arguments) of each operation.
+
   Raises:
     UserError: for an unknown operation or arguments that are not its own.
   """
 
   def __init__(self, text: str, size: int, name: str = "transform"):
     self.text, self.size, self._name = text, size, name
-    self._steps = [self._parse(part.strip()) for part in text.split("|") if part.strip()]
+    self.steps = [self._parse(part.strip()) for part in text.split("|") if part.strip()]
 
   def _parse(self, part: str) -> tuple[str, tuple[float, ...]]:
     match = re.fullmatch(r"(\w+)(?:\(([0-9., ]*)\))?", part)
@@ -57,7 +60,7 @@ class Transform:
 
   def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     """uint8 [size, size, channels]. Raises UserError where the size comes out differently."""
-    for name, args in self._steps:
+    for name, args in self.steps:
       image = OPERATIONS[name](image, rng, *args)
     if image.size != (self.size, self.size):
       raise UserError(

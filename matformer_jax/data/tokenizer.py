@@ -101,6 +101,13 @@ class Tokenizer(abc.ABC):
     """What to continue: as `begin`; end of text, after which another begins, for no ids at all."""
     return self.begin(text) or [self.eos_id]
 
+  @property
+  def chat_template(self) -> str | None:
+    """Jinja that makes one text of a conversation; None where there is none."""
+    config = json.loads(self.files().get(CONFIG_FILE, b"{}"))
+    template = config.get("chat_template")
+    return template if isinstance(template, str) else None
+
   def bos(self) -> list[int]:
     """[bos_id], or [] where there is none."""
     return [] if self.bos_id is None else [self.bos_id]
@@ -252,7 +259,7 @@ class HuggingFaceTokenizer(Tokenizer):
     self._hf.no_truncation()
     self._hf.no_padding()
     self._hf.encode_special_tokens = True
-    self._definition = definition
+    self.definition = definition
     self.config = dict(config or {})
     self.eos_id = self._read_eos(eos_id, origin)
     self.bos_id = self._read_bos(origin)
@@ -305,7 +312,7 @@ class HuggingFaceTokenizer(Tokenizer):
     return found
 
   def files(self):
-    return {HUGGING_FACE_FILE: self._definition, CONFIG_FILE: _to_json(self.config)}
+    return {HUGGING_FACE_FILE: self.definition, CONFIG_FILE: _to_json(self.config)}
 
   def encode_batch(self, texts):
     # One by one: parallelism is the callers', by process, and the library's own takes all CPUs.

@@ -1,4 +1,4 @@
-"""The dense architectures that become a MatLM, and how their weights are laid out in one."""
+"""The dense architectures that become a MatLM, and that a MatLM can be written as."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from matformer_jax.config import MatLMConfig
+from matformer_jax.config import MatLMConfig, ModelConfig
 from matformer_jax.errors import UserError
-from matformer_jax.formats import sources
+from matformer_jax.formats import layout, sources
 from matformer_jax.formats.sources import Source
 
 ACTIVATIONS = {
@@ -211,7 +211,7 @@ def read_params(source: Source, config: MatLMConfig) -> dict[str, Any]:
     return array
 
   with tqdm.tqdm(total=len(source.names), desc="reading", unit="array", mininterval=1.0) as bar:
-    params = _read_tree(config, read, _norm_offset(source))
+    params = layout.read_tree(config, read, _norm_offset(source))
   rest = {
     name
     for name in source.names - used
@@ -229,61 +229,66 @@ def _norm_offset(source: Source) -> float:
   return 0.0 if source.config.get("gguf_norms") else family_of(source).norm_offset
 
 
-def _read_tree(config: MatLMConfig, read, norm_offset: float) -> dict[str, Any]:
-  d, vocab = config.d_model, config.vocab_size
-  norm = lambda name, size: read(name, (size,)) + np.float32(norm_offset)
-  params: dict[str, Any] = {"embedding": read("model.embed_tokens.weight", (vocab, d))}
-  if not config.tied_head:
-    params["head"] = read("lm_head.weight", (vocab, d))
-  params["final_norm"] = {"scale": norm("model.norm.weight", d)}
-  stacks: dict[tuple[str, ...], np.ndarray] = {}
-  for layer in range(config.num_layers):
-    prefix = f"model.layers.{layer}."
-    of_layer = lambda name, *shape, prefix=prefix: read(prefix + name, shape)
-    for path, array in _layer(config, of_layer, lambda name, n, p=prefix: norm(p + name, n)):
-      stack = stacks.setdefault(path, np.empty((config.num_layers, *array.shape), np.float32))
-      stack[layer] = array
-  blocks: dict[str, Any] = {}
-  for (module, name), stack in stacks.items():
-    blocks.setdefault(module, {})[name] = stack
-  return params | {"blocks": {"0": blocks}}
+def architecture_of(config: MatLMConfig) -> str:
+  """The class in `transformers` as which a model is written.
 
-
-def _layer(config: MatLMConfig, read, norm) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
-  """((module, name), array) of a layer, as in models/layers.py."""
-  d, h, kv, ratio = config.d_model, config.head_dim, config.num_kv_heads, config.queries_per_kv
-  yield ("attention_norm", "scale"), norm("input_layernorm.weight", d)
-  yield ("ffn_norm", "scale"), norm("post_attention_layernorm.weight", d)
-
-  def heads(name: str, *rest: int) -> np.ndarray:
-    """[R + 2, A, N, H, ...] of the query, key and value projections."""
-    q = read(f"self_attn.q_proj.{name}", kv * ratio * h, *rest)
-    q = q.reshape(kv, ratio, h, *rest).swapaxes(0, 1)
-    k_v = [read(f"self_attn.{x}_proj.{name}", kv * h, *rest) for x in "kv"]
-    return grouped(np.concatenate([q, *(x.reshape(1, kv, h, *rest) for x in k_v)]), 1)
-
-  def grouped(array: np.ndarray, axis: int) -> np.ndarray:
-    """Key/value heads as [A, N]: the first ones of all are the first ones of each group."""
-    return _in_groups(array, axis, config.head_groups)
-
-  yield ("attention", "qkv"), heads("weight", d)
-  if config.qkv_bias:
-    yield ("attention", "qkv_bias"), heads("bias")
+  Raises:
+    UserError: where FAMILIES has none that computes what the model does.
+  """
   if config.qk_norm:
-    for x in "qk":
-      yield ("attention", f"{x}_norm"), read(f"self_attn.{x}_norm.weight", h)
-  out = read("self_attn.o_proj.weight", d, kv * ratio * h).T
-  yield ("attention", "out"), grouped(out.reshape(kv, ratio * h, d), 0)
-  width = config.ffn_widths[-1]
-  neurons = lambda array: _in_groups(array, 0, config.ffn_groups)
-  yield ("ffn", "in"), neurons(read("mlp.up_proj.weight", width, d))
-  if config.gated:
-    yield ("ffn", "gate"), neurons(read("mlp.gate_proj.weight", width, d))
-  yield ("ffn", "out"), neurons(read("mlp.down_proj.weight", d, width).T)
+    if not config.gated:
+      raise UserError(
+        "model.qk_norm=True without a gate is in none of the architectures "
+        f"{', '.join(FAMILIES)}; --format=stablehlo holds every model"
+      )
+    return "Qwen3ForCausalLM"
+  if not config.gated:
+    return "ArceeForCausalLM"
+  if config.qkv_bias:
+    return "Qwen2ForCausalLM"
+  return "GemmaForCausalLM" if config.activation == "gelu" else "LlamaForCausalLM"
 
 
-def _in_groups(array: np.ndarray, axis: int, groups: int) -> np.ndarray:
-  """An axis as (group, place), the i-th being place i // groups of group i % groups."""
-  shape = array.shape
-  split = array.reshape(*shape[:axis], shape[axis] // groups, groups, *shape[axis + 1 :])
-  return split.swapaxes(axis, axis + 1)
+def written_activation(config: ModelConfig) -> str:
+  """`transformers`' name of a model's activation."""
+  return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
+
+
+def dense_arrays(
+  config: MatLMConfig,
+  params: Mapping[str, Any],
+  family: Family,
+  size: layout.LayerSize | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+  """The arrays of a model by the names of `transformers`, float32, one after the other.
+
+  The inverse of `read_params`, for a submodel as well.
+
+  Args:
+    config: of the tree `params`, whose leaves are float32 arrays.
+    family: as which it is written. Where that does not scale embeddings as the model does, the
+      rows are scaled, and there is a head beside them: see `has_own_head`.
+    size: to which layers are padded with zeros; None leaves each as wide as it is.
+  """
+  factor = np.float32(_embedding_factor(config, family))
+  embedding = np.asarray(params["embedding"], np.float32)
+  yield "model.embed_tokens.weight", embedding * factor
+  if has_own_head(config, family):
+    yield "lm_head.weight", np.asarray(params.get("head", embedding), np.float32)
+  yield "model.norm.weight", np.asarray(params["final_norm"]["scale"]) - family.norm_offset
+  for i, layer in enumerate(layout.dense_layers(config, params, size)):
+    for name, array in layer.items():
+      part, _, kind = name.partition(".")
+      offset = family.norm_offset if part in ("attention_norm", "ffn_norm") else 0.0
+      yield f"model.layers.{i}.{layout.DECODER_LAYER[part]}.{kind}", array - np.float32(offset)
+
+
+def has_own_head(config: MatLMConfig, family: Family) -> bool:
+  """Whether a model has a head beside its embedding, written as `family`."""
+  return not config.tied_head or _embedding_factor(config, family) != 1
+
+
+def _embedding_factor(config: MatLMConfig, family: Family) -> float:
+  """By which rows are multiplied, so that with the family's own scale they come out as ours."""
+  root = config.d_model**0.5
+  return (config.embedding_scale or root) / (root if family.scaled_embedding else 1.0)

@@ -8,7 +8,7 @@ have is taken here too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 from typing import Any
@@ -138,6 +138,147 @@ def read_vocab(reader: Any, origin: str) -> GGUFVocab:
   )
 
 
+def from_tokenizer(tokenizer: Tokenizer) -> GGUFVocab:
+  """The vocabulary with which llama.cpp makes a tokenizer's ids: `to_tokenizer` inverts it.
+
+  Raises:
+    UserError: for a tokenizer that llama.cpp has no equal of.
+  """
+  if isinstance(tokenizer, SentencePieceTokenizer):
+    return _from_sentencepiece(tokenizer)
+  if isinstance(tokenizer, HuggingFaceTokenizer):
+    return _from_json(tokenizer)
+  raise UserError(f"--format=gguf: llama.cpp has no tokenizer like a {type(tokenizer).__name__}")
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> GGUFVocab:
+  proto = parse_sentencepiece(tokenizer.model)
+  if is_unigram(proto):
+    raise UserError(
+      "--format=gguf: llama.cpp spells no unknown character in bytes with a unigram tokenizer, so "
+      "its ids would be others; train with data.tokenizer_type=bpe, or use --format=hf"
+    )
+  spec = proto.normalizer_spec
+  if spec.precompiled_charsmap:
+    raise UserError(
+      f"--format=gguf: llama.cpp does not normalise text as this tokenizer does ({spec.name}); "
+      "use --format=hf"
+    )
+  return GGUFVocab(
+    model="llama",
+    tokens=[piece.piece for piece in proto.pieces],
+    scores=[piece.score for piece in proto.pieces],
+    types=[piece.type for piece in proto.pieces],
+    eos_id=tokenizer.eos_id,
+    bos_id=tokenizer.bos_id,
+    unk_id=proto.trainer_spec.unk_id,
+    add_bos=tokenizer.bos_id is not None,
+    add_space_prefix=spec.add_dummy_prefix,
+    remove_extra_whitespaces=spec.remove_extra_whitespaces,
+    chat_template=tokenizer.chat_template,
+  )
+
+
+def _from_json(tokenizer: HuggingFaceTokenizer) -> GGUFVocab:
+  definition = json.loads(tokenizer.definition)
+  model = definition["model"]
+  pre = _pre_name(definition)
+  if model["type"] != "BPE" or model.get("byte_fallback") or pre is None:
+    raise UserError(
+      "--format=gguf: llama.cpp is known here to cut text before BPE as "
+      f"{', '.join(PRE)} do, and this tokenizer.json does it otherwise; use --format=hf"
+    )
+  tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
+  types = [UNUSED] * tokenizer.vocab_size
+  for token, i in model["vocab"].items():
+    tokens[i], types[i] = token, NORMAL
+  for token in definition["added_tokens"]:
+    i = token["id"]
+    tokens[i], types[i] = token["content"], CONTROL if token["special"] else USER_DEFINED
+  for i in (tokenizer.eos_id, tokenizer.bos_id):
+    if i is not None:
+      types[i] = CONTROL
+  return GGUFVocab(
+    model="gpt2",
+    tokens=tokens,
+    types=types,
+    merges=[m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
+    eos_id=tokenizer.eos_id,
+    bos_id=tokenizer.bos_id,
+    pre=pre,
+    add_bos=tokenizer.bos_id is not None,
+    chat_template=tokenizer.chat_template,
+  )
+
+
+def _pre_name(definition: Mapping[str, Any]) -> str | None:
+  """The key of PRE that a tokenizer.json amounts to; None where there is none."""
+  split = definition.get("pre_tokenizer") or {}
+  steps = split["pretokenizers"] if split.get("type") == "Sequence" else [split]
+  patterns: list[str] = []
+  byte_level = False
+  for step in steps:
+    kind, pattern = step.get("type"), step.get("pattern", {})
+    if kind == "Split" and "Regex" in pattern and step["behavior"] == "Isolated":
+      patterns.append(pattern["Regex"])
+    elif kind == "Digits" and step["individual_digits"]:
+      patterns.append(r"\p{N}")
+    elif kind == "ByteLevel" and not step["add_prefix_space"]:
+      patterns += [_WORDS] if step.get("use_regex", True) else []
+      byte_level = True
+    else:
+      return None
+  found = _Pre(
+    tuple(map(_canonical, patterns)),
+    ignore_merges=bool(definition["model"].get("ignore_merges")),
+    normalizer=definition.get("normalizer"),
+  )
+  same = lambda pre: (
+    tuple(map(_canonical, pre.patterns)) == found.patterns
+    and pre.ignore_merges == found.ignore_merges
+    and pre.normalizer == found.normalizer
+  )
+  return next((name for name, pre in PRE.items() if byte_level and same(pre)), None)
+
+
+def _canonical(pattern: str) -> str:
+  """One way to write a pattern of Llama 3's or Qwen's, of those in use."""
+  return pattern.replace(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?i:ends)").replace(
+    "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", "(?i:ends)"
+  )
+
+
+def add_to(writer: Any, vocab: GGUFVocab, size: int) -> None:
+  """Adds a vocabulary to a `gguf.GGUFWriter`.
+
+  Args:
+    size: rows of the embedding; UNUSED tokens fill it up.
+  """
+  rest = size - len(vocab.tokens)
+  filler = [f"[PAD{len(vocab.tokens) + i}]" for i in range(rest)]
+  writer.add_tokenizer_model(vocab.model)
+  if vocab.model == "gpt2":
+    writer.add_tokenizer_pre(vocab.pre)
+    writer.add_token_merges(list(vocab.merges))
+  else:
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([*vocab.scores, *[0.0] * rest])
+    writer.add_add_space_prefix(vocab.add_space_prefix)
+    writer.add_remove_extra_whitespaces(vocab.remove_extra_whitespaces)
+  writer.add_token_list([*vocab.tokens, *filler])
+  writer.add_token_types([*vocab.types, *[UNUSED] * rest])
+  writer.add_add_bos_token(vocab.add_bos)
+  writer.add_add_eos_token(False)
+  assert vocab.eos_id is not None
+  writer.add_eos_token_id(vocab.eos_id)
+  if vocab.bos_id is not None:
+    writer.add_bos_token_id(vocab.bos_id)
+  if vocab.unk_id is not None:
+    writer.add_unk_token_id(vocab.unk_id)
+  if vocab.chat_template is not None:
+    writer.add_chat_template(vocab.chat_template)
+
+
 def to_tokenizer(vocab: GGUFVocab) -> Tokenizer:
   """The tokenizer that a GGUF vocabulary describes; its `save` writes it to a directory.
 
@@ -196,6 +337,29 @@ def tokenizer_json(vocab: GGUFVocab) -> bytes:
     },
   }
   return json.dumps(definition, ensure_ascii=False).encode()
+
+
+def parse_sentencepiece(model: bytes) -> Any:
+  """The ModelProto of a serialised SentencePiece model."""
+  # Typed by hand: protobuf makes its classes when it is imported.
+  from sentencepiece import sentencepiece_model_pb2
+
+  module: Any = sentencepiece_model_pb2
+  proto = module.ModelProto()
+  proto.ParseFromString(model)
+  return proto
+
+
+def is_unigram(proto: Any) -> bool:
+  """Whether a model is a unigram model; else it is BPE.
+
+  Raises:
+    UserError: for other kinds.
+  """
+  kind = proto.trainer_spec.model_type
+  if kind not in (1, 2):  # UNIGRAM, BPE
+    raise UserError("a SentencePiece model of words or characters has no equal elsewhere")
+  return kind == 1
 
 
 def sentencepiece_model(vocab: GGUFVocab) -> bytes:

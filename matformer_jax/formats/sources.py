@@ -121,7 +121,7 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------- GGUF
 
 # Architecture -> (the class of transformers, are rows of q and k in interleaved order).
-_GGUF = {
+GGUF_ARCHITECTURES = {
   "llama": ("LlamaForCausalLM", True),
   "qwen2": ("Qwen2ForCausalLM", False),
   "qwen3": ("Qwen3ForCausalLM", False),
@@ -164,11 +164,11 @@ def _open_gguf(path: pathlib.Path) -> Source:
   except Exception as e:  # of the package's own kinds
     raise UserError(f"--from={path} cannot be read as GGUF ({e})") from e
   architecture = str(fields.get("general.architecture"))
-  if architecture not in _GGUF:
+  if architecture not in GGUF_ARCHITECTURES:
     raise UserError(
-      f"--from={path}: architecture {architecture!r} is not one of {', '.join(_GGUF)}"
+      f"--from={path}: architecture {architecture!r} is not one of {', '.join(GGUF_ARCHITECTURES)}"
     )
-  name, interleaved = _GGUF[architecture]
+  name, interleaved = GGUF_ARCHITECTURES[architecture]
   get = lambda key, default=None: fields.get(f"{architecture}.{key}", default)
   for key in _GGUF_REQUIRED:
     if get(key) is None:

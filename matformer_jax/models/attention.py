@@ -54,6 +54,8 @@ def blocked_attention(q, k, v, causal: bool, block: int, origin_BxT=None) -> jax
 
 def _blocks(length: int, causal: bool, block: int) -> list[tuple[int, int, int]]:
   """(first query, end of queries, end of the keys that they may see)."""
+  if not isinstance(length, int):  # symbolic, see exporting/stablehlo.py
+    return [(0, length, length)]
   stops = [(i, min(i + block, length)) for i in range(0, length, block)]
   return [(start, stop, stop if causal else length) for start, stop in stops]
 

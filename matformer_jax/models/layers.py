@@ -330,9 +330,11 @@ def _rope_at(config: ModelConfig, length: int, start, cache, origin_BxT):
   """sin, cos of the positions of `length` tokens, alone or after those in a cache."""
   assert config.rope_base is not None
   longest = length if start is None else cache["k"].shape[-2]
-  table = ops.rope_table(longest, config.head_dim, config.rope_base, config.rope_scaling)
+  known = isinstance(longest, int)
+  rows = longest if known else config.num_tokens  # a symbolic length is at most that
+  table = ops.rope_table(rows, config.head_dim, config.rope_base, config.rope_scaling)
   if start is None and origin_BxT is None:
-    return table
+    return table if known else [jnp.asarray(t)[:longest] for t in table]
   positions = (0 if start is None else start[:, None]) + jnp.arange(length)
   if origin_BxT is not None:
     positions = positions - origin_BxT
