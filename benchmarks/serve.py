@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 import numpy as np
 
@@ -180,6 +180,7 @@ def summary(answers: list[Answer], seconds: float) -> dict:
 
 
 def main(argv) -> None:
+  logging.set_verbosity(logging.ERROR)
   with tempfile.TemporaryDirectory() as directory:
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path(directory, "model"))
     if not _WORKDIR.value:

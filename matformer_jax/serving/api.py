@@ -141,7 +141,7 @@ def make_app(engine: Engine, model: loading.LanguageModel, settings: Settings) -
   async def fault(_, e: Exception) -> Any:
     return JSONResponse(Refusal(500, "the server failed; its log says how").body(), 500)
 
-  service.paths = frozenset(route.path for route in app.routes)
+  service.paths = frozenset(getattr(route, "path", "") for route in app.routes)
   schema = app.openapi
 
   def openapi() -> dict[str, Any]:

@@ -8,11 +8,14 @@ import contextlib
 import dataclasses
 import functools
 import time
+from typing import Literal
 
 from matformer_jax.data.tokenizer import Tokenizer
 from matformer_jax.serving.engine import Engine, Request, Update
 from matformer_jax.serving.refusals import Refusal, stopping, timed_out
 from matformer_jax.serving.text import TextStream
+
+Finish = Literal["stop", "length"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Piece:
 
   index: int
   text: str
-  finish: str | None
+  finish: Finish | None
 
 
 class Generation:

@@ -18,7 +18,7 @@ from starlette.responses import (  # pyright: ignore[reportMissingImports]
 )
 
 from matformer_jax.serving import schemas
-from matformer_jax.serving.generation import Generation, Piece
+from matformer_jax.serving.generation import Finish, Generation, Piece
 from matformer_jax.serving.refusals import Refusal
 from matformer_jax.serving.service import Service
 
@@ -56,13 +56,13 @@ class Reply:
 
   async def whole(self) -> schemas.Completion | schemas.ChatCompletion:
     """The answer when it is complete."""
-    texts, finish = list(self._echo), [""] * len(self._echo)
+    texts, finish = list(self._echo), {}
     async for piece in self.generation.pieces():
       texts[piece.index] += piece.text
-      finish[piece.index] = piece.finish or ""
+      finish[piece.index] = piece.finish
     self._measure()
     if not self._chat:
-      choices = [self._choice(Piece(i, t, f)) for i, (t, f) in enumerate(zip(texts, finish))]
+      choices = [self._choice(Piece(i, text, finish[i])) for i, text in enumerate(texts)]
       return schemas.Completion(choices=choices, usage=self._usage(), **self._top(0))
     choices = [
       schemas.ChatChoice(
@@ -105,7 +105,7 @@ class Reply:
       if piece.text or piece.finish:
         yield schemas.Completion(choices=[self._choice(piece)], usage=usage, **self._top(index))
       return
-    deltas: list[tuple[schemas.Delta, str | None]] = []
+    deltas: list[tuple[schemas.Delta, Finish | None]] = []
     if begins:
       deltas.append((schemas.Delta(role="assistant", content=""), None))
     if piece.text:

@@ -16,6 +16,8 @@ from pydantic import (  # pyright: ignore[reportMissingImports]
   StrictInt,
 )
 
+from matformer_jax.serving.generation import Finish
+
 MOST_CHOICES = 128  # of a request: prompts times n
 MOST_STOPS = 16
 
@@ -53,7 +55,7 @@ class _Lenient(BaseModel):
 
 class StreamOptions(_Schema):
   include_usage: bool = False
-  continuous_usage_stats: bool = Field(False, description="Usage so far, in every chunk.")
+  continuous_usage_stats: bool = Field(default=False, description="Usage so far, in every chunk.")
   include_obfuscation: Literal[False] | None = None
 
 
@@ -65,12 +67,12 @@ class _Request(_Schema):
     description="`name` (the load policy chooses), `name:M`, `name:M*2+L*2`, or a budget: "
     "`name:0.6x` of the parameters, `name:15ms` a token.",
   )
-  max_tokens: int | None = Field(None, ge=1, lt=2**31)
-  temperature: float | None = Field(None, ge=0, le=2, description="Default 1; 0 is greedy.")
-  top_p: float | None = Field(None, gt=0, le=1)
-  top_k: int | None = Field(None, ge=0, lt=2**31, description="0 keeps all. Not OpenAI's.")
-  n: int | None = Field(None, ge=1, le=MOST_CHOICES)
-  seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Taken modulo 2^32.")
+  max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+  temperature: float | None = Field(default=None, ge=0, le=2, description="Default 1; 0 is greedy.")
+  top_p: float | None = Field(default=None, gt=0, le=1)
+  top_k: int | None = Field(default=None, ge=0, lt=2**31, description="0 keeps all. Not OpenAI's.")
+  n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
+  seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Taken modulo 2^32.")
   stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] | None = None
   stream: bool | None = None
   stream_options: StreamOptions | None = None
@@ -88,7 +90,7 @@ class CompletionRequest(_Request):
     | _Ids
     | Annotated[list[_Ids], Field(min_length=1, max_length=MOST_CHOICES)]
   )
-  echo: bool | None = Field(None, description="The text begins with the prompt.")
+  echo: bool | None = Field(default=None, description="The text begins with the prompt.")
   best_of: Literal[1] | None = None
   logprobs: None = None
   suffix: Annotated[str, Field(max_length=0)] | None = None
@@ -120,7 +122,7 @@ class ResponseFormat(_Schema):
 
 class ChatRequest(_Request):
   messages: list[Message] = Field(min_length=1)
-  max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+  max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
   logprobs: Literal[False] | None = None
   top_logprobs: Literal[0] | None = None
   tools: _NoItems | None = None
@@ -166,7 +168,7 @@ class Usage(_Schema):
 class CompletionChoice(_Schema):
   index: int
   text: str
-  finish_reason: Literal["stop", "length"] | None
+  finish_reason: Finish | None
   logprobs: None = None
   matformer: Size
 
@@ -192,7 +194,7 @@ class AnsweredMessage(_Schema):
 class ChatChoice(_Schema):
   index: int
   message: AnsweredMessage
-  finish_reason: Literal["stop", "length"]
+  finish_reason: Finish
   logprobs: None = None
   matformer: Size
 
@@ -215,7 +217,7 @@ class Delta(_Schema):
 class ChunkChoice(_Schema):
   index: int
   delta: Delta
-  finish_reason: Literal["stop", "length"] | None
+  finish_reason: Finish | None
   logprobs: None = None
   matformer: Size
 
@@ -235,7 +237,7 @@ class ModelRecord(_Schema):
   object: Literal["model"] = "model"
   created: int
   owned_by: str = "matformer_jax"
-  matformer: Size | None = Field(None, description="None where the load policy chooses.")
+  matformer: Size | None = Field(default=None, description="None where the load policy chooses.")
 
 
 class ModelList(_Schema):

@@ -18,7 +18,8 @@ TALK = [
 ]
 # What templates of public models make use of.
 TEMPLATES = {
-  "whitespace control": "{% for m in messages %}\n  {%- if loop.first %}{{ bos_token }}{% endif %}\n"
+  "whitespace control": "{% for m in messages %}\n"
+  "  {%- if loop.first %}{{ bos_token }}{% endif %}\n"
   "    {{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}\n",
   "namespace and slices": "{% set ns = namespace(n=0) %}{% for m in messages[1:] %}"
   "{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m.content[:3] }}{% endfor %}{{ messages[-1].role }}",
@@ -26,7 +27,8 @@ TEMPLATES = {
   "{{ m.content }}{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
   "tojson": "{{ messages | tojson }}|{{ messages[0] | tojson(indent=2) }}|{{ 'é<&>' | tojson }}",
   "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
-  "{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+  "{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+  "{% endfor %}",
   "date and tools": "{{ strftime_now('%Y') }}{% if tools %}tools{% endif %}"
   "{% if tools is not none %}t{% endif %}{% if documents %}d{% endif %}{{ add_generation_prompt }}",
 }
@@ -51,8 +53,8 @@ def ours(file):
 def test_ids_of_smollm2(theirs, ours):
   template = chat.open_template(ours)
   source = ours.config["chat_template"]
-  # Where they agree on the text alone: transformers does not read how a GGUF file splits digits, and
-  # makes special tokens of what spells one.
+  # Where they agree on the text alone: transformers does not read how a GGUF file splits digits,
+  # and makes special tokens of what spells one.
   words = [t for t in AWKWARD if t.strip() and ours.encode(t) == theirs(t).input_ids]
   assert len(words) > len(AWKWARD) / 2
   for talk in (TALK, TALK[1:], *([{"role": "user", "content": w}] for w in words)):
