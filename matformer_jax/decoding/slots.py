@@ -31,9 +31,7 @@ from matformer_jax.errors import check_seed
 from matformer_jax.models import cache as kv
 from matformer_jax.models import matlm, rows
 
-# Tokens of a prompt that one call reads: prompts are cut into pieces of the last number, and
-# what is left is padded to the first one that holds it.
-PIECES = (16, decode.BUCKET)
+PIECE = 32  # tokens of a prompt that one call reads
 
 
 @functools.partial(
@@ -123,10 +121,9 @@ class SlotDecoder(Decoder):
     Padding is written to positions that are written again before they are read.
     """
     rest = np.asarray(prompt[:-1], np.int32)
-    for start in range(0, len(rest), PIECES[-1]):
-      piece = rest[start : start + PIECES[-1]]
-      width = next(size for size in PIECES if size >= len(piece))
-      yield np.pad(piece, (0, width - len(piece)))[None], start
+    for start in range(0, len(rest), PIECE):
+      piece = rest[start : start + PIECE]
+      yield np.pad(piece, (0, PIECE - len(piece)))[None], start
 
   def read(
     self, weights, slots: Slots, slot: int, tokens, start: int, granularity: gran.Granularity

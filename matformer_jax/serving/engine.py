@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Collection, Iterator
+import concurrent.futures
 import dataclasses
 import itertools
 import threading
@@ -24,8 +25,7 @@ from matformer_jax import granularity as gran
 from matformer_jax.decoding import slots as slotted
 from matformer_jax.decoding.decode import BUCKET, Sampling, bucket
 from matformer_jax.decoding.slots import SlotDecoder
-from matformer_jax.decoding.speculative import CostMeter, SpeculativeDecoder
-from matformer_jax.decoding.speculative import Stats as DraftStats
+from matformer_jax.decoding.speculative import SpeculativeDecoder
 from matformer_jax.errors import UserError, check_seed
 from matformer_jax.loading import LanguageModel
 from matformer_jax.serving import policy as policies
@@ -34,8 +34,9 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 
 CALL_SECONDS = 0.03  # a program call makes about as many tokens as take this long
 MOST_STEPS = 16
-DRAFT_LENGTHS = (0, 4)  # 0: where drafting does not pay
-CAPACITIES = 3  # cache lengths that programs are compiled for, each a quarter of the next
+DRAFT_LENGTH = 4
+CAPACITIES = 2  # cache lengths that programs are compiled for, each a quarter of the next
+RETRY = 64  # calls after which what did not pay is tried again
 
 
 class Overloaded(Exception):
@@ -344,9 +345,12 @@ class Engine:
     steps = self._steps if alone else 1
     self._make_room(steps + max(self._lengths[slot] for slot in running))
     drafter = self._drafter
+    may_draft = alone and not self._queue and drafter and self._may_draft(running.values())
+    drafting = bool(may_draft and drafter and drafter.pays())
     started = time.perf_counter()
     with self._timed():
-      if drafter and alone and not self._queue and self._may_draft(running.values()):
+      if drafting:
+        assert drafter is not None
         self._slots, drafted, accepted = drafter.advance(self._weights, self._slots, steps)
         self._totals["drafted"] += drafted
         self._totals["accepted"] += accepted
@@ -356,7 +360,10 @@ class Engine:
         (self._slots.tokens, self._slots.length, self._slots.done)
       )
     elapsed = time.perf_counter() - started
-    self._totals["steps"] += int(max(lengths[slot] - self._lengths[slot] for slot in running))
+    made = int(max(lengths[slot] - self._lengths[slot] for slot in running))
+    self._totals["steps"] += made
+    if may_draft:
+      drafter.record(drafting, made / elapsed)
     if alone:
       self._steps = max(1, min(MOST_STEPS, 2 * steps, int(steps * CALL_SECONDS / elapsed)))
     self._lengths = lengths.copy()
@@ -408,24 +415,36 @@ class Engine:
     return _Stopwatch(self)
 
   def _warm_up(self) -> slotted.Slots:
-    """Compiles every program; empty slots of the smallest capacity."""
-    slots, full = None, gran.full(self._config)
-    row = np.zeros(self._count, bool)
-    for length in tqdm.tqdm(self._capacities, desc="compiling", unit="cache length"):
+    """Compiles every program, several at a time; empty slots of the smallest capacity."""
+    with (
+      concurrent.futures.ThreadPoolExecutor() as pool,
+      tqdm.tqdm(total=2 * len(self._capacities), desc="compiling", unit="program") as bar,
+    ):
+      runs = []
+      for length in self._capacities:
+        for run in (self._warm_up_plain, self._warm_up_draft):
+          runs.append(pool.submit(run, length))
+          runs[-1].add_done_callback(lambda _: bar.update())
+      for run in runs:
+        run.result()
+    return self._decoder.empty(self._weights, self._count, self._capacities[0])
+
+  def _warm_up_plain(self, length: int) -> None:
+    full = gran.full(self._config)
+    slots = self._decoder.empty(self._weights, self._count, length)
+    for piece in self._decoder.pieces([0, 0]):
+      slots = self._decoder.read(self._weights, slots, 0, *piece, full)
+    slots = self._decoder.join(slots, 0, [0, 0], 2, full, Sampling(), 0)
+    slots = self._decoder.advance(self._weights, slots, 1)
+    slots = self._decoder.leave(slots, np.ones(self._count, bool))
+    for other in self._capacities:
+      self._decoder.resize(slots, other)
+
+  def _warm_up_draft(self, length: int) -> None:
+    if self._drafter:
       slots = self._decoder.empty(self._weights, self._count, length)
-      for width in slotted.PIECES:
-        piece = np.zeros((1, width), np.int32)
-        slots = self._decoder.read(self._weights, slots, 0, piece, 0, full)
-      for sampling in (Sampling(), Sampling(1.0)):
-        slots = self._decoder.join(slots, 0, [0], 4, full, sampling, 0)
-        slots = self._decoder.advance(self._weights, slots, 1)
-        if self._drafter and sampling.temperature == 0:
-          slots, *_ = self._drafter.advance(self._weights, slots, 1)
-        slots = self._decoder.leave(slots, ~row)
-      for other in self._capacities:
-        self._decoder.resize(slots, other)
-    assert slots is not None
-    return self._decoder.resize(slots, self._capacities[0])
+      slots = self._decoder.join(slots, 0, [0], 2, gran.full(self._config), Sampling(), 0)
+      self._drafter.advance(self._weights, slots, 1)
 
 
 class _Stopwatch:
@@ -442,29 +461,31 @@ class _Stopwatch:
 
 
 class _Drafter:
-  """Speculative decoding of all slots, drafted by one size."""
+  """Speculative decoding of all slots, drafted by one size, where it is faster than without."""
 
   def __init__(self, decoder: SlotDecoder, size: gran.Granularity):
     draft = dataclasses.replace(decoder, granularity=size)
-    self._decoder = SpeculativeDecoder(decoder, draft, DRAFT_LENGTHS)
-    self._meter = CostMeter(DRAFT_LENGTHS)
-    self._stats: DraftStats | None = None
-    self._before = np.zeros(3)
+    self._decoder = SpeculativeDecoder(decoder, draft, (DRAFT_LENGTH,))
+    self._speeds: dict[bool, float] = {}  # tokens per second with and without, lately
+    self._calls = 0
 
   def advance(self, weights, slots: slotted.Slots, steps: int):
     """(slots, tokens drafted, tokens accepted), the slots having at least `steps` more."""
-    started = time.perf_counter()
-    slots, self._stats = self._decoder.advance(
-      weights, weights, slots, steps, self._stats, self._meter.costs()
-    )
-    stats = jax.device_get(self._stats)
-    now = np.array([stats.rounds.max(), stats.drafted.sum(), stats.accepted.sum()])
-    rounds, drafted, accepted = now - self._before
-    self._before = now
-    self._meter.record(time.perf_counter() - started, float(rounds))
-    if now.max() > 2**22:  # float32 counts
-      self._stats, self._before = None, np.zeros(3)
-    return slots, int(drafted), int(accepted)
+    slots, stats = self._decoder.advance(weights, weights, slots, steps)
+    drafted, accepted = jax.device_get((stats.drafted, stats.accepted))
+    return slots, int(drafted.sum()), int(accepted.sum())
+
+  def pays(self) -> bool:
+    """Whether to draft in the next call; what seems slower is tried again now and then."""
+    self._calls += 1
+    if len(self._speeds) < 2:
+      return True not in self._speeds
+    faster = self._speeds[True] > self._speeds[False]
+    return not faster if self._calls % RETRY == 0 else faster
+
+  def record(self, drafting: bool, speed: float) -> None:
+    """Tells how fast a call was, in tokens per second."""
+    self._speeds[drafting] = 0.8 * self._speeds.get(drafting, speed) + 0.2 * speed
 
 
-_SPARE = max(DRAFT_LENGTHS) + 2  # positions beyond a sequence that a call may write
+_SPARE = DRAFT_LENGTH + 2  # positions beyond a sequence that a call may write
