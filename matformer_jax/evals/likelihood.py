@@ -32,7 +32,7 @@ LEAST_WIDTH = 32  # of a batch of whole sequences
 LEAST_TAIL = 8  # of a batch of what follows shared beginnings
 LEAST_SHARED = 16  # tokens, to be worth a cache
 CHUNK = 256  # most scored positions whose logits are computed together
-AHEAD = 2  # program calls dispatched before results are read
+AHEAD = 2  # program calls dispatched before results are read; on a mesh of CPUs, two can deadlock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,8 @@ class Scorer:
     self.programs: dict[tuple, int] = {}
     self.tokens_run = np.zeros(2, np.int64)
     self._shards = sharding.batch_shards(execution.mesh)
+    on_cpus = execution.mesh is not None and execution.mesh.devices.flat[0].platform == "cpu"
+    self._ahead = 0 if on_cpus else AHEAD
 
   def score(
     self, requests: Sequence[Request], progress: Callable[[int], None] = lambda n: None
@@ -215,7 +217,7 @@ class Scorer:
 
   def _expect(self, scores: jax.Array, requests: np.ndarray) -> None:
     self._pending.append((scores, requests))
-    self._collect(AHEAD)
+    self._collect(self._ahead)
 
   def _collect(self, left: int) -> None:
     """Adds up what programs returned, all but the last `left` of them."""
