@@ -30,7 +30,7 @@ METRICS = ("acc_norm", "exact_match", "acc", "em", "f1")
 PAPER25 = (
   Row("TriviaQA (EM)", "triviaqa", "exact_match"),
   Row("NaturalQuestions (EM)", "nq_open", "exact_match"),
-  Row("WebQuestions (EM)", "webqs", "exact_match"),
+  Row("WebQuestions (EM)", "matformer_webqs", "exact_match"),
   Row("LAMBADA", "lambada_openai", "acc"),
   Row("HellaSwag", "hellaswag", "acc_norm"),
   Row("StoryCloze", "storycloze_2016", "acc"),
