@@ -37,14 +37,16 @@ DATA_FILES = (".jsonl", ".json")
 # ---------------------------------------------------------------------- tasks
 
 
-def parse_tasks(names: Sequence[str], known: Sequence[str]) -> list[Row]:
+def parse_tasks(names: Sequence[str], known: Sequence[str], groups: Sequence[str]) -> list[Row]:
   """Rows of the table for names of tasks and of sets of them, each once.
 
   Raises:
-    UserError: for a name that is neither.
+    UserError: for a name that is neither, or one of the harness's own groups of tasks.
   """
   rows: dict[str, Row] = {}
   for name in names:
+    if name in groups and name not in known:
+      raise UserError(f"--tasks: {name} is a group; give its tasks, of which each is a row")
     if name not in SETS and name not in known:
       near = did_you_mean(name, [*SETS, *known])
       near = near if "did you mean" in near else "; `lm_eval ls tasks` lists them"
@@ -98,8 +100,6 @@ def load_task(manager: Any, name: str, data: str | None) -> Any:
       f"({first_line(e)}); copy that directory from a machine that has it, or put its splits into "
       f"DIR/{name}/SPLIT.jsonl and give --data=DIR"
     ) from e
-  if list(loaded) != [name]:
-    raise UserError(f"--tasks: {name} is a group; give its tasks, such as {next(iter(loaded))}")
   return loaded[name]
 
 
@@ -266,7 +266,7 @@ def main(argv) -> None:
   import_extra("datasets", needed_by, "eval").disable_progress_bars()
   runtime.enable_compilation_cache()
   manager = tasks.TaskManager(include_path=[str(TASKS_DIR), *_INCLUDE_PATH.value])
-  rows = parse_tasks(_TASKS.value or ["paper25"], manager.all_subtasks)
+  rows = parse_tasks(_TASKS.value or ["paper25"], manager.all_subtasks, manager.all_tasks)
   for row in rows:
     local_data(_DATA.value, row.task)
   model = load(workdir, _STEP.value, LanguageModel)
