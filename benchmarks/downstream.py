@@ -4,7 +4,7 @@
   python benchmarks/downstream.py --hf=SmolLM2.gguf    # a directory or GGUF file that both can read
 
 Needs the extras eval, import and peers. Multiple choice (a passage of Python's manual, four
-sentences that may follow it) and rolling likelihoods of whole pages, in float32 with the same threads.
+sentences that may follow it) and rolling likelihoods of whole pages, in float32 on the same CPUs.
 Both models answer in turn, `--rounds` times after one to warm up; a rate counts the tokens of the
 requests, so it rises where tokens are not run twice. Ratios are medians over rounds. The last line
 is one JSON object.
@@ -34,7 +34,9 @@ from matformer_jax.loading import LanguageModel, load
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-_HF = flags.DEFINE_string("hf", None, "A Llama as transformers reads it; default a small random one.")
+_HF = flags.DEFINE_string(
+  "hf", None, "A Llama as transformers reads it; default a small random one."
+)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "Tokens of context.")
 _QUESTIONS = flags.DEFINE_integer("questions", 64, "Of four choices each.")
 _CHARACTERS = flags.DEFINE_integer("characters", 1000, "Of the longest passage.")
@@ -72,9 +74,9 @@ def write_small(directory: pathlib.Path) -> pathlib.Path:
     eos_token_id=0,
   )
   transformers.LlamaForCausalLM(config).save_pretrained(directory)
-  transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(
-    directory
-  )
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, eos_token="<end>"
+  ).save_pretrained(directory)
   return directory
 
 
@@ -99,7 +101,9 @@ def open_both(path: pathlib.Path, scratch: pathlib.Path) -> tuple[Any, Any]:
     stderr=subprocess.DEVNULL,
   )
   theirs = HFLM(
-    pretrained=transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval(),
+    pretrained=transformers.AutoModelForCausalLM.from_pretrained(
+      **where, dtype=torch.float32
+    ).eval(),
     tokenizer=transformers.AutoTokenizer.from_pretrained(**where),
     batch_size=_BATCH_SIZE.value,
     max_length=_SEQ_LEN.value,
@@ -186,7 +190,8 @@ def main(_) -> None:
         record[f"{kind}, {name}"] = {"tokens_per_s": rate, "ratio": ratio[name]}
       record[kind] = {"tokens": tokens, "first_call_s": first, "largest_difference": worst}
       print(
-        f"{kind}: {len(requests)} requests, {tokens:,} tokens; differ by {worst:.1e} at most", flush=True
+        f"{kind}: {len(requests)} requests, {tokens:,} tokens; differ by {worst:.1e} at most",
+        flush=True,
       )
   print(tables.table(["requests", "model", "tokens/s", "of hf"], rows))
   record["programs"] = len(ours.scorer.programs)

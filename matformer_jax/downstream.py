@@ -339,12 +339,16 @@ if __name__ == "__main__":
   _GRANULARITIES = flags.DEFINE_list(
     "granularities", [], "What to measure, e.g. S,M,'M*2+L*2',XL; default the trained sizes."
   )
-  _TASKS = flags.DEFINE_list("tasks", ["paper25"], "Names of lm-eval tasks, and paper25: the 25 of B.2.")
+  _TASKS = flags.DEFINE_list(
+    "tasks", ["paper25"], "Names of lm-eval tasks, and paper25: the 25 of B.2."
+  )
   _NUM_FEWSHOT = flags.DEFINE_integer(
     "num_fewshot", 1, "Solved examples before each question.", lower_bound=0
   )
   _LIMIT = flags.DEFINE_integer("limit", 0, "Examples of each task; 0 is all.", lower_bound=0)
-  _OUT = flags.DEFINE_string("out", None, "Where tables and results go; default WORKDIR/downstream.")
+  _OUT = flags.DEFINE_string(
+    "out", None, "Where tables and results go; default WORKDIR/downstream."
+  )
   _DATA = flags.DEFINE_string(
     "data", None, "Directory of local examples, TASK/SPLIT.jsonl, for the tasks that it has."
   )
@@ -359,5 +363,7 @@ if __name__ == "__main__":
   _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 0, "Texts generated together on a device; 0 is as suits it.", lower_bound=0
   )
-  _LOSS = flags.DEFINE_bool("loss", True, "Also measure the validation loss, where its data is here.")
+  _LOSS = flags.DEFINE_bool(
+    "loss", True, "Also measure the validation loss, where its data is here."
+  )
   cli.run(main)

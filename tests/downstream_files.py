@@ -18,7 +18,7 @@ def _row(kind: str, i: int) -> dict:
   pair = {"premise": story, "hypothesis": f"The {a} is near the {b}.", "label": i % 3, "idx": i}
   schema = f"The {a} did not fit beside the {b} because it was too large."
   problems = [
-    {"question": f"The man looked at the  _  .", "answer": "A", "options": [a, b, c, d]},
+    {"question": "The man looked at the  _  .", "answer": "A", "options": [a, b, c, d]},
     {"question": f"What is near the {b}?", "answer": "ABCD"[i % 4], "options": [b, c, d, a]},
   ]
   match kind:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import types
@@ -48,7 +49,9 @@ def reference(params, granularity: gran.Granularity, asked: list[Request]) -> li
   """By a pass of the whole model over each sequence."""
   width = max(len(r.tokens) for r in asked)
   tokens = np.array([[*r.tokens, *[0] * (width - len(r.tokens))] for r in asked])
-  apply = jax.jit(lambda t: matlm.MatLM(CONFIG).apply({"params": params}, t, granularity=granularity))
+  apply = jax.jit(
+    lambda t: matlm.MatLM(CONFIG).apply({"params": params}, t, granularity=granularity)
+  )
   log_p = np.asarray(jax.nn.log_softmax(apply(tokens)))
   answers = []
   for row, r in zip(log_p, asked):
@@ -157,8 +160,6 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, args, words):
   last = result.stderr.strip().splitlines()[-1]
   assert result.returncode == 1 and "Traceback" not in result.stderr
   assert last.startswith("error: ")
-  import re
-
   assert re.search(words, last), last
 
 

@@ -17,7 +17,7 @@ LAYERS = (
   ("tasks",),
   ("training", "checkpoints"),
   ("loading", "planning"),
-  ("programs", "experiments"),
+  ("programs", "experiments", "harness"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

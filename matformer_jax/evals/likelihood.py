@@ -118,7 +118,7 @@ class Scorer:
     self._ahead = 0 if on_cpus else AHEAD
 
   def score(
-    self, requests: Sequence[Request], progress: Callable[[int], None] = lambda n: None
+    self, requests: Sequence[Request], progress: Callable[[int], object] = lambda n: None
   ) -> list[Score]:
     """Scores of the requests, in their order.
 
@@ -204,7 +204,9 @@ class Scorer:
       "targets": targets,
     }
     mesh = self.decoder.execution.mesh
-    placement = self.weights["embedding"].sharding if mesh is None else sharding.batch_sharding(mesh)
+    placement = (
+      self.weights["embedding"].sharding if mesh is None else sharding.batch_sharding(mesh)
+    )
     arrays = jax.device_put(arrays, placement)
     return {**arrays, "chunks": jnp.int32(-(-scored // chunk))}, requests
 
@@ -237,7 +239,7 @@ def _whole(index: int, request: Request) -> _Row:
   return _Row(np.array(request.tokens[:-1], np.int32), **_scored(index, request, 0, None))
 
 
-def _scored(index: int, request: Request, first: int, last: int | None) -> dict[str, list[int]]:
+def _scored(index: int, request: Request, first: int, last: int | None) -> dict[str, Any]:
   """The scored tokens that come after inputs `first` to `last`, as a row's fields."""
   inputs = len(request.tokens) - 1
   places = range(max(inputs - request.scored, first), inputs if last is None else last)

@@ -1,9 +1,9 @@
 """Our models as a model of lm-eval, by the name `matformer`.
 
-  import matformer_jax.harness.model  # registers it
-  lm_eval.simple_evaluate(
-    model="matformer", model_args="workdir=runs/mine,granularity=M*2+L*2", tasks=["piqa"]
-  )
+import matformer_jax.harness.model  # registers it
+lm_eval.simple_evaluate(
+  model="matformer", model_args="workdir=runs/mine,granularity=M*2+L*2", tasks=["piqa"]
+)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ReCoRD: which of the entities of a passage fills the gap of a sentence (functions of record.yaml).
+"""ReCoRD: which of a passage's entities fills the gap of a sentence (functions of record.yaml).
 
 The harness's own task is scored by a function of transformers, which this package does not need.
 """
