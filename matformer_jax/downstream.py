@@ -214,7 +214,7 @@ def write_tables(
 def validation_losses(model: LanguageModel, granularities: Sequence[gran.Granularity]) -> dict:
   """{size: nats per token} as `evaluate` measures it; {} where the model's data is not here."""
   try:
-    task = open_task(model)
+    task: Any = open_task(model)
   except (UserError, OSError) as e:
     print(f"no row of losses: {first_line(e)}")
     return {}

@@ -145,22 +145,29 @@ def test_two_sizes_with_their_losses(tiny_run, data, tmp_path):
   assert lines[0] == "| Downstream Task | S | XL |" and lines[-1].startswith("| Loss |")
 
 
-@pytest.mark.parametrize(
-  "args,words",
-  [
-    (["--tasks=hellaswg"], "no task is called 'hellaswg'; did you mean 'hellaswag'"),
-    (["--tasks=anli"], "anli is a group"),
-    (["--tasks=piqa"], "baber/piqa is not in .* --data=DIR"),
-    (["--tasks=piqa", "--data=/nowhere"], "--data=/nowhere: no such directory"),
-    (["--granularities=Q"], "Q"),
-  ],
-)
-def test_mistakes_are_one_line(tiny_run, tmp_path, args, words):
-  result = run(tiny_run, f"--out={tmp_path}", *args)
-  last = result.stderr.strip().splitlines()[-1]
+def test_a_mistake_is_one_line(tiny_run, tmp_path):
+  result = run(tiny_run, f"--out={tmp_path}", "--tasks=piqa")
   assert result.returncode == 1 and "Traceback" not in result.stderr
-  assert last.startswith("error: ")
-  assert re.search(words, last), last
+  last = result.stderr.strip().splitlines()[-1]
+  assert re.match("error: task piqa: the dataset baber/piqa is not in .* --data=DIR", last), last
+
+
+def test_names_and_local_data_are_checked(data, tmp_path):
+  known, groups = ["piqa", "hellaswag", "anli_r1"], ["anli"]
+  parse = lambda *names: downstream.parse_tasks(names, known, groups)
+  assert parse("paper25", "piqa") == list(PAPER25)
+  assert parse("hellaswag")[0].label == "hellaswag"
+  with pytest.raises(UserError, match="no task is called 'helaswag'; did you mean 'hellaswag'"):
+    parse("helaswag")
+  with pytest.raises(UserError, match="anli is a group"):
+    parse("anli")
+  assert set(downstream.local_data(str(data), "anli_r1")) == {"test_r1", "train_r1", "dev_r1"}
+  assert downstream.local_data(str(data), "mmlu") == downstream.local_data(None, "piqa") == {}
+  with pytest.raises(UserError, match="no such directory"):
+    downstream.local_data(str(tmp_path / "nowhere"), "piqa")
+  (tmp_path / "piqa").mkdir()
+  with pytest.raises(UserError, match="holds no SPLIT.jsonl"):
+    downstream.local_data(str(tmp_path), "piqa")
 
 
 def test_a_result_is_read_only_with_all_it_depends_on(tmp_path):

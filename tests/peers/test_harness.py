@@ -127,4 +127,4 @@ def test_scores_of_smollm2_are_hfs(tmp_path):
   model = MatFormerLM(model=load(out), prefix_token_id=hf.prefix_token_id, **ONE_DEVICE)
   # transformers rebuilds another pre-tokenizer from GGUF: both take the same ids.
   hf.tok_encode = lambda text, add_special_tokens=None, **kwargs: model.tok_encode(text)
-  assert compare(hf, model, choices(1, 600, 120), TOPICS[:6], 1e-3) > 5
+  assert compare(hf, model, choices(1, 300, 100), [t[:3000] for t in TOPICS[:4]], 1e-3) > 5
