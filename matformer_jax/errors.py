@@ -59,7 +59,7 @@ def import_extra(module: str, needed_by: str, extra: str) -> Any:
     return importlib.import_module(module)
   except ImportError:
     name = module.partition(".")[0]
-    package = {"sklearn": "scikit-learn"}.get(name, name)
+    package = {"sklearn": "scikit-learn", "lm_eval": "lm-eval"}.get(name, name)
     raise UserError(f"{needed_by} needs {package}: pip install 'matformer_jax[{extra}]'") from None
 
 

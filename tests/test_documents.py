@@ -42,6 +42,7 @@ RUN = {
 PARSE = {
   *("train", "search", "serve", "pod_plan", "data.prepare"),
   *("import_model", "experiments.vit", "experiments.vit_finetune", "experiments.elastify"),
+  "downstream",  # needs the extra eval; run in test_downstream.py
 }
 SKIP = {
   "pip install": "installs packages; test_wheel.py installs one",

@@ -18,7 +18,7 @@ LAYERS = (
   ("training", "checkpoints"),
   ("loading", "planning"),
   ("serving",),
-  ("programs", "experiments"),
+  ("programs", "experiments", "harness"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

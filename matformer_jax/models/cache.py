@@ -95,6 +95,58 @@ def extend(
   return x_BxTxD, cache
 
 
+def branch(
+  blocks: list[tuple[gran.Slice, layers.Params]],
+  config: MatLMConfig,
+  execution: Execution,
+  x_RxTxD,
+  cache: Cache,
+  start,
+  owner,
+):
+  """Runs a submodel's layers on R rows of T tokens, each of which continues a row of a cache.
+
+  Several may continue the same one; the cache stays as it is.
+
+  Args:
+    blocks, config: as for `extend`.
+    x_RxTxD: embedded tokens.
+    start: [R] int32, how much of its cached row each continues.
+    owner: int32 [shards, R / shards], the cached row that each continues, counted within the
+      batch shard that both are on.
+
+  Returns:
+    [R, T, D].
+  """
+  shards, length = owner.shape[0], x_RxTxD.shape[1]
+
+  def continued(leaf):
+    """[B, A, N, S, H] to [R, A, N, S + T, H]."""
+    rows = leaf.reshape(shards, -1, *leaf.shape[1:])
+    rows = jax.vmap(lambda rows, own: jnp.take(rows, own, axis=0))(rows, owner)
+    rows = rows.reshape(-1, *leaf.shape[1:])
+    rows = jnp.pad(rows, ((0, 0),) * 3 + ((0, length), (0, 0)))
+    return sharding.constrain(rows, logical_axes(rows), execution)
+
+  first = 0
+  for part, params in blocks:
+    block = layers.Block(config, execution, part.span, parent=None)
+
+    def step(x, xs, block=block):
+      layer_params, layer_cache = xs
+      layer_cache = jax.tree.map(continued, layer_cache)
+      return block.apply({"params": layer_params}, x, layer_cache, start)[0], None
+
+    if execution.scan_layers:
+      own = jax.tree.map(lambda leaf: leaf[part.start : part.stop], cache[part.source])
+      x_RxTxD, _ = jax.lax.scan(step, x_RxTxD, (params, own))
+    else:
+      for layer_params in params:
+        x_RxTxD, _ = step(x_RxTxD, (layer_params, cache[first]))
+        first += 1
+  return x_RxTxD
+
+
 def logical_axes(leaf) -> tuple[str, ...]:
   """Of an array of a cache, stacked or of one layer; see sharding.py."""
   axes = ("batch", "head_groups", "heads", "length", "head_dim")
