@@ -50,15 +50,13 @@ def choices(seed: int, context: int, continuation: int) -> list:
   return requests("loglikelihood", found)
 
 
-def compare(theirs, ours, scored, texts, at_most: float) -> int:
-  """Asserts that two models answer alike; how many choices were the likeliest tokens."""
+def compare(theirs, ours, scored, texts, at_most: float) -> None:
   want = theirs.loglikelihood(scored, disable_tqdm=True)
   have = ours.loglikelihood(scored)
   errors = np.abs(np.array([w[0] for w in want]) - [h[0] for h in have])
   print(f"{len(scored)} choices: {errors.max():.1e} at most, {errors.mean():.1e} on average")
   assert errors.max() < at_most
   assert [w[1] for w in want] == [h[1] for h in have]
-  greedy = sum(h[1] for h in have)
   rolling = requests("loglikelihood_rolling", [(text,) for text in texts])
   want, have = (np.array(m.loglikelihood_rolling(rolling, True)) for m in (theirs, ours))
   errors = np.abs(want - have)
@@ -68,8 +66,13 @@ def compare(theirs, ours, scored, texts, at_most: float) -> int:
     "generate_until",
     [(r.args[0], {"until": ["\n", "."], "max_gen_toks": 12}) for r in scored[:: 8 * CHOICES]],
   )
-  assert theirs.generate_until(asked, disable_tqdm=True) == ours.generate_until(asked)
-  return greedy
+  new = ours.generate_until(asked)
+  assert theirs.generate_until(asked, disable_tqdm=True) == new
+  # What was generated consists of the likeliest tokens, and both must say so.
+  own = requests("loglikelihood", [(r.args[0], text) for r, text in zip(asked, new) if text])
+  greedy = [answer[1] for answer in ours.loglikelihood(own)]
+  assert any(greedy)
+  assert [answer[1] for answer in theirs.loglikelihood(own, disable_tqdm=True)] == greedy
 
 
 @pytest.fixture(scope="module")
@@ -127,4 +130,4 @@ def test_scores_of_smollm2_are_hfs(tmp_path):
   model = MatFormerLM(model=load(out), prefix_token_id=hf.prefix_token_id, **ONE_DEVICE)
   # transformers rebuilds another pre-tokenizer from GGUF: both take the same ids.
   hf.tok_encode = lambda text, add_special_tokens=None, **kwargs: model.tok_encode(text)
-  assert compare(hf, model, choices(1, 300, 100), [t[:3000] for t in TOPICS[:4]], 1e-3) > 5
+  compare(hf, model, choices(1, 300, 100), [t[:3000] for t in TOPICS[:2]], 1e-3)
