@@ -10,7 +10,7 @@ and not measured again: the same command goes on after an interruption.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import csv
 import hashlib
 import io
@@ -26,6 +26,7 @@ import tqdm
 
 from matformer_jax import cli, runtime, tables
 from matformer_jax import granularity as gran
+from matformer_jax.checkpoints import checkpoint
 from matformer_jax.errors import UserError, did_you_mean, first_line, import_extra
 from matformer_jax.evaluate import evaluate
 from matformer_jax.harness.paper25 import METRICS, SETS, TASKS_DIR, Row
@@ -253,6 +254,16 @@ def measure(
   return results
 
 
+def digest(files: Iterable[pathlib.Path]) -> str | None:
+  """Of the names and contents of files; None where there are none."""
+  found = sorted(files)
+  total = hashlib.sha256()
+  for file in found:
+    with file.open("rb") as f:
+      total.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
+  return total.hexdigest() if found else None
+
+
 def main(argv) -> None:
   cli.check(argv)
   workdir = cli.required(_WORKDIR)
@@ -274,11 +285,11 @@ def main(argv) -> None:
   chosen = list(dict.fromkeys(chosen or gran.trained(model.config)))
   sizes = [gran.to_text(g, model.config) for g in chosen]
   settings = {
-    "workdir": str(model.workdir.resolve()),
     "step": model.step,
+    "checkpoint": checkpoint.read_meta(model.workdir, model.step)["seal"],
     "num_fewshot": _NUM_FEWSHOT.value,
     "limit": _LIMIT.value,
-    "data": str(pathlib.Path(_DATA.value).resolve()) if _DATA.value else None,
+    "tasks": digest(f for d in _INCLUDE_PATH.value for f in pathlib.Path(d).rglob("*.yaml")),
     "dtype": _DTYPE.value,
     "max_length": _MAX_LENGTH.value,
     "lm_eval": lm_eval.__version__,
@@ -287,7 +298,8 @@ def main(argv) -> None:
   def key(row: Row) -> dict[str, Any]:
     metadata = (manager.task_index[row.task].cfg or {}).get("metadata") or {}
     version = metadata.get("version") if isinstance(metadata, dict) else None
-    return {**settings, "task": row.task, "version": version, "metric": row.metric}
+    data = digest((pathlib.Path(_DATA.value) / row.task).glob("*.jsonl")) if _DATA.value else None
+    return {**settings, "task": row.task, "version": version, "metric": row.metric, "data": data}
 
   opened: dict[str, Any] = {}
 

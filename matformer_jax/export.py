@@ -90,6 +90,8 @@ def export(
 
 
 def _check_free(out: pathlib.Path, format: str) -> None:
+  if not out.name:
+    raise UserError(f"--out={out} must name a new directory")
   if format == "gguf" and out.suffix != ".gguf":
     raise UserError(f"--out={out} must name a file that ends in .gguf")
   if out.exists() and (not out.is_dir() or format == "gguf" or any(out.iterdir())):

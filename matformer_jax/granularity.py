@@ -435,7 +435,7 @@ def count(
 
 def _parse_runs(text: str, whole: str, config: ModelConfig) -> tuple[int, ...]:
   known = names(config)
-  layers: list[int] = []
+  runs: list[tuple[int, int]] = []
   parts = text.split("+")
   for part in parts:
     name, star, repeat = (s.strip() for s in part.partition("*"))
@@ -451,13 +451,15 @@ def _parse_runs(text: str, whole: str, config: ModelConfig) -> tuple[int, ...]:
       raise UserError(
         f"granularity {whole!r}: {repeat!r} is not a number of layers; write runs such as 'M*8+L*8'"
       )
-    if star:
-      layers += [known.index(name)] * int(repeat)
-    elif len(parts) == 1:
-      layers = [known.index(name)] * config.num_layers
-    else:
-      layers.append(known.index(name))
-  return tuple(layers)
+    if len(parts) == 1 and not star:
+      repeat = config.num_layers
+    runs.append((known.index(name), int(repeat or 1)))
+  total = sum(repeat for _, repeat in runs)
+  if total > config.num_layers:  # before a list of so many is made
+    raise UserError(
+      f"granularity {whole!r} has {total} layers; the model has num_layers={config.num_layers}"
+    )
+  return tuple(index for index, repeat in runs for _ in range(repeat))
 
 
 def _runs_text(indices: tuple[int, ...], config: ModelConfig) -> str:

@@ -56,6 +56,14 @@ class FakeEngine:
     first = len(self.model.tokenizer.encode("a"))  # past special ones
     return (sum(prompt) * 31 + i * 17) % (self.model.config.vocab_size - 8) + 7 + first
 
+  @property
+  def alive(self) -> bool:
+    return self._thread.is_alive()
+
+  @property
+  def room(self) -> int:
+    return self.slots + self.queue_limit
+
   def submit(self, request, listener):
     with self._wake:
       if self.closing or len(self._waiting) >= self.queue_limit:

@@ -180,6 +180,26 @@ def test_a_result_is_read_only_with_all_it_depends_on(tmp_path):
   assert store.read(key) is None
 
 
+def test_a_request_needs_context():
+  scorer = Scorer(
+    matlm.init_params(CONFIG, jax.random.key(0)), CONFIG, Execution(), gran.full(CONFIG)
+  )
+  with pytest.raises(ValueError, match="no context"):
+    scorer.score([Request([5, 6], 2)])
+
+
+def test_a_digest_is_of_names_and_contents(tmp_path):
+  file = tmp_path / "train.jsonl"
+  assert downstream.digest(tmp_path.glob("*.jsonl")) is None
+  seen = set()
+  for name, content in (("train", "a"), ("train", "b"), ("test", "b")):
+    file.unlink(missing_ok=True)
+    file = tmp_path / f"{name}.jsonl"
+    file.write_text(content)
+    seen.add(downstream.digest(tmp_path.glob("*.jsonl")))
+  assert len(seen) == 3 and None not in seen
+
+
 def test_interrupted_measuring_goes_on(tmp_path):
   """Every finished pair of task and size is kept, and only those missing are measured."""
   done, rows = [], [Row("A", "a"), Row("B", "b")]

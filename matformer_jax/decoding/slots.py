@@ -113,7 +113,9 @@ class SlotDecoder(Decoder):
       return jnp.pad(leaf, [(0, length - have if i == axis else 0) for i in range(leaf.ndim)])
 
     cache = jax.tree.map(lambda leaf: fit(leaf, leaf.ndim - 2), slots.cache)
-    return dataclasses.replace(slots, tokens=fit(slots.tokens, 1), cache=cache)
+    # What was in a free slot may have been longer, and its last token is still looked up.
+    used = jnp.where(slots.done, 1, slots.length)
+    return dataclasses.replace(slots, tokens=fit(slots.tokens, 1), cache=cache, length=used)
 
   def pieces(self, prompt: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
     """What of a prompt must be in the cache: ([1, T] int32 tokens, their first position).

@@ -124,7 +124,13 @@ class Scorer:
 
     Args:
       progress: called with the number of tokens, of all requests together, done since.
+
+    Raises:
+      ValueError: for a request without context.
     """
+    for request in requests:
+      if request.scored >= len(request.tokens):
+        raise ValueError(f"{request} has no context, by which its first token could be scored")
     self._total = np.zeros(len(requests))
     self._greedy = np.ones(len(requests), bool)
     self._pending: deque = deque()

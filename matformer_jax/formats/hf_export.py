@@ -123,6 +123,8 @@ def hf_config(
   if config.rope_scaling:
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     rope = {"rope_type": "llama3", **dict(zip(keys, config.rope_scaling))}
+    if rope[keys[-1]] != int(rope[keys[-1]]):
+      raise UserError(f"rope_scaling={config.rope_scaling}: its last number must be whole there")
     rope[keys[-1]] = int(rope[keys[-1]])
   return {
     "architectures": [architecture],

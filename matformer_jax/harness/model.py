@@ -192,6 +192,7 @@ class MatFormerLM(_TemplateLM):
           f"a continuation of {len(continuation)} tokens is longer than max_length="
           f"{self.max_length}; give a larger max_length, or leave the task out"
         )
+      context = context or [self.prefix_token_id]
       tokens = [*context, *continuation][-(self.max_length + 1) :]
       chosen.append(Request(tokens, len(continuation)))
     total = sum(len(r.tokens) for r in chosen)

@@ -100,7 +100,7 @@ def make_app(engine: Engine, model: loading.LanguageModel, settings: Settings) -
   @app.get("/health", responses=refused(400, 503))
   async def health() -> schemas.Health:
     """Whether requests are taken."""
-    if service.stopping:
+    if service.stopping or not engine.alive:
       raise refusals.stopping()
     stats = engine.stats()
     return schemas.Health(

@@ -90,6 +90,7 @@ class Job:
   request: Request
   listener: Listener
   granularity: gran.Granularity | None
+  number: int = 0  # in order of arrival
   cancelled: bool = False
   sent: int = 0  # of its sequence, prompt included
   pieces: Iterator | None = None  # of the prompt, while it is read
@@ -182,6 +183,8 @@ class Engine:
     self._jobs: list[Job | None] = [None] * slots
     self._lengths = np.ones(slots, np.int32)
     self._steps = 1
+    self._numbers_given = itertools.count()
+    self._oldest_next = False
     self._queue: collections.deque[Job] = collections.deque()
     self._changed = threading.Condition()
     self._closing = False
@@ -206,7 +209,7 @@ class Engine:
       UserError: for a request that does not fit the model.
     """
     self._check(request)
-    job = Job(request, listener, request.granularity)
+    job = Job(request, listener, request.granularity, next(self._numbers_given))
     with self._changed:
       if self._closing:
         raise Overloaded("the server is shutting down")
@@ -215,6 +218,16 @@ class Engine:
       self._queue.append(job)
       self._changed.notify()
     return job
+
+  @property
+  def alive(self) -> bool:
+    """Whether requests are answered; not after a failure that it could not get over."""
+    return self._thread.is_alive()
+
+  @property
+  def room(self) -> int:
+    """Requests that it can hold, in slots and in the queue."""
+    return self._count + self._numbers["queue_limit"]
 
   def stats(self) -> Stats:
     """A snapshot."""
@@ -278,15 +291,35 @@ class Engine:
         self._totals["failures"] += 1
         for slot in range(self._count):
           self._end(slot, "error")
-        self._slots = self._decoder.empty(self._weights, self._count, self._capacities[0])
+        if not self._restart():
+          return
+
+  def _restart(self) -> bool:
+    """Empty slots after a failure; where there can be none, everything ends."""
+    del self._slots  # the old ones may fill the memory that new ones need
+    try:
+      self._slots = self._decoder.empty(self._weights, self._count, self._capacities[0])
+      return True
+    except Exception:
+      logging.exception("the engine cannot go on")
+    with self._changed:
+      self._closing = True
+      left = list(self._queue)
+      self._queue.clear()
+    for job in left:
+      self._tell(job, (), "error")
+    return False
 
   def _turn(self) -> None:
     self._drop_cancelled()
     self._admit()
     taken = {slot: job for slot, job in enumerate(self._jobs) if job is not None}
     reading = {slot: job for slot, job in taken.items() if job.pieces is not None}
-    if reading:  # the shortest prompt first
-      self._read_piece(*min(reading.items(), key=lambda item: len(item[1].request.prompt)))
+    if reading:  # short prompts first, but no long one waits for ever
+      age = lambda item: item[1].number
+      length = lambda item: len(item[1].request.prompt)
+      self._read_piece(*min(reading.items(), key=age if self._oldest_next else length))
+      self._oldest_next = not self._oldest_next
     running = {slot: job for slot, job in taken.items() if job.pieces is None}
     if running:
       self._advance(running, alone=not reading)

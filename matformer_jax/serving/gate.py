@@ -17,7 +17,6 @@ from matformer_jax.serving.service import Service
 BODY_SECONDS = 30  # in which a body is to arrive
 _READ_ON = 2**24  # bytes that are read and dropped of a body that is too large
 PUBLIC = ("/", "/health", "/openapi.json")  # without a key
-_LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
 def is_loopback(host: str) -> bool:
@@ -75,7 +74,8 @@ class Gate:
     if settings.api_key:
       given = request.headers.get("authorization", "").encode("utf-8", "replace")
       wanted = f"Bearer {settings.api_key}".encode()
-      if request.url.path not in PUBLIC and not hmac.compare_digest(given, wanted):
+      # Not of request.url, into which a client's Host header goes.
+      if request.scope["path"] not in PUBLIC and not hmac.compare_digest(given, wanted):
         raise Refusal(
           401,
           "a key is needed: send the header 'Authorization: Bearer KEY'",
@@ -86,9 +86,10 @@ class Gate:
       # A page of another site whose name was made to point here would be let in by a browser.
       host = request.headers.get("host", "localhost").lower()
       name = host if host.endswith("]") else host.rpartition(":")[0] or host
-      if name not in _LOCAL:
+      if not is_loopback(name.strip("[]")):
         raise Refusal(
-          400, f"the host {name!r} is not {' or '.join(_LOCAL)}; start the server with a key"
+          400,
+          f"the host {name!r} is not localhost or a loopback address; start the server with a key",
         )
     if self._service.stopping and request.method == "POST":
       raise stopping()

@@ -163,10 +163,11 @@ class Service:
     """Starts to continue prompts, each `n` times. Raises Refusal where that cannot be."""
     granularity = self.granularity(body.model)
     choices = len(prompts) * (body.n or 1)
-    if choices > schemas.MOST_CHOICES:
+    most = min(schemas.MOST_CHOICES, self.engine.room)
+    if choices > most:
       raise Refusal(
         400,
-        f"{choices} texts are asked for (prompts times n); at most {schemas.MOST_CHOICES}",
+        f"{choices} texts are asked for (prompts times n); at most {most}",
         param="n",
       )
     temperature = 1.0 if body.temperature is None else body.temperature
