@@ -64,7 +64,7 @@ def compare(theirs, ours, scored, texts, at_most: float) -> None:
   assert (errors < at_most + 1e-5 * np.abs(want)).all() and min(-want) > 100
   asked = requests(
     "generate_until",
-    [(r.args[0], {"until": ["\n", "."], "max_gen_toks": 12}) for r in scored[:: 8 * CHOICES]],
+    [(r.args[0], {"until": ["\n", "."], "max_gen_toks": 8}) for r in scored[:: 20 * CHOICES]],
   )
   new = ours.generate_until(asked)
   assert theirs.generate_until(asked, disable_tqdm=True) == new
