@@ -305,8 +305,10 @@ def test_a_full_queue(model):
     with pytest.raises(openai.RateLimitError) as e:
       client.completions.create(model="tiny", prompt="a", max_tokens=2)
     assert e.value.response.headers["retry-after"] == "1"
-    # Of several texts none is left behind.
+    # Of several texts none is left behind; more than slots and queue hold will never be taken.
     with pytest.raises(openai.RateLimitError):
+      client.completions.create(model="tiny", prompt=["a"] * 2, max_tokens=2)
+    with pytest.raises(openai.BadRequestError, match="3 texts are asked for .* at most 2"):
       client.completions.create(model="tiny", prompt=["a"] * 3, max_tokens=2)
     for stream in streams:
       stream.join()

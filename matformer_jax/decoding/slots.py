@@ -80,10 +80,13 @@ class SlotDecoder(Decoder):
 
   # ----------------------------------------------------------------- slots
 
-  @functools.partial(jax.jit, static_argnums=(0, 2, 3))
   def empty(self, weights, count: int, length: int) -> Slots:
     """`count` free slots, and a cache of `length` positions for each."""
-    del weights  # placed as they are
+    # Placed like later states, so that the first call of a program is not a special case.
+    return jax.device_put(self._empty(count, length), weights["embedding"].sharding)
+
+  @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+  def _empty(self, count: int, length: int) -> Slots:
     layers = self.config.num_layers
     full = lambda value, dtype: jnp.full(count, value, dtype)
     return Slots(
