@@ -13,7 +13,7 @@ from matformer_jax import granularity as gran
 from matformer_jax.decoding.decode import Sampling
 from matformer_jax.loading import LanguageModel, load
 from matformer_jax.serving import policy
-from matformer_jax.serving.engine import Engine, Overloaded, Request
+from matformer_jax.serving.engine import RETRY, Engine, Overloaded, Request, _Drafter
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,8 @@ def test_every_request_gets_what_it_would_get_alone(model, engine):
   assert set(stats.tokens) == {"S", "M", "L", "XL", "S*1+L*1"}
 
 
-def test_a_request_alone_is_drafted_and_the_same(model, engine):
+def test_a_request_alone_is_drafted_and_the_same(model, engine, monkeypatch):
+  monkeypatch.setattr(_Drafter, "pays", lambda self: True)
   before = engine.stats().drafted
   request = Request((5, 6, 7), 60, gran.full(model.config))
   answer = Answer()
@@ -111,7 +112,8 @@ def answers_to(engine, requests) -> list[Answer]:
   return [answer.wait() for answer in answers]
 
 
-def test_nothing_compiles_after_the_start(model):
+def test_nothing_compiles_after_the_start(model, monkeypatch):
+  monkeypatch.setattr(_Drafter, "pays", lambda self: True)
   engine = Engine(model, slots=3, max_length=192)  # as no other test has
   compiled = []
 
@@ -256,6 +258,21 @@ def test_it_refuses_when_full_and_finishes_when_closed(model):
   assert all(answer.finish in ("length", "stop") for answer in answers)
   with pytest.raises(Overloaded, match="shutting down"):
     engine.submit(Request((1,), 2), Answer())
+
+
+def test_drafting_goes_on_where_it_is_faster():
+  drafter = object.__new__(_Drafter)
+  drafter._speeds, drafter._calls = {}, 0
+  assert drafter.pays()  # neither is known
+  drafter.record(True, 10.0)
+  assert not drafter.pays()
+  drafter.record(False, 20.0)
+  chosen = [drafter.pays() for _ in range(RETRY)]
+  assert sum(chosen) == 1  # tried again now and then
+  for _ in range(30):
+    drafter.record(True, 40.0)
+  chosen = [drafter.pays() for _ in range(RETRY)]
+  assert sum(chosen) == RETRY - 1
 
 
 def test_the_policy_takes_smaller_sizes_as_the_queue_grows():

@@ -41,7 +41,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     504: "The answer took too long.",
   }.items()
 }
-_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+# Of each event, as OpenAPI 3.1 is read where it comes to streams.
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_STREAM = {"content": {"text/event-stream": {"schema": _EVENT}}}
 
 
 def make_app(engine: Engine, model: loading.LanguageModel, settings: Settings) -> fastapi.FastAPI:
