@@ -15,6 +15,8 @@ import math
 import numbers
 from typing import Any, ClassVar
 
+import numpy as np
+
 from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.tpu import chips
 
@@ -575,6 +577,19 @@ KINDS = {
     ),
   )
 }
+
+
+def rope_scale(head_dim: int, base: float, scaling: tuple[float, ...]) -> np.ndarray:
+  """[H/2] by which Llama 3 multiplies the frequencies of rotary positions.
+
+  Args:
+    scaling: as MatLMConfig.rope_scaling, not empty.
+  """
+  factor, low, high, original = scaling
+  frequency = base ** (-np.arange(0, head_dim, 2) / head_dim)
+  turns = original * frequency / (2 * np.pi)  # in the original length
+  kept = np.clip((turns - low) / (high - low), 0, 1)
+  return kept + (1 - kept) / factor
 
 
 def kind_of(source: Mapping[str, Any] | ModelConfig) -> Kind:

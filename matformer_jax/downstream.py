@@ -241,10 +241,10 @@ def measure(
   results = {}
   with tqdm.tqdm(total=len(rows) * len(sizes), unit="result", desc="downstream") as bar:
     for number, row in enumerate(rows, 1):
-      task = None
+      task, of_row = None, key(row)
       for size in sizes:
         bar.set_description(f"task {number} of {len(rows)}, {row.task}, {size}")
-        own = {**key(row), "granularity": size}
+        own = {**of_row, "granularity": size}
         found = store.read(own)
         if found is None:
           task = task or open_row(row)
@@ -289,7 +289,7 @@ def main(argv) -> None:
     "checkpoint": checkpoint.read_meta(model.workdir, model.step)["seal"],
     "num_fewshot": _NUM_FEWSHOT.value,
     "limit": _LIMIT.value,
-    "tasks": digest(f for d in _INCLUDE_PATH.value for f in pathlib.Path(d).rglob("*.yaml")),
+    "include_path": digest(f for d in _INCLUDE_PATH.value for f in pathlib.Path(d).rglob("*.yaml")),
     "dtype": _DTYPE.value,
     "max_length": _MAX_LENGTH.value,
     "lm_eval": lm_eval.__version__,
@@ -298,7 +298,7 @@ def main(argv) -> None:
   def key(row: Row) -> dict[str, Any]:
     metadata = (manager.task_index[row.task].cfg or {}).get("metadata") or {}
     version = metadata.get("version") if isinstance(metadata, dict) else None
-    data = digest((pathlib.Path(_DATA.value) / row.task).glob("*.jsonl")) if _DATA.value else None
+    data = digest(map(pathlib.Path, local_data(_DATA.value, row.task).values()))
     return {**settings, "task": row.task, "version": version, "metric": row.metric, "data": data}
 
   opened: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import pytest
 from matformer_jax import UserError
 from matformer_jax import granularity as gran
 from matformer_jax.decoding.decode import Sampling
-from matformer_jax.loading import LanguageModel, load
+from matformer_jax.loading import LanguageModel, Settings, load
 from matformer_jax.serving import policy
 from matformer_jax.serving.engine import RETRY, Engine, Overloaded, Request, _Drafter
 
@@ -49,19 +49,9 @@ class Answer:
 
 
 def alone(model, request: Request, granularity) -> list[int]:
-  s = request.sampling
-  text = model.stream(
-    [list(request.prompt)],
-    _settings(request, granularity, s),
-  )
-  *_, ((ids,), _) = text
+  settings = Settings(granularity, request.max_tokens, request.sampling, request.seed)
+  *_, ((ids,), _) = model.stream([list(request.prompt)], settings)
   return ids[:-1] if ids[-1] == model.tokenizer.eos_id else ids
-
-
-def _settings(request, granularity, sampling):
-  from matformer_jax.loading import Settings
-
-  return Settings(granularity, request.max_tokens, sampling, request.seed)
 
 
 def requests(model, count: int) -> list[Request]:

@@ -103,10 +103,12 @@ class Tokenizer(abc.ABC):
 
   @property
   def chat_template(self) -> str | None:
-    """Jinja that makes one text of a conversation; None where there is none."""
-    config = json.loads(self.files().get(CONFIG_FILE, b"{}"))
-    template = config.get("chat_template")
-    return template if isinstance(template, str) else None
+    """Jinja that makes one text of a conversation, of several by name `default`; None: none."""
+    found = self.config.get("chat_template")
+    if isinstance(found, Sequence) and not isinstance(found, str):
+      named = {t.get("name"): t.get("template") for t in found if isinstance(t, Mapping)}
+      found = named.get("default")
+    return found if isinstance(found, str) and found else None
 
   def bos(self) -> list[int]:
     """[bos_id], or [] where there is none."""

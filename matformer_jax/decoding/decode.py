@@ -193,7 +193,7 @@ class Decoder:
     return {
       **params,
       **jax.tree.map(lambda x: x.astype(self.execution.dtype), matlm.ends(params)),
-      "blocks": kv.lay_out(params["blocks"], self.execution),
+      "blocks": self.lay_out_blocks(params["blocks"]),
     }
 
   def prefill(
@@ -308,6 +308,10 @@ class Decoder:
     return jax.lax.while_loop(more, step, (0, state))[1]
 
   # What follows is traced inside programs.
+
+  def lay_out_blocks(self, blocks):
+    """The layers' share of `lay_out`."""
+    return kv.lay_out(blocks, self.execution)
 
   def submodel(self, weights, state: State | None = None):
     """The weights this granularity uses, from `lay_out`'s, whichever sequences it continues."""

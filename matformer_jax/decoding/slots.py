@@ -29,7 +29,7 @@ from matformer_jax.decoding import decode
 from matformer_jax.decoding.decode import Decoder, Sampling, State
 from matformer_jax.errors import check_seed
 from matformer_jax.models import cache as kv
-from matformer_jax.models import matlm, rows
+from matformer_jax.models import rows
 
 PIECE = 32  # tokens of a prompt that one call reads
 
@@ -37,7 +37,7 @@ PIECE = 32  # tokens of a prompt that one call reads
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=(
-    *("tokens", "length", "limit", "done", "keys", "cache", "draft_cache", "origin"),
+    *(field.name for field in dataclasses.fields(State) if field.name != "heads"),
     *("ffn", "head_sizes", "temperature", "top_k", "top_p"),
   ),
   meta_fields=("heads",),
@@ -68,15 +68,6 @@ class SlotDecoder(Decoder):
     granularity: where a slot's size is above it, it is cut to it.
     sampling: not used: every slot has its own.
   """
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def lay_out(self, params):
-    """The stored model's parameters as this decoder takes them."""
-    return {
-      **params,
-      **jax.tree.map(lambda x: x.astype(self.execution.dtype), matlm.ends(params)),
-      "blocks": rows.lay_out(params["blocks"], self.config, self.execution),
-    }
 
   # ----------------------------------------------------------------- slots
 
@@ -172,6 +163,10 @@ class SlotDecoder(Decoder):
     return dataclasses.replace(slots, done=slots.done | leaving)
 
   # What follows is traced inside programs.
+
+  def lay_out_blocks(self, blocks):
+    """The layers' share of `lay_out`."""
+    return rows.lay_out(blocks, self.config, self.execution)
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
   def _read(self, weights, slots: Slots, slot, tokens, start, ffn, heads) -> Slots:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from matformer_jax.config import MatLMConfig, ModelConfig
+from matformer_jax.config import MatLMConfig, ModelConfig, rope_scale
 from matformer_jax.errors import UserError
 from matformer_jax.formats import layout, sources
 from matformer_jax.formats.sources import Source
@@ -181,12 +181,10 @@ def _rope(source: Source, refuse: Callable[[str], Any]) -> tuple[float, tuple[fl
 def _from_factors(source: Source, base: float, refuse) -> tuple[float, ...]:
   """Llama 3's scaling, of which GGUF stores what it comes to."""
   have = source.read(sources.ROPE_FACTORS)
-  turns = base ** (-np.arange(have.size) / have.size) / (2 * np.pi)
   for original in (8192.0, 4096.0, 2048.0, 16384.0):
-    factor = float(have.max())
-    kept = np.clip((original * turns - 1) / 3, 0, 1)
-    if np.allclose(1 / (kept + (1 - kept) / factor), have, rtol=1e-3):
-      return factor, 1.0, 4.0, original
+    scaling = float(have.max()), 1.0, 4.0, original
+    if np.allclose(1 / rope_scale(2 * have.size, base, scaling), have, rtol=1e-3):
+      return scaling
   return refuse(f"{sources.ROPE_FACTORS} that is not Llama 3's")
 
 

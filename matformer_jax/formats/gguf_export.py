@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from matformer_jax.config import MatLMConfig
+from matformer_jax.config import MatLMConfig, rope_scale
 from matformer_jax.data.tokenizer import Tokenizer
 from matformer_jax.errors import UserError, import_extra
 from matformer_jax.formats import families, gguf_vocab, layout, sources
@@ -193,10 +193,8 @@ def gguf_arrays(
 
 def _rope_factors(config: MatLMConfig) -> np.ndarray:
   """By how much Llama 3's scaling stretches each wavelength."""
-  factor, low, high, original = config.rope_scaling
-  frequency = config.rope_base ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-  kept = np.clip((original * frequency / (2 * np.pi) - low) / (high - low), 0, 1)
-  return (1 / (kept + (1 - kept) / factor)).astype(np.float32)
+  scale = rope_scale(config.head_dim, config.rope_base, config.rope_scaling)
+  return (1 / scale).astype(np.float32)
 
 
 def check_arrays(

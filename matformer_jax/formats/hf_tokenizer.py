@@ -51,7 +51,7 @@ def files(tokenizer: Tokenizer) -> dict[str, bytes]:
     # The definition as it is; classes of a model's own change what comes before BPE.
     "tokenizer_class": "PreTrainedTokenizerFast",
     "clean_up_tokenization_spaces": False,
-    **{k: v for k, v in json.loads(written.get(CONFIG_FILE, b"{}")).items() if k in _KEPT},
+    **{k: v for k, v in tokenizer.config.items() if k in _KEPT},
     "add_bos_token": tokenizer.bos_id is not None,
     "eos_token": token_of(definition, tokenizer.eos_id),
   }

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matformer_jax.config import Execution, ModelConfig
+from matformer_jax.config import Execution, ModelConfig, rope_scale
 
 ACTIVATION: dict[str, Callable] = {
   "gelu": nn.gelu,  # tanh approximation
@@ -140,10 +140,7 @@ def rope_table(length: int, head_dim: int, base: float, scaling: tuple[float, ..
   """
   frequency = base ** (-np.arange(0, head_dim, 2) / head_dim)
   if scaling:
-    factor, low, high, original = scaling
-    turns = original * frequency / (2 * np.pi)  # in the original length
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    frequency = frequency * (kept + (1 - kept) / factor)
+    frequency = frequency * rope_scale(head_dim, base, scaling)
   angle_TxH = np.arange(length)[:, None] * frequency
   return np.sin(angle_TxH).astype(np.float32), np.cos(angle_TxH).astype(np.float32)
 

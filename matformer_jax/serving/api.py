@@ -67,7 +67,7 @@ def make_app(engine: Engine, model: loading.LanguageModel, settings: Settings) -
   async def completions(body: schemas.CompletionRequest, http: fastapi.Request) -> Any:
     """Continues texts."""
     service.granularity(body.model)
-    prompts = await run_in_threadpool(service.prompts, body.prompt)
+    prompts = await run_in_threadpool(service.prompts, body.prompts())
     tokens = body.max_tokens
     if tokens is None:
       tokens = min(DEFAULT_TOKENS, *(engine.max_length - len(p) for p in prompts))
@@ -170,11 +170,9 @@ _PAGE_HEADERS = {
 
 def _echo(body: schemas.CompletionRequest, service: Service) -> list[str]:
   """The prompt of each continuation, as text."""
-  given: Any = body.prompt
-  if isinstance(given, str) or isinstance(given[0], int):
-    given = [given]
   decode = service.model.tokenizer.decode
-  return [p if isinstance(p, str) else decode(p) for p in given for _ in range(body.n or 1)]
+  texts = (p if isinstance(p, str) else decode(p) for p in body.prompts())
+  return [text for text in texts for _ in range(body.n or 1)]
 
 
 def _invalid(e: RequestValidationError) -> Refusal:

@@ -93,11 +93,8 @@ def open_template(tokenizer: Tokenizer) -> ChatTemplate | None:
   Raises:
     UserError: if it does not compile.
   """
-  found = tokenizer.config.get("chat_template")
-  if isinstance(found, Sequence) and not isinstance(found, str):  # several, by name
-    named = {t.get("name"): t.get("template") for t in found if isinstance(t, Mapping)}
-    found = named.get("default")
-  return ChatTemplate(found, tokenizer) if isinstance(found, str) and found else None
+  source = tokenizer.chat_template
+  return None if source is None else ChatTemplate(source, tokenizer)
 
 
 def _content(token: Any) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Collection, Iterator
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -163,9 +164,9 @@ class Engine:
     Raises:
       UserError: for numbers below 1.
     """
-    self._numbers = {"slots": slots, "queue_limit": queue_limit}
     self.max_length = model.config.seq_len if max_length is None else max_length
-    for name, value in {**self._numbers, "max_length": self.max_length}.items():
+    given = {"slots": slots, "queue_limit": queue_limit, "max_length": self.max_length}
+    for name, value in given.items():
       if value < 1:
         raise UserError(f"{name}={value} must be 1 or more")
     self._config = model.config
@@ -179,11 +180,11 @@ class Engine:
     self._drafter = _Drafter(self._decoder, self._sizes[0]) if draft else None
     longest = bucket(self.max_length + _SPARE)
     self._capacities = sorted({max(bucket(longest // 4**i), BUCKET) for i in range(CAPACITIES)})
-    self._count = slots
+    self._count, self._queue_limit = slots, queue_limit
     self._jobs: list[Job | None] = [None] * slots
     self._lengths = np.ones(slots, np.int32)
     self._steps = 1
-    self._numbers_given = itertools.count()
+    self._arrivals = itertools.count()
     self._oldest_next = False
     self._queue: collections.deque[Job] = collections.deque()
     self._changed = threading.Condition()
@@ -209,11 +210,11 @@ class Engine:
       UserError: for a request that does not fit the model.
     """
     self._check(request)
-    job = Job(request, listener, request.granularity, next(self._numbers_given))
+    job = Job(request, listener, request.granularity, next(self._arrivals))
     with self._changed:
       if self._closing:
         raise Overloaded("the server is shutting down")
-      if len(self._queue) >= self._numbers["queue_limit"]:
+      if len(self._queue) >= self._queue_limit:
         raise Overloaded(f"{len(self._queue)} requests are waiting already")
       self._queue.append(job)
       self._changed.notify()
@@ -227,7 +228,7 @@ class Engine:
   @property
   def room(self) -> int:
     """Requests that it can hold, in slots and in the queue."""
-    return self._count + self._numbers["queue_limit"]
+    return self._count + self._queue_limit
 
   def stats(self) -> Stats:
     """A snapshot."""
@@ -377,13 +378,13 @@ class Engine:
     """
     steps = self._steps if alone else 1
     self._make_room(steps + max(self._lengths[slot] for slot in running))
-    drafter = self._drafter
-    may_draft = alone and not self._queue and drafter and self._may_draft(running.values())
-    drafting = bool(may_draft and drafter and drafter.pays())
+    drafter = None
+    if alone and not self._queue and self._may_draft(running.values()):
+      drafter = self._drafter
+    drafting = drafter is not None and drafter.pays()
     started = time.perf_counter()
     with self._timed():
       if drafting:
-        assert drafter is not None
         self._slots, drafted, accepted = drafter.advance(self._weights, self._slots, steps)
         self._totals["drafted"] += drafted
         self._totals["accepted"] += accepted
@@ -395,7 +396,7 @@ class Engine:
     elapsed = time.perf_counter() - started
     made = int(max(lengths[slot] - self._lengths[slot] for slot in running))
     self._totals["steps"] += made
-    if may_draft:
+    if drafter is not None:
       drafter.record(drafting, made / elapsed)
     if alone:
       self._steps = max(1, min(MOST_STEPS, 2 * steps, int(steps * CALL_SECONDS / elapsed)))
@@ -444,8 +445,14 @@ class Engine:
       logging.exception("a listener failed; its request is cancelled")
       job.cancel()
 
-  def _timed(self):
-    return _Stopwatch(self)
+  @contextlib.contextmanager
+  def _timed(self) -> Iterator[None]:
+    """Adds the seconds of a block to the busy ones."""
+    started = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._busy += time.perf_counter() - started
 
   def _warm_up(self) -> slotted.Slots:
     """Compiles every program, several at a time; empty slots of the smallest capacity."""
@@ -478,19 +485,6 @@ class Engine:
       slots = self._decoder.empty(self._weights, self._count, length)
       slots = self._decoder.join(slots, 0, [0], 2, gran.full(self._config), Sampling(), 0)
       self._drafter.advance(self._weights, slots, 1)
-
-
-class _Stopwatch:
-  """Adds the seconds of a block to an engine's busy ones."""
-
-  def __init__(self, engine: Engine):
-    self._engine = engine
-
-  def __enter__(self):
-    self._started = time.perf_counter()
-
-  def __exit__(self, *_):
-    self._engine._busy += time.perf_counter() - self._started
 
 
 class _Drafter:

@@ -95,6 +95,11 @@ class CompletionRequest(_Request):
   logprobs: None = None
   suffix: Annotated[str, Field(max_length=0)] | None = None
 
+  def prompts(self) -> list[Any]:
+    """Each prompt: a text or token ids."""
+    one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+    return [self.prompt] if one else list(self.prompt)
+
 
 class TextPart(_Lenient):
   type: Literal["text"]

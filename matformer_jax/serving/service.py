@@ -100,11 +100,9 @@ class Service:
 
   # ------------------------------------------------------------------ prompts
 
-  def prompts(self, given: str | Sequence[Any]) -> list[tuple[int, ...]]:
+  def prompts(self, given: Sequence[Any]) -> list[tuple[int, ...]]:
     """The ids of a completion's prompts. Raises Refusal for what does not fit."""
     tokenizer = self.model.tokenizer
-    if isinstance(given, str) or isinstance(given[0], int):
-      given = [given]
     return [
       self.checked(tokenizer.prompt(self.not_long(p)) if isinstance(p, str) else p, "prompt")
       for p in given
