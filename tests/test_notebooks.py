@@ -19,7 +19,7 @@ def test_notebook_runs(path: pathlib.Path, tiny_run, digits_run, dense_llama, mo
   monkeypatch.setenv("MATFORMER_RUN", str(run))
   monkeypatch.setenv("MATFORMER_DENSE", str(dense_llama))
   monkeypatch.setenv("MATFORMER_TEXT", f"text:{dense_llama}/text/*.txt")
-  monkeypatch.delenv("XLA_FLAGS")
+  monkeypatch.setenv("XLA_FLAGS", helpers.xla_flags(1))
   execute(path)
 
 
