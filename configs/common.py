@@ -27,6 +27,9 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
       seed=0,
       steps=0,
       batch_size=0,  # sequences or images per step, over all devices
+      # Which sizes a step trains: sampled (one), joint (all, DynaBERT), sandwich (XL, S and one
+      # drawn), each on its share of the batch; layerwise (one per layer, OFA).
+      method="sampled",
       # p_S/p_M/p_L/p_XL: uniform, a row of Table 6 (table6_1 .. table6_5), or numbers
       # such as 0.2/0.22/0.24/0.34; 0/0/0/1 trains a plain Transformer. The paper's main
       # results use uniform (Section 3.2).
@@ -74,6 +77,8 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
       ),
       optim=dict(
         name="adamw",  # or adafactor, sgd, muon (AdamW for all but the matrices of the blocks)
+        # full: also what the sampled size lacks decays, and moves by its momentum; sliced: it stays
+        scope="full",
         schedule="cosine",
         peak_lr=0.0,
         warmup_steps=0,

@@ -93,6 +93,7 @@ class OptimKeys(_Keys):
   """`config.optim`."""
 
   name: str
+  scope: str
   schedule: str
   peak_lr: float
   warmup_steps: int
@@ -141,6 +142,7 @@ class Config(_Keys):
   seed: int
   steps: int
   batch_size: int
+  method: str
   sampling: str
   grad_accum: int
   dtype: str

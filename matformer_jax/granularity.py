@@ -199,11 +199,22 @@ def sample_index(seed: int, step: int, probabilities: Sequence[float]) -> int:
 
   Every host computes the same value, and a resumed run repeats it.
   """
-  bits = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
-  u = float(bits >> np.uint64(11)) * 2.0**-53
-  index = int(np.searchsorted(np.cumsum(probabilities), u, side="right"))
+  return int(_sample(seed, step, probabilities, 1)[0])
+
+
+def sample_layers(
+  seed: int, step: int, probabilities: Sequence[float], num_layers: int
+) -> np.ndarray:
+  """[L] int32: the same for every layer of a step that draws each by itself."""
+  return _sample(seed, step, probabilities, num_layers)
+
+
+def _sample(seed: int, step: int, probabilities: Sequence[float], number: int) -> np.ndarray:
+  bits = np.random.SeedSequence((seed, step)).generate_state(number, np.uint64)
+  u = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
   last = max(i for i, p in enumerate(probabilities) if p > 0)
-  return min(index, last)
+  indices = np.searchsorted(np.cumsum(probabilities), u, side="right")
+  return np.minimum(indices, last).astype(np.int32)
 
 
 # ------------------------------------------------------------ Mix'n'Match

@@ -117,16 +117,19 @@ def check_model_fits_mesh(config, mesh: Mesh) -> None:
       )
 
 
-def check_batch(batch_size: int, grad_accum: int, mesh: Mesh, name: str = "batch_size") -> None:
-  """Raises UserError where a batch does not divide over the mesh and its micro-batches."""
+def check_batch(
+  batch_size: int, grad_accum: int, mesh: Mesh, name: str = "batch_size", parts: int = 1
+) -> None:
+  """Raises UserError where a batch does not divide over the mesh, `parts` and micro-batches."""
   shards = batch_shards(mesh)
   if batch_size < 1 or grad_accum < 1:
     raise UserError(f"{name}={batch_size} and grad_accum={grad_accum} must be at least 1")
-  if batch_size % (shards * grad_accum):
+  if batch_size % (shards * grad_accum * parts):
     raise UserError(
       f"{name}={batch_size} is not divisible by {shards} batch shards (mesh data x fsdp)"
       + (f" x grad_accum={grad_accum}" if grad_accum > 1 else "")
-      + f"; use a multiple of {shards * grad_accum}"
+      + (f" x {parts} sizes a step" if parts > 1 else "")
+      + f"; use a multiple of {shards * grad_accum * parts}"
     )
 
 

@@ -40,7 +40,7 @@ from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.hosts.watchdog import Watchdog
 from matformer_jax.runtime import say
 from matformer_jax.tasks import Task, make_task
-from matformer_jax.training import distill, metrics, optim
+from matformer_jax.training import distill, methods, metrics, optim
 from matformer_jax.training.loop import Loop, SampleLog, StepProfile, StopSignal, evaluates_after
 from matformer_jax.training.trainer import Trainer, TrainState
 
@@ -147,7 +147,8 @@ def _train(
     examples_per_step=task.examples_per_step,
     unit=task.examples_unit,
     rate=task.rate,
-    flops={n: trainer.model_flops(g) for n, g in zip(trainer.names, trainer.granularities)},
+    granularities=trainer.names,
+    flops={kind.name: trainer.step_flops(kind) for kind in trainer.kinds},
     peak_flops=metrics.peak_flops(mesh),
   )
   ledger = goodput.Ledger(workdir / goodput.GOODPUT_FILE if hosts.first else None, log.lost_s)
@@ -198,7 +199,7 @@ def _task_on_mesh(config: Config, workdir: pathlib.Path | None) -> tuple[Task, M
   mesh = sharding.make_mesh(config.mesh)
   task = make_task(config, workdir)
   sharding.check_model_fits_mesh(task.model_config, mesh)
-  sharding.check_batch(config.batch_size, config.grad_accum, mesh)
+  methods.check_batch(config, task.model_config, mesh)
   sharding.check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
   distill.check_parent(config, task, mesh)
   return task, mesh
@@ -371,7 +372,7 @@ def _say_what_is_trained(config: Config, trainer: Trainer, counts, hosts: Hosts)
     f"one universal model, parameters per granularity: {sizes}\n"
     f"{mesh.size} x {jax.devices()[0].device_kind}{processes}, mesh {dict(mesh.shape)}, "
     f"{execution.dtype}, remat {execution.remat}, "
-    f"{task.examples_per_step:,} {task.examples_unit}/step"
+    f"{task.examples_per_step:,} {task.examples_unit}/step\n{trainer.budget()}"
   )
   distillation = trainer.distillation
   if distillation is not None:

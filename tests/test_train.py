@@ -323,14 +323,14 @@ def run_loop(
     evaluate(stop)
     should_stop()  # None: no results
 
-  names = dict.fromkeys(trainer.names, 1)
+  flops = dict.fromkeys(trainer.names, 1)
   loop = Loop(
     config=config,
     trainer=types.SimpleNamespace(
       task=types.SimpleNamespace(evaluate=evaluate_),
       mesh=trainer.mesh,
-      probabilities=trainer.probabilities,
-      names=trainer.names,
+      kinds=trainer.kinds,
+      draw=trainer.draw,
       batches=lambda first: iter(range(first, config.steps)),
       execution=None,
       put=None,
@@ -340,7 +340,9 @@ def run_loop(
     hosts=hosts,
     stop=stop,
     writer=types.SimpleNamespace(save=lambda step, *args: saved.append(step)),
-    log=metrics.RunLog(None, 0, config.steps, 10, 1, "tok", "tokens_per_s", names, None),
+    log=metrics.RunLog(
+      None, 0, config.steps, 10, 1, "tok", "tokens_per_s", trainer.names, flops, None
+    ),
     ledger=goodput.Ledger(None),
     watchdog=Watchdog(0, hosts),
     profile=StepProfile(range(0), workdir),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from matformer_jax import granularity as gran
+from matformer_jax import sharding
 from matformer_jax.config import Execution, MatLMConfig, Span
 from matformer_jax.models import layers, matlm, ops, slicing
 
@@ -46,8 +47,12 @@ def apply_dynamic(
   Returns:
     float32 logits [B, T, V], or (hidden [B, T, D], output head [V, D]) in the compute dtype.
   """
-  head_VxD = matlm.output_head(params).astype(execution.dtype)
-  x_BxTxD = matlm.embed(params["embedding"].astype(execution.dtype), tokens_BxT, config)
+  ends = {
+    name: sharding.gather(leaf, sharding.LOGICAL_AXES[name], execution)
+    for name, leaf in matlm.ends(params).items()
+  }
+  head_VxD = matlm.output_head(ends)
+  x_BxTxD = matlm.embed(ends["embedding"], tokens_BxT, config)
   origin_BxT = None if segments_BxT is None else ops.document_origins(segments_BxT)
   first = 0
   for i, span in enumerate(config.spans):

@@ -18,7 +18,7 @@ from matformer_jax.planning.estimate import plan_decode, plan_step
 from matformer_jax.planning.slices import parse_mesh, topology_devices
 from matformer_jax.tasks import make_task_without_data
 from matformer_jax.tpu import chips
-from matformer_jax.training import metrics
+from matformer_jax.training import methods, metrics
 from matformer_jax.training.trainer import Trainer
 
 
@@ -36,7 +36,12 @@ def open_trainer(config: Config, topology: str, mesh_sizes: str = "") -> tuple[T
   config = cards.with_model_of_init(config)
   task = make_task_without_data(config)
   sharding.check_model_fits_mesh(task.model_config, mesh)
-  sharding.check_batch(config.batch_size, config.grad_accum, mesh)
+  if methods.of(config) != "sampled":
+    raise UserError(
+      f"method={methods.of(config)!r}: plans are of steps of one size; plan with "
+      "--config.method=sampled"
+    )
+  methods.check_batch(config, task.model_config, mesh)
   return Trainer(task, config, mesh), tpu
 
 

@@ -67,11 +67,16 @@ class Task(Protocol):
     sub_params,
     batch,
     teacher: Teacher | None = None,
+    layer_indices: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(objective to differentiate, what to report) of a submodel on one batch.
 
     Reported are scalars that are means over the batch: `loss`, and `kl` where there is a
     teacher, whom not every task can learn from.
+
+    Args:
+      layer_indices: int32 [L], where the sizes of the layers are told to the program; see
+        models/dynamic.py. Not every task can.
     """
     ...
 

@@ -72,8 +72,9 @@ class Classification:
       )
     return {"image": images, "target": targets_BxC, "seed": batch["seed"]}
 
-  def loss(self, sub_config, execution, sub_params, batch, teacher=None):
+  def loss(self, sub_config, execution, sub_params, batch, teacher=None, layer_indices=None):
     assert teacher is None  # only `matlm` configs have `distill`
+    assert layer_indices is None  # refused by methods.step_kinds
     drops = sub_config.dropout or sub_config.stochastic_depth
     logits_BxC = matvit.MatViT(sub_config, execution).apply(
       {"params": sub_params}, batch["image"], seeds_B=batch["seed"] if drops else None

@@ -22,7 +22,7 @@ from matformer_jax.data.tokenizer import (
 )
 from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.evals import lm
-from matformer_jax.models import losses, matlm
+from matformer_jax.models import dynamic, losses, matlm
 from matformer_jax.tasks import sample_size
 
 ATTEND = ("across", "within")
@@ -71,7 +71,7 @@ class NextToken:
   def preprocess(self, batch):
     return batch
 
-  def loss(self, sub_config, execution, sub_params, batch, teacher=None):
+  def loss(self, sub_config, execution, sub_params, batch, teacher=None, layer_indices=None):
     within = self.attend == "within"
     tokens = batch["tokens"] if within else batch
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -81,7 +81,18 @@ class NextToken:
       model = matlm.MatLM(config, execution)
       return model.apply({"params": params}, inputs, return_hidden=True, **segments)
 
-    hidden, head = hidden_and_head(sub_config, execution, sub_params)
+    if layer_indices is None:
+      hidden, head = hidden_and_head(sub_config, execution, sub_params)
+    else:
+      hidden, head = dynamic.apply_dynamic(
+        sub_params,
+        inputs,
+        layer_indices,
+        config=sub_config,
+        execution=execution,
+        return_hidden=True,
+        **segments,
+      )
     if teacher is None:
       objective, loss = losses.cross_entropy(hidden, head, targets, execution, self._z_loss)
       return objective, {"loss": loss}

@@ -24,6 +24,7 @@ from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.hosts.watchdog import Watchdog
 from matformer_jax.runtime import say
 from matformer_jax.training import metrics, optim
+from matformer_jax.training.methods import StepKind
 from matformer_jax.training.trainer import Trainer, TrainState
 
 
@@ -33,6 +34,7 @@ class _Pending:
 
   step: int
   index: int
+  draw_hash: int
   outputs: dict[str, jax.Array]
   signals: Any
   data_wait_s: float
@@ -44,7 +46,7 @@ class Loop:
 
   Attributes:
     config: of the run.
-    programs: granularity index -> its compiled step.
+    programs: index of a kind of step -> the compiled step.
     state: after `start` steps; then after the last one dispatched.
     start: steps done before.
     skipped: updates skipped so far, since loss, gradient or update was not finite.
@@ -98,12 +100,13 @@ class Loop:
         with self.ledger.phase("data"):
           batch = batches.next()
         waited = time.perf_counter() - asked
-        index = gran.sample_index(config.seed, step, trainer.probabilities)
+        index, told = trainer.draw(step)
+        drawn = _draw_hash(step, index, told)
         self.profile.before(step)
-        self.state, outputs = self.programs[index](self.state, batch, *self.parent)
-        signals = self._signals.send(self.stop.requested, _draw_hash(step, index))
+        self.state, outputs = self.programs[index](self.state, batch, *told, *self.parent)
+        signals = self._signals.send(self.stop.requested, drawn)
         self._report()  # of step - 1, while this one runs
-        self._pending = _Pending(step, index, outputs, signals, waited)
+        self._pending = _Pending(step, index, drawn, outputs, signals, waited)
         if self.samples:
           self.samples.write(step)
         evaluates = evaluates_after(config, step)
@@ -127,7 +130,8 @@ class Loop:
     self.stopped = self.stop.requested if stopping is None else stopping
     now = time.perf_counter()
     finite = bool(outputs["finite"])
-    name = self.trainer.names[done.index]
+    kind = self.trainer.kinds[done.index]
+    name = kind.name
     self.log.step(
       metrics.StepRecord(
         step=done.step,
@@ -140,7 +144,8 @@ class Loop:
         finite=finite,
         step_time_s=now - self._finished_at,
         data_wait_s=done.data_wait_s,
-        draw_hash=_draw_hash(done.step, done.index),
+        draw_hash=done.draw_hash,
+        losses=self._losses(kind, outputs),
       )
     )
     self._finished_at = now
@@ -159,6 +164,13 @@ class Loop:
         f"Lower optim.peak_lr={self.config.optim.peak_lr:g} or set optim.clip_norm, then run "
         "again to resume"
       )
+
+  def _losses(self, kind: StepKind, outputs) -> dict[str, float] | None:
+    """Of each size of a step that has several."""
+    if "losses" not in outputs:
+      return None
+    names = [gran.to_text(g, self.trainer.task.model_config) for g in kind.granularities]
+    return dict(zip(names, outputs["losses"].tolist()))
 
   def _evaluate(self, step: int) -> None:
     """Validation of every size, unless a stop is asked for meanwhile."""
@@ -217,9 +229,9 @@ def evaluates_after(config: Config, step: int) -> bool:
   return step == config.steps or _due(config.eval.every, step)
 
 
-def _draw_hash(step: int, index: int) -> int:
+def _draw_hash(step: int, index: int, told: tuple[np.ndarray, ...]) -> int:
   """What all hosts must agree on at a step, in 32 bits."""
-  return zlib.crc32(f"{step}:{index}".encode())
+  return zlib.crc32(":".join([str(step), str(index), *(str(x.tolist()) for x in told)]).encode())
 
 
 class StopSignal:

@@ -70,7 +70,7 @@ class StepRecord:
 
   Attributes:
     step: from 1.
-    granularity: what was drawn.
+    granularity: what was drawn; the name of the kind of step, where it is not one size.
     loss, grad_norm: as computed, of the sliced tree. The loss is the cross-entropy alone.
     kl: KL(teacher || size) at the distillation's temperature, nats per token; None, and not in
       metrics.jsonl, for a step without a teacher.
@@ -79,6 +79,7 @@ class StepRecord:
     step_time_s: since the previous step finished; `data_wait_s` is the part spent waiting for
       data.
     draw_hash: what all hosts must have drawn alike.
+    losses: by granularity, of a step with several sizes; None, and not in metrics.jsonl, else.
   """
 
   step: int
@@ -91,6 +92,7 @@ class StepRecord:
   data_wait_s: float
   draw_hash: int
   kl: float | None = None
+  losses: dict[str, float] | None = None
 
 
 class RunLog:
@@ -106,7 +108,8 @@ class RunLog:
     total_steps: of the whole run.
     every: steps between progress lines and TensorBoard points.
     examples_per_step, unit, rate: for throughput: `unit` in progress lines, `rate` in files.
-    flops: granularity name -> FLOPs of one training step over all devices.
+    granularities: names, smallest first, in the order of progress lines.
+    flops: kind of step -> FLOPs of one over all devices.
     peak_flops: of all devices together, or None where unknown.
   """
 
@@ -119,7 +122,8 @@ class RunLog:
     examples_per_step: int,
     unit: str,
     rate: str,
-    flops: Mapping[str, int],
+    granularities: Sequence[str],
+    flops: Mapping[str, float],
     peak_flops: float | None,
   ):
     self._recording, self.lost_s = workdir is not None, 0.0
@@ -131,7 +135,7 @@ class RunLog:
     self._total, self._every = total_steps, every
     self._examples, self._unit, self._rate = examples_per_step, unit, rate
     self._flops, self._peak = flops, peak_flops
-    self._recent = {name: collections.deque(maxlen=10) for name in flops}
+    self._recent = {name: collections.deque(maxlen=10) for name in granularities}
     self._window = collections.defaultdict(list)
     self._durations = collections.deque(maxlen=4 * every)
     self.skipped = collections.Counter()
@@ -140,9 +144,7 @@ class RunLog:
     """Records one finished step."""
     if not self._recording:
       return
-    row = dataclasses.asdict(record)
-    if record.kl is None:
-      del row["kl"]
+    row = {name: value for name, value in dataclasses.asdict(record).items() if value is not None}
     step, granularity, finite = record.step, record.granularity, row.pop("finite")
     row[self._rate] = self._examples / record.step_time_s
     if self._peak:
@@ -158,8 +160,11 @@ class RunLog:
     self._steps.write(row)
     self._durations.append(record.step_time_s)
     if finite:
-      self._recent[granularity].append(record.loss)
-      for name in row.keys() - {"step", "granularity", "draw_hash"}:
+      losses = row.pop("losses", {granularity: record.loss})
+      for name, loss in losses.items():
+        self._recent.setdefault(name, collections.deque(maxlen=10)).append(loss)
+        self._window[f"loss/{name}"].append(loss)
+      for name in row.keys() - {"step", "granularity", "draw_hash", "loss"}:
         self._window[f"{name}/{granularity}"].append(row[name])
     if step % self._every == 0 or step == self._total:
       self._report(step)

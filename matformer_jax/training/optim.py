@@ -15,6 +15,7 @@ from matformer_jax.training import muon
 
 OPTIMIZERS = ("adamw", "adafactor", "sgd", "muon")
 SCHEDULES = ("cosine", "rsqrt", "constant")
+SCOPES = ("full", "sliced")
 
 
 def make_schedule(config: OptimKeys, total_steps: int) -> optax.Schedule:
@@ -58,6 +59,12 @@ def warmup_steps(config: OptimKeys, total_steps: int) -> int:
   """`config.warmup_steps`, or half of a run that is not longer than that; at least 1."""
   asked = max(1, int(config.warmup_steps))
   return asked if asked < total_steps else max(1, total_steps // 2)
+
+
+def updates_slice(config: OptimKeys) -> bool:
+  """Whether an update touches only the sampled slice; see sliced.py. Runs made before there was a
+  choice did not."""
+  return getattr(config, "scope", "full") == "sliced"
 
 
 def is_matrix(params):

@@ -11,18 +11,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from matformer_jax import granularity as gran
-from matformer_jax import models, sharding
+from matformer_jax import models, sharding, tables
 from matformer_jax.config import Execution, ModelConfig
 from matformer_jax.config_keys import Config
 from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.models import slicing
 from matformer_jax.runtime import say
 from matformer_jax.tasks import Task
-from matformer_jax.training import auto, distill, optim
+from matformer_jax.training import auto, distill, methods, optim, sliced
 from matformer_jax.training.distill import Distillation
+from matformer_jax.training.methods import StepKind
 
 
 @functools.partial(
@@ -40,52 +42,116 @@ def make_train_step(
   task: Task,
   execution: Execution,
   optimizer: optax.GradientTransformation,
-  granularity: gran.Granularity,
+  kind: StepKind,
   grad_accum: int = 1,
   distillation: Distillation | None = None,
+  update_slice: bool = False,
 ):
-  """The update of one granularity: (state, batch, *parent) -> (state, metrics).
+  """The update of one kind of step: (state, batch, *told, *parent) -> (state, metrics).
 
-  `parent` are a parent's parameters, where the run distils from one. A size that has a teacher
-  runs it forward in the same program.
+  `told` are int32 [L], the sizes of the layers, for a layerwise step only. `parent` are a
+  parent's parameters, where the run distils from one. A size that has a teacher runs it forward
+  in the same program.
 
-  The gradient is taken, and accumulated over `grad_accum` micro-batches, on the
-  sliced tree; slicing's transpose pads it with exact zeros, and the optimizer is
-  applied to the full tree. Where loss, gradient or what the update would leave is not
+  The gradient of a size is taken, and accumulated over `grad_accum` micro-batches, on the
+  sliced tree; slicing's transpose pads it with exact zeros, and the optimizer is applied to
+  the full tree, to the mean of the gradients of all sizes of the step; with `update_slice` only
+  to the slice of the one size. Where loss, gradient or what the update would leave is not
   finite, parameters and optimizer state are returned unchanged, bit for bit.
+
+  Metrics are means over the batch: `loss`, `kl` over what has a teacher, and where a step has
+  several sizes their `losses`, in the order of `kind`.
   """
-  sub_config = gran.submodel_config(task.model_config, granularity)
+  model = task.model_config
   sharded = sharding.batch_shards(execution.mesh) > 1
-  loss_fn = functools.partial(
-    task.loss, sub_config, dataclasses.replace(execution, per_device=sharded)
-  )
+  execution = dataclasses.replace(execution, per_device=sharded)
 
-  def gradient(params, batch, *teacher_params):
-    teacher = distillation.teacher(*teacher_params) if distillation and teacher_params else None
-    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, teacher=teacher), has_aux=True)
-    (_, measured), grads = value_and_grad(params, batch)
-    return measured, grads
+  def is_taught(granularity: gran.Granularity) -> bool:
+    if distillation is None:
+      return False
+    return kind.layerwise or distillation.teaches(granularity)
 
-  accumulated = functools.partial(_accumulate, gradient, grad_accum)
-  if sharded:
-    accumulated = sharding.on_each_device(accumulated, execution.mesh)
+  def gradient_of(granularity: gran.Granularity):
+    """(params, batch, *told, *teacher's) -> (measured, gradient, its norm)."""
+    sub_config = gran.submodel_config(model, granularity)
 
-  def train_step(state: TrainState, batch, *parent):
-    sub_params, unslice = jax.vjp(
-      lambda params: slicing.slice_params(params, task.model_config, granularity), state.params
-    )
-    teaches = distillation is not None and distillation.teaches(granularity)
-    teacher_params = (parent or (state.params,)) if teaches else ()
-    measured, sub_grads = accumulated(sub_params, task.preprocess(batch), *teacher_params)
-    grad_norm = optax.tree.norm(sub_grads)
-    (grads,) = unslice(sub_grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    updated = TrainState(optax.apply_updates(state.params, updates), opt_state)
-    finite = jnp.isfinite(measured["loss"]) & jnp.isfinite(grad_norm) & _is_sane(updated)
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-    return state, measured | {"grad_norm": grad_norm, "finite": finite}
+    def on_rows(told, params, batch, *teacher_params):
+      teacher = distillation.teacher(*teacher_params) if distillation and teacher_params else None
+      loss = functools.partial(task.loss, sub_config, execution, teacher=teacher, **told)
+      (_, measured), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+      return measured, grads
+
+    def gradient(params, batch, *rest):
+      told = {"layer_indices": rest[0]} if kind.layerwise else {}
+      accumulated = functools.partial(_accumulate, functools.partial(on_rows, told), grad_accum)
+      if sharded:
+        accumulated = sharding.on_each_device(accumulated, execution.mesh)
+      sub_params, unslice = jax.vjp(
+        lambda params: slicing.slice_params(params, model, granularity), params
+      )
+      teacher_params = (rest[len(told) :] or (params,)) if is_taught(granularity) else ()
+      measured, sub_grads = accumulated(sub_params, batch, *teacher_params)
+      norm = optax.tree.norm(sub_grads)
+      return measured, sub_grads if update_slice else unslice(sub_grads)[0], norm
+
+    return gradient
+
+  gradients = [gradient_of(g) for g in kind.granularities or (gran.full(model),)]
+
+  def train_step(state: TrainState, batch, *rest):
+    batch = task.preprocess(batch)
+    if len(gradients) == 1:
+      measured, grads, grad_norm = gradients[0](state.params, batch, *rest)
+    else:
+      taught = sum(map(is_taught, kind.granularities))
+      measured, grads = _mean_gradient(gradients, taught, state.params, batch, *rest)
+      grad_norm = optax.tree.norm(grads)
+    old = state
+    if update_slice:
+      old = sliced.take(state, state.params, model, kind.granularities[0])
+    updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
+    new = TrainState(optax.apply_updates(old.params, updates), opt_state)
+    finite = jnp.isfinite(measured["loss"]) & jnp.isfinite(grad_norm) & _is_sane(new)
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    new = sliced.put(state, new) if update_slice else new
+    return new, measured | {"grad_norm": grad_norm, "finite": finite}
 
   return train_step
+
+
+def _mean_gradient(gradients, taught: int, params, batch, *rest):
+  """(measured, gradient): each of `gradients` on its part of the batch, one after the other.
+
+  A loop, not a sequence, whose sizes XLA would interleave: so the activations of one size are
+  held at a time.
+
+  Args:
+    taught: how many of the sizes have a teacher.
+  """
+  parts = len(gradients)
+  # Row r is of part r % parts, so that every device has its share of each.
+  split = jax.tree.map(lambda x: x.reshape((-1, parts) + x.shape[1:]).swapaxes(0, 1), batch)
+
+  def branch(gradient):
+    def run(part):
+      measured, grads, _ = gradient(params, part, *rest)
+      return measured["loss"], measured.get("kl", jnp.zeros(())), grads
+
+    return run
+
+  branches = list(map(branch, gradients))
+
+  def add(total, xs):
+    index, part = xs
+    loss, kl, grads = jax.lax.switch(index, branches, part)
+    return jax.tree.map(jnp.add, total, grads), (loss, kl)
+
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  total, (losses, kl) = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
+  measured = {"loss": jnp.mean(losses), "losses": losses}
+  if taught:
+    measured["kl"] = jnp.sum(kl) / taught
+  return measured, jax.tree.map(lambda x: x / parts, total)
 
 
 def _is_sane(state: TrainState) -> jax.Array:
@@ -165,7 +231,7 @@ class Trainer:
     return (params,), fingerprint
 
   def model_flops(self, granularity: gran.Granularity) -> int:
-    """FLOPs of a step on all devices, without recomputation: what MFU counts.
+    """FLOPs of a sampled step on all devices, without recomputation: what MFU counts.
 
     Three forward passes of the granularity, and where it has a teacher one of the teacher.
     """
@@ -174,6 +240,21 @@ class Trainer:
     if self.distillation is not None:
       flops += self.distillation.flops(granularity, model.num_tokens)
     return flops * self.task.examples_per_step
+
+  def step_flops(self, kind: StepKind) -> float:
+    """The same of any kind of step; of a layerwise one, what is expected."""
+    return methods.mean_cost(kind, self.granularities, self.probabilities, self.model_flops)
+
+  def budget(self) -> str:
+    """What the whole run takes, beside its largest size trained alone on as many examples."""
+    task, steps = self.task, self.config.steps
+    flops = steps * sum(kind.probability * self.step_flops(kind) for kind in self.kinds)
+    examples = steps * task.examples_per_step
+    alone = gran.count(task.model_config, self.granularities[-1]).train_flops * examples
+    return (
+      f"budget: {methods.of(self.config)}, {steps:,} steps, {tables.si(examples)} "
+      f"{task.examples_unit}, {flops:.3g} FLOPs: {flops / alone:.2f}x of {self.names[-1]} alone"
+    )
 
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
@@ -185,10 +266,22 @@ class Trainer:
 
   @functools.cached_property
   def probabilities(self) -> tuple[float, ...]:
-    """One per granularity; a model that stores fewer than g gives its last the rest."""
-    p = gran.sampling_probabilities(self.config.sampling, self.task.model_config)
-    last = len(self.granularities) - 1
-    return p[:last] + (sum(p[last:]),)
+    """`config.sampling`, one per granularity."""
+    return methods.size_probabilities(self.config, self.task.model_config)
+
+  @functools.cached_property
+  def kinds(self) -> tuple[StepKind, ...]:
+    """The kinds of steps, by `config.method`; those of `sampled` are the granularities."""
+    return methods.step_kinds(self.config, self.task.model_config)
+
+  def draw(self, step: int) -> tuple[int, tuple[np.ndarray, ...]]:
+    """(which of `kinds` a step is, what its program is told beside the batch)."""
+    seed = self.config.seed
+    index = gran.sample_index(seed, step, [kind.probability for kind in self.kinds])
+    if not self.kinds[index].layerwise:
+      return index, ()
+    num_layers = self.task.model_config.num_layers
+    return index, (gran.sample_layers(seed, step, self.probabilities, num_layers),)
 
   @functools.cached_property
   def names(self) -> list[str]:
@@ -266,38 +359,48 @@ class Trainer:
     # Devices of a tensor group hold the same rows.
     return sorted({range(shape[0])[index[0]] for index in places.values()}, key=lambda r: r.start)
 
-  def trace(self, granularity: gran.Granularity):
-    """The jitted step of a granularity, traced for the shapes of this run."""
+  def trace(self, kind: gran.Granularity | StepKind):
+    """The jitted step of a kind, or of one granularity, traced for the shapes of this run."""
+    if isinstance(kind, gran.Granularity):
+      kind = StepKind(gran.to_text(kind, self.task.model_config), (kind,), 1.0)
     step = make_train_step(
       self.task,
       self.execution,
       self.optimizer,
-      granularity,
+      kind,
       self.config.grad_accum,
       self.distillation,
+      optim.updates_slice(self.config.optim),
     )
-    replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._state_shardings, replicated))
+    jitted = jax.jit(
+      step, donate_argnums=0, out_shardings=(self._state_shardings, self._replicated)
+    )
     place = sharding.batch_sharding(self.mesh)
     batch = jax.tree.map(
       lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
       self.task.batch_shapes(self.config.batch_size),
     )
-    return jitted.trace(self.abstract_state, batch, *self.abstract_parent)
+    layers = jax.ShapeDtypeStruct(
+      (self.task.model_config.num_layers,), jnp.int32, sharding=self._replicated
+    )
+    told = (layers,) if kind.layerwise else ()
+    return jitted.trace(self.abstract_state, batch, *told, *self.abstract_parent)
 
-  def lower(self, granularity: gran.Granularity):
+  @property
+  def _replicated(self):
+    return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+  def lower(self, kind: gran.Granularity | StepKind):
     """The same, lowered."""
-    return self.trace(granularity).lower()
+    return self.trace(kind).lower()
 
   def compile(self) -> dict[int, Callable]:
-    """Compiles the step of every granularity that is sampled, in parallel."""
-    wanted = [i for i, p in enumerate(self.probabilities) if p > 0]
+    """Compiles the kinds of steps that occur, in parallel."""
+    wanted = [i for i, kind in enumerate(self.kinds) if kind.probability > 0]
     started = time.perf_counter()
     programs = {}
     with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
-      futures = {
-        pool.submit(lambda i=i: self.lower(self.granularities[i]).compile()): i for i in wanted
-      }
+      futures = {pool.submit(lambda i=i: self.lower(self.kinds[i]).compile()): i for i in wanted}
       while len(programs) < len(wanted):
         # A bounded wait lets signal handlers run on the main thread.
         done, _ = concurrent.futures.wait(futures, 0.2, concurrent.futures.FIRST_COMPLETED)
@@ -305,7 +408,7 @@ class Trainer:
           index = futures.pop(future)
           programs[index] = future.result()
           say(
-            f"compiled {self.names[index]} ({len(programs)}/{len(wanted)}) after "
+            f"compiled {self.kinds[index].name} ({len(programs)}/{len(wanted)}) after "
             f"{time.perf_counter() - started:.1f} s"
           )
     return programs
