@@ -1,6 +1,11 @@
 """Scores many submodels on validation data: Mix'n'Match against other shapes and random mixes.
 
   python -m matformer_jax.search --workdir=runs/quickstart --budgets=0.55x,0.65x,0.75x,0.85x
+  python -m matformer_jax.search --workdir=runs/quickstart --budgets=0.6x,0.8x --nas=300
+
+With --nas also against architecture search: so many random architectures are measured, on other
+windows, a predictor of their losses is trained, and evolution asks it for the best within each
+budget (Appendix D.2).
 
 One compiled program scores every configuration, on the same windows, so differences
 between them are measured far better than each loss alone; both come with standard
@@ -9,12 +14,13 @@ errors. Writes search.csv, search.json and search.png.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import csv
 import dataclasses
 import functools
 import math
 import pathlib
+import time
 
 from absl import flags
 import jax
@@ -25,13 +31,14 @@ from matformer_jax import cli, plots, runtime, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.errors import UserError
-from matformer_jax.evals import latency, stderr
+from matformer_jax.evals import latency, nas, stderr
 from matformer_jax.loading import LanguageModel, load, open_task
 from matformer_jax.models import dynamic, losses
 from matformer_jax.tasks.language import LanguageModeling
 
 CONFIGS_PER_CALL = 16
 MIX_N_MATCH = gran.SHAPES[0]  # "increasing"
+NAS, MEASURED = "nas", "best measured"  # by evolution; of the architectures it learned from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Candidate:
 
   Attributes:
     granularity: the submodel; heads follow the FFNs where they are nested.
-    kind: "trained", one of gran.SHAPES ("increasing" is Mix'n'Match) or "random".
+    kind: "trained", one of gran.SHAPES ("increasing" is Mix'n'Match), "random", NAS or MEASURED.
     budget: the budget's text it was made for, "" for none.
   """
 
@@ -156,6 +163,87 @@ def _random_mixes(
 
 
 @dataclasses.dataclass(frozen=True)
+class ArchitectureSearch:
+  """What --nas did.
+
+  Attributes:
+    found: per budget the architecture that evolution found, and the best of those measured.
+    measured: architectures, each on `windows` windows.
+    seconds: of measuring, and of training the predictor and asking it.
+    predictions: asked for, for all budgets.
+  """
+
+  found: list[Candidate]
+  predictor: nas.Predictor
+  measured: int
+  windows: int
+  seconds: tuple[float, float]
+  predictions: int
+
+  def to_json(self) -> dict[str, float]:
+    """What it cost, and how good the predictor is."""
+    p = self.predictor
+    return {
+      "architectures_measured": self.measured,
+      "windows_each": self.windows,
+      "seconds_measuring": self.seconds[0],
+      "seconds_searching": self.seconds[1],
+      "losses_predicted": self.predictions,
+      "predictor_mse": p.mse,
+      "predictor_variance": p.variance,
+      "predictor_rank_correlation": p.rank_correlation,
+      "predictor_trained_on": p.trained_on,
+      "predictor_tested_on": p.tested_on,
+    }
+
+  def __str__(self) -> str:
+    p = self.predictor
+    return (
+      f"NAS: {self.measured} architectures measured on {self.windows} other windows each in "
+      f"{self.seconds[0]:.1f} s; the predictor's mean squared error on {p.tested_on} that it was "
+      f"not trained on is {p.mse:.2e} (a constant's: {p.variance:.2e}), its rank correlation "
+      f"{p.rank_correlation:.3f}; {self.predictions:,} predictions in {self.seconds[1]:.1f} s"
+    )
+
+
+def search_architectures(
+  config: MatLMConfig,
+  budgets: Sequence[str],
+  number: int,
+  measure: Callable[[Sequence[gran.Granularity]], np.ndarray],
+  seed: int,
+  profile=None,
+) -> ArchitectureSearch:
+  """Finds an architecture for every budget as OFA does; see evals/nas.py.
+
+  Args:
+    number: of architectures to measure.
+    measure: granularities -> losses [granularities, windows].
+  """
+  rng = np.random.default_rng(seed)
+  tops = gran.full(config).ffn
+  started = time.perf_counter()
+  pairs = nas.sample_architectures(tops, number, rng)
+  losses = measure([gran.parse(layers, config) for layers in pairs])
+  measured = time.perf_counter()
+  predictor = nas.fit(pairs, losses.mean(1), config.num_granularities, seed)
+  params = functools.cache(lambda layers: gran.count(config, layers).params)
+  found, predictions = [], 0
+  for budget in budgets:
+    limit = params(gran.mix_n_match(config, budget, profile=profile).ffn)
+    fits = lambda layers, limit=limit: params(tuple(layers)) <= limit
+    start = [g.ffn for g in _random_mixes(config, limit, nas.POPULATION, rng)]
+    best, asked = nas.evolve(predictor, fits, start, tops, rng)
+    predictions += asked
+    found.append(Candidate(gran.parse(best, config), NAS, budget))
+    fitting = [(loss, layers) for loss, layers in zip(losses.mean(1), pairs) if fits(layers)]
+    if fitting:
+      found.append(Candidate(gran.parse(min(fitting)[1], config), MEASURED, budget))
+  seconds = measured - started, time.perf_counter() - measured
+  return ArchitectureSearch(found, predictor, len(pairs), losses.shape[1], seconds, predictions)
+
+
+@dataclasses.dataclass(frozen=True)
 class Scored:
   """A candidate with what was measured.
 
@@ -259,7 +347,9 @@ def comparison_table(config: MatLMConfig, scored: Sequence[Scored]) -> str:
 
 
 def _label(kind: str) -> str:
-  return "Mix'n'Match (increasing)" if kind == MIX_N_MATCH else kind
+  if kind == MIX_N_MATCH:
+    return "Mix'n'Match (increasing)"
+  return "NAS" if kind == NAS else kind
 
 
 def as_rows(config: MatLMConfig, scored: Sequence[Scored]) -> list[dict]:
@@ -287,11 +377,14 @@ def plot(config: MatLMConfig, scored: Sequence[Scored], title: str, path: pathli
         (shape, shape, dict(marker=marker, s=32, alpha=0.8, color=color))
         for shape, marker, color in zip(gran.SHAPES[1:], "v^s", ("C1", "C2", "C4"))
       ],
+      (NAS, "NAS", dict(marker="P", s=44, color="C5")),
       (MIX_N_MATCH, "Mix'n'Match (increasing)", dict(marker="D", s=34, color="C0")),
       ("trained", "trained sizes", dict(marker="o", s=90, color="C3")),
     ]
     for order, (kind, label, style) in enumerate(styles):
       mine = [s for s in scored if s.candidate.kind == kind]
+      if not mine:
+        continue
       axes.scatter(
         [s.params / 1e6 for s in mine],
         [s.loss for s in mine],
@@ -332,8 +425,11 @@ def main(argv) -> None:
     _RUNGS.value,
     latency.read(model.workdir, config),
   )
+  task = open_task(model, _SOURCE.value)
+  batches = validation_batches(task, _BATCHES.value, _BATCH_SIZE.value)
+  architectures = _find_architectures(model, task) if _NAS.value else None
+  found += architectures.found if architectures else []
   distinct = list(dict.fromkeys(c.granularity for c in found))
-  batches = validation_batches(open_task(model, _SOURCE.value), _BATCHES.value, _BATCH_SIZE.value)
   windows = int(sum(b["weight"].sum() for b in batches))
   if windows < 2:
     raise UserError("one validation window has no standard error; raise --batches or --batch_size")
@@ -359,6 +455,7 @@ def main(argv) -> None:
         "source": _SOURCE.value or model.card["config"]["data"]["source"],
         "tokens": tokens,
         "rows": flat,
+        **({"nas": architectures.to_json()} if architectures else {}),
       },
       indent=1,
     )
@@ -374,9 +471,34 @@ def main(argv) -> None:
     f"{model.workdir}, step {model.step:,}: {len(distinct)} submodels, {tokens:,} validation "
     f"tokens each{f' of {_SOURCE.value}' if _SOURCE.value else ''}\n"
   )
+  if architectures:
+    print(f"{architectures}\n")
   if _BUDGETS.value:
     print(comparison_table(config, scored) + "\n")
   print(f"wrote {out / 'search.csv'}, search.json, search.png")
+
+
+def _find_architectures(model: LanguageModel, task: LanguageModeling) -> ArchitectureSearch:
+  """As --nas says, on windows after those that everything is compared on."""
+  if not _BUDGETS.value:
+    raise UserError(f"--nas={_NAS.value} searches within budgets; give --budgets, e.g. 0.6x,0.8x")
+  if _NAS.value < nas.LEAST:
+    raise UserError(f"--nas={_NAS.value} is too few to learn from; give at least {nas.LEAST}")
+  sample, batch_size = task.sample(_BATCHES.value, _BATCH_SIZE.value)
+  left = task.validation.num_windows - len(sample)
+  batches = min(_NAS_BATCHES.value or math.ceil(len(sample) / batch_size), left // batch_size)
+  if not batches:
+    raise UserError(
+      f"--nas={_NAS.value} needs validation windows beside the {len(sample)} that everything is "
+      f"compared on, and there are {left}, less than a batch of {batch_size}; lower --batches"
+    )
+  starts = range(len(sample), len(sample) + batches * batch_size, batch_size)
+  others = [task.validation.read(range(s, s + batch_size)) for s in starts]
+  measure = functools.partial(score, model.config, model.execution, model.params, batches=others)
+  profile = latency.read(model.workdir, model.config)
+  return search_architectures(
+    model.config, _BUDGETS.value, _NAS.value, measure, _SEED.value, profile
+  )
 
 
 def bits_per_nat(batches: Sequence[Mapping[str, np.ndarray]]) -> float:
@@ -408,7 +530,20 @@ if __name__ == "__main__":
   _RUNGS = flags.DEFINE_integer(
     "rungs", 25, "About how many models of the Mix'n'Match ladder.", lower_bound=2
   )
+  _NAS = flags.DEFINE_integer(
+    "nas",
+    0,
+    "Also search architectures: measure so many, train a predictor on them, and let evolution ask "
+    "it for the best within each budget; 0 does not.",
+    lower_bound=0,
+  )
+  _NAS_BATCHES = flags.DEFINE_integer(
+    "nas_batches",
+    0,
+    "Batches that each of them is measured on, other ones than --batches; 0: as many.",
+    lower_bound=0,
+  )
   _BATCHES, _BATCH_SIZE = cli.define_sample()
-  _SEED = cli.define_seed("Of the random mixes.")
+  _SEED = cli.define_seed("Of the random mixes, and of the architecture search.")
   _OUT = flags.DEFINE_string("out", None, "Directory for the results; default WORKDIR/search.")
   cli.run(main)
