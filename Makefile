@@ -5,7 +5,9 @@
 # make lint         ruff (lint and format) and pyright
 # make docs         the documents and the API reference as a site, in site/
 # make benchmark    what a step costs, against dense models of the same widths
-PYTHON ?= python3
+# Names or paths: the first that runs and for which there are wheels of what is compiled is used.
+PYTHON ?= python3.14 python3.13 python3.12 python3.11 python3
+WHEELS := jaxlib array_record sentencepiece
 VENV ?= .venv
 RUN ?= runs/quickstart
 SMOLLM2 ?= runs/smollm2
@@ -27,9 +29,15 @@ TEXT ?= text:$(SMOLLM2)/manual.txt
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=python3.11" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || for python in $(PYTHON); do \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || continue; \
+	  echo "$$python -m venv $(VENV)"; \
+	  $$python -m venv $(VENV) && $(BIN)/python -m pip install --quiet --dry-run \
+	    --only-binary=:all: $(WHEELS) > /dev/null 2>&1 && break; \
+	  echo "$$python has no wheels of $(WHEELS)"; rm -rf $(VENV); \
+	done
+	@test -x $(BIN)/python || { echo "error: none of '$(PYTHON)' is a Python from 3.11 up that has" \
+	  "wheels of $(WHEELS); install one, or run make PYTHON=/path/to/python" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
