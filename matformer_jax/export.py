@@ -23,6 +23,7 @@ import jax
 
 from matformer_jax import cli, runtime
 from matformer_jax import granularity as gran
+from matformer_jax.checkpoints import model_dir
 from matformer_jax.errors import UserError
 from matformer_jax.evals import latency
 from matformer_jax.exporting import compare, stablehlo
@@ -92,11 +93,12 @@ def export(
 def _check_free(out: pathlib.Path, format: str) -> None:
   if not out.name:
     raise UserError(f"--out={out} must name a new directory")
-  if format == "gguf" and out.suffix != ".gguf":
+  if format != "gguf":
+    return model_dir.check_free(out)
+  if out.suffix != ".gguf":
     raise UserError(f"--out={out} must name a file that ends in .gguf")
-  if out.exists() and (not out.is_dir() or format == "gguf" or any(out.iterdir())):
-    what = "file" if format == "gguf" else "directory"
-    raise UserError(f"--out={out} exists already; give a new {what}")
+  if out.exists():
+    raise UserError(f"--out={out} exists already; give a new file")
 
 
 # ------------------------------------------------------------------------ formats

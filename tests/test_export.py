@@ -170,7 +170,9 @@ def test_the_program(tiny_run, tmp_path):
   assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} < files
   again = run_program("export", *args)
   assert again.returncode == 1
-  assert re.fullmatch(r"error: --out=.* exists already; give a new directory\n", again.stderr)
+  assert re.fullmatch(
+    r"error: --out=.* exists already and is not empty; give a new directory\n", again.stderr
+  )
 
 
 def test_the_programs_refusal_is_one_line(tiny_run, tmp_path):

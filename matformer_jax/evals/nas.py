@@ -85,8 +85,8 @@ def fit(
   """Trains a predictor on 60% of the pairs, and measures it on the others.
 
   Args:
-    architectures: [n][L].
-    losses: [n].
+    architectures: n of L sizes each.
+    losses: of each, float [n].
   """
   order = np.random.default_rng(seed).permutation(len(losses))
   split = round(TRAIN_SHARE * len(losses))
