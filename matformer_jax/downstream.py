@@ -92,7 +92,12 @@ def load_task(manager: Any, name: str, data: str | None) -> Any:
     raise UserError(f"task {name} needs a package that is not installed ({first_line(e)})") from e
   except Exception as e:  # the library's, of many kinds: of networks, scripts, files
     if files:
-      raise UserError(f"task {name}: {data}/{name} does not fit it ({first_line(e)})") from e
+      while e.__cause__ is not None:  # what the library wraps
+        e = e.__cause__
+      what = first_line(e)
+      if isinstance(e, KeyError) and e.args[0] in ("train", "validation", "test"):
+        what = f"it needs {e.args[0]}.jsonl too"
+      raise UserError(f"task {name}: {data}/{name} does not fit it: {what}") from e
     config = manager.task_index[name].cfg or {}
     dataset = ", ".join(str(config[k]) for k in ("dataset_path", "dataset_name") if config.get(k))
     cache = import_extra("datasets", "evaluating on public tasks", "eval").config.HF_DATASETS_CACHE

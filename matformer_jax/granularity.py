@@ -98,6 +98,14 @@ def parse(value: GranularityLike, config: ModelConfig) -> Granularity:
   return result
 
 
+def _example(config: ModelConfig) -> str:
+  """A mix that the model has."""
+  name = names(config)
+  small, large = name[max(len(name) // 2 - 1, 0)], name[len(name) // 2]
+  half = config.num_layers // 2
+  return f"{small}*{config.num_layers - half}+{large}*{half}"
+
+
 def to_text(granularity: Granularity, config: ModelConfig) -> str:
   """Canonical text; `parse` inverts it."""
   text = _runs_text(granularity.ffn, config)
@@ -456,11 +464,12 @@ def _parse_runs(text: str, whole: str, config: ModelConfig) -> tuple[int, ...]:
         f"granularity {whole!r}: {name!r} is not a size; use one of "
         f"{', '.join(known)}"
         + (f" (did you mean {near[0]}?)" if near else "")
-        + ", or runs such as 'M*8+L*8'"
+        + f", or runs such as {_example(config)!r}"
       )
     if star and not (repeat.isdecimal() and len(repeat) < 7 and int(repeat) > 0):
       raise UserError(
-        f"granularity {whole!r}: {repeat!r} is not a number of layers; write runs such as 'M*8+L*8'"
+        f"granularity {whole!r}: {repeat!r} is not a number of layers; write runs such as "
+        f"{_example(config)!r}"
       )
     if len(parts) == 1 and not star:
       repeat = config.num_layers

@@ -52,6 +52,11 @@ def main(argv) -> None:
   runtime.enable_compilation_cache()
   with server.listen(_HOST.value, _PORT.value) as listening:
     model = load(workdir, _STEP.value, LanguageModel)
+    if (_MAX_LENGTH.value or 0) > model.config.seq_len:
+      runtime.warn(
+        f"--max_length={_MAX_LENGTH.value} is more than the {model.config.seq_len} tokens of the "
+        "model's context: texts longer than that will be poor"
+      )
     engine = Engine(
       model,
       slots=_SLOTS.value,

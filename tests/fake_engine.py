@@ -64,7 +64,7 @@ class FakeEngine:
   def room(self) -> int:
     return self.slots + self.queue_limit
 
-  def submit(self, request, listener):
+  def submit(self, request, listener, lead=None):
     with self._wake:
       if self.closing or len(self._waiting) >= self.queue_limit:
         raise Overloaded

@@ -273,6 +273,32 @@ def test_the_policy_takes_smaller_sizes_as_the_queue_grows():
   assert policy.choose(sizes[3:], 100, 4) == "XL"
 
 
+def test_one_call_is_answered_by_one_size(model):
+  """Twelve choices on two slots, nobody else there: XL; three more callers: smaller ones."""
+  engine = Engine(model, slots=2, max_length=64, draft=False)
+
+  def ask(number, lead=None):
+    answers = [Answer() for _ in range(number)]
+    jobs = []
+    for answer in answers:
+      jobs.append(engine.submit(Request((1,), 8), answer, lead or (jobs[0] if jobs else None)))
+    return jobs, answers
+
+  jobs, answers = ask(12)
+  for answer in answers:
+    answer.wait()
+  assert {job.granularity for job in jobs} == {gran.full(model.config)}
+  with engine._changed:  # so that nothing starts before all are there
+    calls = [ask(3) for _ in range(4)]
+  for _, answers in calls:
+    for answer in answers:
+      answer.wait()
+  engine.close()
+  sizes = [{job.size for job in jobs} for jobs, _ in calls]
+  assert all(len(found) == 1 for found in sizes)
+  assert gran.full(model.config) not in sizes[0] and sizes[-1] == {gran.full(model.config)}
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_load_decides_who_answers(model, on):
   engine = Engine(model, slots=1, max_length=64, policy=on, draft=False)

@@ -165,7 +165,7 @@ def check_model(workdir: pathlib.Path, old_card, config: Config) -> None:
 def check_same_run(workdir: pathlib.Path, old_card, new_card) -> None:
   """Raises UserError where a resumed run would not be the same; notes other changes."""
   new_card = _as_json(new_card)
-  fixed = lambda card: {k: card.get(k) for k in FIXED}  # some are not in every card
+  fixed = lambda card: {"method": "sampled"} | {k: card[k] for k in FIXED if k in card}
   _raise_if_different(workdir, fixed(old_card) | {"model": _model(old_card)}, fixed(new_card))
   changed = _differences(old_card["config"], new_card["config"])
   if changed:

@@ -86,11 +86,13 @@ class Job:
 
   Attributes:
     granularity: who answers; set before the listener hears anything.
+    lead: the first of the same client's call, whose size is taken where the request names none.
   """
 
   request: Request
   listener: Listener
   granularity: gran.Granularity | None
+  lead: Job | None = None
   number: int = 0  # in order of arrival
   cancelled: bool = False
   sent: int = 0  # of its sequence, prompt included
@@ -199,18 +201,19 @@ class Engine:
 
   # ------------------------------------------------------- from other threads
 
-  def submit(self, request: Request, listener: Listener) -> Job:
+  def submit(self, request: Request, listener: Listener, lead: Job | None = None) -> Job:
     """Puts a request in the queue.
 
     Args:
       listener: called on the engine's thread, and so must not wait for anything.
+      lead: the first of several that one client asks for together.
 
     Raises:
       Overloaded: if the queue is full or the engine is closing.
       UserError: for a request that does not fit the model.
     """
     self._check(request)
-    job = Job(request, listener, request.granularity, next(self._arrivals))
+    job = Job(request, listener, request.granularity, lead, next(self._arrivals))
     with self._changed:
       if self._closing:
         raise Overloaded("the server is shutting down")
@@ -344,13 +347,20 @@ class Engine:
         if taken is not None or not self._queue:
           continue
         job = self._queue.popleft()
-        waiting = len(self._queue) if self._policy else 0
         self._jobs[slot] = job
+        waiting = self._waiting_behind(job) if self._policy else 0
+      if job.granularity is None and job.lead is not None:
+        job.granularity = job.lead.granularity  # None if that was cancelled while it waited
       if job.granularity is None:
         job.granularity = policies.choose(self._sizes, waiting, self._count)
       job.sent = len(job.request.prompt)
       job.pieces = self._decoder.pieces(job.request.prompt)
       self._lengths[slot] = 1
+
+  def _waiting_behind(self, job: Job) -> int:
+    """Requests of others that will find no slot."""
+    others = sum(queued.lead is not job for queued in self._queue)
+    return max(others - self._jobs.count(None), 0)
 
   def _read_piece(self, slot: int, job: Job) -> None:
     """The next piece of a prompt; after the last one the sequence starts."""

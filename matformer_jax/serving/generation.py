@@ -11,7 +11,7 @@ import time
 from typing import Literal
 
 from matformer_jax.data.tokenizer import Tokenizer
-from matformer_jax.serving.engine import Engine, Request, Update
+from matformer_jax.serving.engine import Engine, Job, Request, Update
 from matformer_jax.serving.refusals import Refusal, stopping, timed_out
 from matformer_jax.serving.text import TextStream
 
@@ -63,10 +63,11 @@ class Generation:
     self._deadline = self._loop.time() + seconds
     self._news: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
     self._texts = [TextStream(tokenizer, r.prompt, stop) for r in requests]
-    self.jobs = []
+    self.jobs: list[Job] = []
     try:
       for i, request in enumerate(requests):
-        self.jobs.append(engine.submit(request, functools.partial(self._hear, i)))
+        lead = self.jobs[0] if self.jobs else None
+        self.jobs.append(engine.submit(request, functools.partial(self._hear, i), lead))
     except Exception:
       self.cancel()
       raise

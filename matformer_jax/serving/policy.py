@@ -12,7 +12,7 @@ def choose(sizes: Sequence[gran.Granularity], waiting: int, slots: int) -> gran.
 
   Args:
     sizes: smallest first.
-    waiting: requests behind it.
+    waiting: requests behind it that find no slot, those of the same call aside.
     slots: how many are answered at a time.
 
   Returns:

@@ -11,6 +11,7 @@ import threading
 
 import uvicorn  # pyright: ignore[reportMissingImports]
 
+from matformer_jax import runtime
 from matformer_jax.errors import UserError
 from matformer_jax.serving.service import Service
 
@@ -71,6 +72,11 @@ class Server(uvicorn.Server):
     """What a signal does."""
     if self._draining is None:
       self._service.stopping = True
+      if self._service.in_flight:
+        runtime.say(
+          f"stopping: finishing {self._service.in_flight} requests, for {self._grace:g} s at most; "
+          "a second signal cancels them"
+        )
       self._draining = asyncio.get_running_loop().create_task(self._drain())
     else:
       self.should_exit = self.force_exit = True
