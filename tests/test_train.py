@@ -309,7 +309,7 @@ def run_loop(
   """
   config = helpers.get_config("tiny")
   config.update_from_flattened_dict({"seed": 3, **changes})
-  trainer, hosts, drawn, saved = make_trainer(), Hosts(index=process), [], []
+  trainer, hosts, drawn, saved = make_trainer(seed=3), Hosts(index=process), [], []
   stop = types.SimpleNamespace(requested=False)
 
   def program(index):
