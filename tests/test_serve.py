@@ -161,7 +161,7 @@ def test_a_stop_string_ends_the_text(client, engine):
 def test_parameters_reach_the_engine(model):
   with served(model) as (engine, _, url):
     seen, submit = [], engine.submit
-    engine.submit = lambda request, listener: seen.append(request) or submit(request, listener)
+    engine.submit = lambda request, *rest: seen.append(request) or submit(request, *rest)
     create = client_of(url).completions.create
     sampling = dict(temperature=0.5, top_p=0.9, extra_body={"top_k": 7})
     create(model="tiny:S", prompt="a", max_tokens=2, seed=2**32 - 1, n=2, **sampling)
@@ -660,7 +660,8 @@ def test_the_program_finishes_what_is_running(tiny_run):
     for stream in streams:
       assert list(stream)[-1].choices[0].finish_reason in ("length", "stop")
     assert process.wait(helpers.BACKSTOP_S) == 0
-    assert process.stdout.read() == "" and "Traceback" not in process.stderr.read()
+    assert process.stdout.read().startswith("stopping; requests in flight: 1. ")
+    assert "Traceback" not in process.stderr.read()
   finally:
     process.kill()
 

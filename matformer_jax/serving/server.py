@@ -74,8 +74,8 @@ class Server(uvicorn.Server):
       self._service.stopping = True
       if self._service.in_flight:
         runtime.say(
-          f"stopping: finishing {self._service.in_flight} requests, for {self._grace:g} s at most; "
-          "a second signal cancels them"
+          f"stopping; requests in flight: {self._service.in_flight}. They have {self._grace:g} s "
+          "to finish; a second signal cancels them"
         )
       self._draining = asyncio.get_running_loop().create_task(self._drain())
     else:
