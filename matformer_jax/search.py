@@ -224,9 +224,10 @@ def search_architectures(
   tops = gran.full(config).ffn
   started = time.perf_counter()
   pairs = nas.sample_architectures(tops, number, rng)
-  losses = measure([gran.parse(layers, config) for layers in pairs])
+  window_losses = measure([gran.parse(layers, config) for layers in pairs])
+  losses = window_losses.mean(1)
   measured = time.perf_counter()
-  predictor = nas.fit(pairs, losses.mean(1), config.num_granularities, seed)
+  predictor = nas.fit(pairs, losses, config.num_granularities, seed)
   params = functools.cache(lambda layers: gran.count(config, layers).params)
   found, predictions = [], 0
   for budget in budgets:
@@ -236,11 +237,13 @@ def search_architectures(
     best, asked = nas.evolve(predictor, fits, start, tops, rng)
     predictions += asked
     found.append(Candidate(gran.parse(best, config), NAS, budget))
-    fitting = [(loss, layers) for loss, layers in zip(losses.mean(1), pairs) if fits(layers)]
+    fitting = [(loss, layers) for loss, layers in zip(losses, pairs) if fits(layers)]
     if fitting:
       found.append(Candidate(gran.parse(min(fitting)[1], config), MEASURED, budget))
   seconds = measured - started, time.perf_counter() - measured
-  return ArchitectureSearch(found, predictor, len(pairs), losses.shape[1], seconds, predictions)
+  return ArchitectureSearch(
+    found, predictor, len(pairs), window_losses.shape[1], seconds, predictions
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,17 +420,11 @@ def main(argv) -> None:
   runtime.enable_compilation_cache()
   model = load(workdir, _STEP.value, LanguageModel)
   config = model.config
-  found = candidates(
-    config,
-    _BUDGETS.value,
-    _RANDOM.value,
-    _SEED.value,
-    _RUNGS.value,
-    latency.read(model.workdir, config),
-  )
+  profile = latency.read(model.workdir, config)
+  found = candidates(config, _BUDGETS.value, _RANDOM.value, _SEED.value, _RUNGS.value, profile)
   task = open_task(model, _SOURCE.value)
   batches = validation_batches(task, _BATCHES.value, _BATCH_SIZE.value)
-  architectures = _find_architectures(model, task) if _NAS.value else None
+  architectures = _find_architectures(model, task, profile) if _NAS.value else None
   found += architectures.found if architectures else []
   distinct = list(dict.fromkeys(c.granularity for c in found))
   windows = int(sum(b["weight"].sum() for b in batches))
@@ -478,7 +475,9 @@ def main(argv) -> None:
   print(f"wrote {out / 'search.csv'}, search.json, search.png")
 
 
-def _find_architectures(model: LanguageModel, task: LanguageModeling) -> ArchitectureSearch:
+def _find_architectures(
+  model: LanguageModel, task: LanguageModeling, profile
+) -> ArchitectureSearch:
   """As --nas says, on windows after those that everything is compared on."""
   if not _BUDGETS.value:
     raise UserError(f"--nas={_NAS.value} searches within budgets; give --budgets, e.g. 0.6x,0.8x")
@@ -492,10 +491,9 @@ def _find_architectures(model: LanguageModel, task: LanguageModeling) -> Archite
       f"--nas={_NAS.value} needs validation windows beside the {len(sample)} that everything is "
       f"compared on, and there are {left}, less than a batch of {batch_size}; lower --batches"
     )
-  starts = range(len(sample), len(sample) + batches * batch_size, batch_size)
-  others = [task.validation.read(range(s, s + batch_size)) for s in starts]
+  places = range(len(sample), len(sample) + batches * batch_size)
+  others = _read_windows(task, places, batch_size)
   measure = functools.partial(score, model.config, model.execution, model.params, batches=others)
-  profile = latency.read(model.workdir, model.config)
   return search_architectures(
     model.config, _BUDGETS.value, _NAS.value, measure, _SEED.value, profile
   )
@@ -512,8 +510,13 @@ def validation_batches(
 ) -> list[dict[str, np.ndarray]]:
   """The windows that training and `evaluate` measure, in batches."""
   sample, batch_size = task.sample(batches, batch_size)
-  starts = range(0, len(sample), batch_size)
-  return [task.validation.read(range(s, s + batch_size), len(sample)) for s in starts]
+  return _read_windows(task, sample, batch_size)
+
+
+def _read_windows(task: LanguageModeling, places: range, batch_size: int):
+  """Batches of the windows at places of the validation sample's order."""
+  starts = range(places.start, places.stop, batch_size)
+  return [task.validation.read(range(s, s + batch_size), places.stop) for s in starts]
 
 
 if __name__ == "__main__":

@@ -327,25 +327,32 @@ def param_shardings(params, mesh: Mesh):
 def state_shardings(state, params, mesh: Mesh):
   """Shardings for any tree that holds copies of the parameters, such as an optimizer's.
 
-  A leaf whose path ends with a parameter's path and has its shape is sharded like
-  it; everything else (counts, factored moments) is replicated.
+  A copy is sharded like its parameter; everything else (counts, factored moments) is replicated.
   """
-  by_path = {
-    path_names(path): (leaf.shape, NamedSharding(mesh, spec(logical_axes(path_names(path)))))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  like = lambda names, _: NamedSharding(mesh, spec(logical_axes(names)))
+  return map_copies(state, params, like, lambda _: NamedSharding(mesh, PartitionSpec()))
+
+
+def map_copies(tree, params, copy, other):
+  """Maps a tree that holds copies of the parameters, such as an optimizer's state.
+
+  Args:
+    copy: (names of a parameter's path, leaf) -> new leaf, for a leaf whose path ends with a
+      parameter's path and that has its shape.
+    other: leaf -> new leaf, for all others.
+  """
+  shapes = {
+    path_names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
-  longest = max(len(p) for p in by_path)
-  replicated = NamedSharding(mesh, PartitionSpec())
 
-  def sharding(path, leaf):
+  def visit(path, leaf):
     names = path_names(path)
-    for length in range(min(longest, len(names)), 0, -1):
-      shape, found = by_path.get(names[-length:], (None, None))
-      if found is not None and shape == leaf.shape:
-        return found
-    return replicated
+    for start in range(len(names)):
+      if shapes.get(names[start:]) == leaf.shape:
+        return copy(names[start:], leaf)
+    return other(leaf)
 
-  return jax.tree_util.tree_map_with_path(sharding, state)
+  return jax.tree_util.tree_map_with_path(visit, tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

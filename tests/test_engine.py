@@ -277,11 +277,11 @@ def test_one_call_is_answered_by_one_size(model):
   """Twelve choices on two slots, nobody else there: XL; three more callers: smaller ones."""
   engine = Engine(model, slots=2, max_length=64, draft=False)
 
-  def ask(number, lead=None):
+  def ask(number):
     answers = [Answer() for _ in range(number)]
     jobs = []
     for answer in answers:
-      jobs.append(engine.submit(Request((1,), 8), answer, lead or (jobs[0] if jobs else None)))
+      jobs.append(engine.submit(Request((1,), 8), answer, jobs[0] if jobs else None))
     return jobs, answers
 
   jobs, answers = ask(12)

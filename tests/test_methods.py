@@ -33,8 +33,12 @@ SGD = {
 def size_loss(params, tokens, granularity):
   """Mean cross-entropy of a size, z-loss of the stub task included; written out again."""
   sub_config = gran.submodel_config(MODEL, granularity)
-  sub = slicing.slice_params(params, MODEL, granularity)
-  logits = matlm.MatLM(sub_config, Execution()).apply({"params": sub}, tokens[:, :-1])
+  return dense_loss(slicing.slice_params(params, MODEL, granularity), tokens, sub_config)
+
+
+def dense_loss(params, tokens, config):
+  """The same of a model of its own."""
+  logits = matlm.MatLM(config, Execution()).apply({"params": params}, tokens[:, :-1])
   log_z = jax.nn.logsumexp(logits, -1)
   nll = log_z - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
   return jnp.mean(nll) + 1e-4 * jnp.mean(log_z**2), jnp.mean(nll)
@@ -193,7 +197,7 @@ def test_a_sliced_update_is_the_small_models_own():
   dense = gran.submodel_config(MODEL, small)
   optimizer = trainer.optimizer
   moments = optimizer.init(params)
-  grad = jax.jit(jax.grad(lambda p, t: size_loss_dense(p, t, dense)))
+  grad = jax.jit(jax.grad(lambda p, t: dense_loss(p, t, dense)[0]))
   for step in range(3):
     batch = trainer.batch(step)
     state, _ = program(state, batch)
@@ -201,13 +205,6 @@ def test_a_sliced_update_is_the_small_models_own():
     params = optax.apply_updates(params, updates)
   have = slicing.slice_params(jax.device_get(state.params), MODEL, small)
   assert_close(have, params, atol=1e-4)
-
-
-def size_loss_dense(params, tokens, config):
-  logits = matlm.MatLM(config, Execution()).apply({"params": params}, tokens[:, :-1])
-  log_z = jax.nn.logsumexp(logits, -1)
-  nll = log_z - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
-  return jnp.mean(nll) + 1e-4 * jnp.mean(log_z**2)
 
 
 # ------------------------------------------------------------- kinds and budgets

@@ -198,36 +198,37 @@ def plan(*args, env=None) -> dict:
 
 @pytest.mark.slow
 def test_a_plan_of_78m_on_a_small_slice():
-  """A small size gathers less, and with tensor parallelism too nesting costs no collective."""
+  """Tensor degrees 1 and 4: nesting costs no collective, and a small size gathers less."""
   config = MatLMConfig.from_dict(helpers.get_config("78M").model)
   ffn = [2 * 2 * config.num_layers * width * config.d_model for width in config.ffn_widths]  # bf16
-  # AdamW, which works element by element: Adafactor's moments of the full tree are factored
-  # along other axes than a narrow model's.
-  args = (
-    "--config.optim.name=adamw",
-    "--config.model.vocab_size=8192",  # half the time to compile
-    "--config.layers=scanned",
-  )
-  told = plan(*args, "--mesh=fsdp:4,tensor:1", "--granularities=S,XL", env=QUICKLY)
-  # The loss's kernels compile for the chip; they need the whole vocabulary on a device.
-  assert told["loss"].endswith("kernels")
-  small, row = (told["granularities"][name] for name in ("S", "XL"))
-  saved = row["collective_bytes"]["all-gather"] - small["collective_bytes"]["all-gather"]
-  # Gathered twice a step, forward and backward: S takes less than half of XL's FFN bytes.
-  assert saved == 2 * (ffn[3] - ffn[0]) > 0.5 * 2 * ffn[3]
-  assert row["fits"] and 0 < row["hbm_bytes_per_core"] < row["hbm_capacity"] == 16 * 2**30
-  assert row["estimated_cycles"] > 0 and 0 < row["mfu"] < 1
-  assert row["step_time_s"] >= max(row["bounds"].values())
-  args = (*args, "--mesh=fsdp:4,tensor:4")
-  told = plan(*args, "--granularities=S", env=QUICKLY)
-  assert told["loss"].endswith("XLA")
-  nested = told["granularities"]["S"]
-  dense = plan(*args, "--config.model.ffn_ratios=(0.5,)", env=QUICKLY)["granularities"]["G1"]
-  for kind in ("all-gather", "reduce-scatter"):
-    assert nested["collective_count"][kind] == dense["collective_count"][kind]
-    assert nested["collective_bytes"][kind] == dense["collective_bytes"][kind]
-  for kind in ("all-to-all", "collective-permute"):
-    assert nested["collective_count"].get(kind, 0) <= dense["collective_count"].get(kind, 0)
+  for tensor in (1, 4):
+    # AdamW, which works element by element: Adafactor's moments of the full tree are factored
+    # along other axes than a narrow model's.
+    args = (
+      f"--mesh=fsdp:4,tensor:{tensor}",
+      "--config.optim.name=adamw",
+      "--config.model.vocab_size=8192",  # half the time to compile
+      "--config.layers=scanned",
+    )
+    sizes = "--granularities=S,XL" if tensor == 1 else "--granularities=S"
+    told = plan(*args, sizes, env=QUICKLY)
+    # The loss's kernels compile for the chip; they need the whole vocabulary on a device.
+    assert told["loss"].endswith("kernels" if tensor == 1 else "XLA")
+    nested = told["granularities"]
+    dense = plan(*args, "--config.model.ffn_ratios=(0.5,)", env=QUICKLY)["granularities"]["G1"]
+    for kind in ("all-gather", "reduce-scatter"):
+      assert nested["S"]["collective_count"][kind] == dense["collective_count"][kind]
+      assert nested["S"]["collective_bytes"][kind] == dense["collective_bytes"][kind]
+    for kind in ("all-to-all", "collective-permute"):
+      assert nested["S"]["collective_count"].get(kind, 0) <= dense["collective_count"].get(kind, 0)
+    if tensor == 1:
+      row = nested["XL"]
+      saved = row["collective_bytes"]["all-gather"] - nested["S"]["collective_bytes"]["all-gather"]
+      # Gathered twice a step, forward and backward: S takes less than half of XL's FFN bytes.
+      assert saved == 2 * (ffn[3] - ffn[0]) > 0.5 * 2 * ffn[3]
+      assert row["fits"] and 0 < row["hbm_bytes_per_core"] < row["hbm_capacity"] == 16 * 2**30
+      assert row["estimated_cycles"] > 0 and 0 < row["mfu"] < 1
+      assert row["step_time_s"] >= max(row["bounds"].values())
 
 
 def test_a_plan_of_decoding():

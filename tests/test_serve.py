@@ -660,7 +660,10 @@ def test_the_program_finishes_what_is_running(tiny_run):
     for stream in streams:
       assert list(stream)[-1].choices[0].finish_reason in ("length", "stop")
     assert process.wait(helpers.BACKSTOP_S) == 0
-    assert process.stdout.read().startswith("stopping; requests in flight: 1. ")
+    said = (
+      "stopping; requests in flight: 1. They have 60 s to finish; a second signal cancels them\n"
+    )
+    assert process.stdout.read() == said
     assert "Traceback" not in process.stderr.read()
   finally:
     process.kill()

@@ -86,15 +86,13 @@ def make_card(config: Config, task: Task, distill: dict[str, Any] | None = None)
   Args:
     distill: `distill.Distillation.identity` of a run that learns from a teacher.
   """
-  method = config.get("method", "sampled")
   return {
     "format": checkpoint.FORMAT,
     "task": config.task,
     "model": task.model_config.to_dict(),
     "seed": config.seed,
     "batch_size": config.batch_size,
-    # Named only where it is not the default, which runs made before there was a choice have.
-    **({} if method == "sampled" else {"method": method}),
+    "method": config.get("method", "sampled"),
     "sampling": list(gran.sampling_probabilities(config.sampling, task.model_config)),
     "optimizer": config.optim.name,
     "identity": dict(task.identity()),
@@ -165,6 +163,7 @@ def check_model(workdir: pathlib.Path, old_card, config: Config) -> None:
 def check_same_run(workdir: pathlib.Path, old_card, new_card) -> None:
   """Raises UserError where a resumed run would not be the same; notes other changes."""
   new_card = _as_json(new_card)
+  # Runs made before there was a choice of methods sampled.
   fixed = lambda card: {"method": "sampled"} | {k: card[k] for k in FIXED if k in card}
   _raise_if_different(workdir, fixed(old_card) | {"model": _model(old_card)}, fixed(new_card))
   changed = _differences(old_card["config"], new_card["config"])

@@ -49,11 +49,6 @@ def of(config: Config) -> str:
   return getattr(config, "method", "sampled")
 
 
-def parts(config: Config, model: ModelConfig) -> int:
-  """Into how many parts a step's batch is divided."""
-  return max(1, *(len(kind.granularities) for kind in step_kinds(config, model)))
-
-
 def step_kinds(config: Config, model: ModelConfig) -> tuple[StepKind, ...]:
   """The kinds of steps of a run, whose probabilities add up to 1.
 
@@ -64,7 +59,10 @@ def step_kinds(config: Config, model: ModelConfig) -> tuple[StepKind, ...]:
   method = of(config)
   if method not in METHODS:
     raise UserError(f"method={method!r} is unknown{did_you_mean(str(method), METHODS)}")
-  _check_update(config, method)
+  if optim.updates_slice(config.optim) and method != "sampled":
+    raise UserError(
+      f"optim.scope='sliced' needs steps of one size: method='sampled', not {method!r}"
+    )
   sizes = gran.trained(model)
   probabilities = size_probabilities(config, model)
   if method == "layerwise":
@@ -96,23 +94,6 @@ def step_kinds(config: Config, model: ModelConfig) -> tuple[StepKind, ...]:
   )
 
 
-def _check_update(config: Config, method: str) -> None:
-  scope = getattr(config.optim, "scope", "full")
-  if scope not in optim.SCOPES:
-    raise UserError(f"optim.scope={scope!r} is unknown{did_you_mean(str(scope), optim.SCOPES)}")
-  if scope == "full":
-    return
-  if method != "sampled":
-    raise UserError(
-      f"optim.scope='sliced' needs steps of one size: method='sampled', not {method!r}"
-    )
-  if config.optim.name == "adafactor":
-    raise UserError(
-      "optim.scope='sliced' cannot be of Adafactor, whose factored moments are sums over all "
-      "neurons; use optim.name=adamw, sgd or muon"
-    )
-
-
 def size_probabilities(config: Config, model: ModelConfig) -> tuple[float, ...]:
   """`config.sampling`, one per trained size; a model that stores fewer than g gives its last
   the rest."""
@@ -123,7 +104,8 @@ def size_probabilities(config: Config, model: ModelConfig) -> tuple[float, ...]:
 
 def check_batch(config: Config, model: ModelConfig, mesh) -> None:
   """Raises UserError where the batch does not divide over mesh, parts and micro-batches."""
-  sharding.check_batch(config.batch_size, config.grad_accum, mesh, parts=parts(config, model))
+  parts = max(1, *(len(kind.granularities) for kind in step_kinds(config, model)))
+  sharding.check_batch(config.batch_size, config.grad_accum, mesh, parts=parts)
 
 
 def mean_cost(kind: StepKind, sizes, probabilities, cost) -> float:

@@ -135,7 +135,9 @@ class RunLog:
     self._total, self._every = total_steps, every
     self._examples, self._unit, self._rate = examples_per_step, unit, rate
     self._flops, self._peak = flops, peak_flops
-    self._recent = {name: collections.deque(maxlen=10) for name in granularities}
+    self._recent = collections.defaultdict(lambda: collections.deque(maxlen=10))
+    for name in granularities:  # in their order
+      self._recent[name].clear()
     self._window = collections.defaultdict(list)
     self._durations = collections.deque(maxlen=4 * every)
     self.skipped = collections.Counter()
@@ -162,7 +164,7 @@ class RunLog:
     if finite:
       losses = row.pop("losses", {granularity: record.loss})
       for name, loss in losses.items():
-        self._recent.setdefault(name, collections.deque(maxlen=10)).append(loss)
+        self._recent[name].append(loss)
         self._window[f"loss/{name}"].append(loss)
       for name in row.keys() - {"step", "granularity", "draw_hash", "loss"}:
         self._window[f"{name}/{granularity}"].append(row[name])

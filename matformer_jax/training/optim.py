@@ -63,8 +63,20 @@ def warmup_steps(config: OptimKeys, total_steps: int) -> int:
 
 def updates_slice(config: OptimKeys) -> bool:
   """Whether an update touches only the sampled slice; see sliced.py. Runs made before there was a
-  choice did not."""
-  return getattr(config, "scope", "full") == "sliced"
+  choice did not.
+
+  Raises:
+    UserError: for an unknown scope, or an optimizer that has no slices.
+  """
+  scope = getattr(config, "scope", "full")
+  if scope not in SCOPES:
+    raise UserError(f"optim.scope={scope!r} is unknown{did_you_mean(str(scope), SCOPES)}")
+  if scope == "sliced" and config.name == "adafactor":
+    raise UserError(
+      "optim.scope='sliced' cannot be of Adafactor, whose factored moments are sums over all "
+      "neurons; use optim.name=adamw, sgd or muon"
+    )
+  return scope == "sliced"
 
 
 def is_matrix(params):

@@ -13,37 +13,25 @@ from typing import Any
 import jax
 
 from matformer_jax import granularity as gran
+from matformer_jax import sharding
 from matformer_jax.config import ModelConfig
 from matformer_jax.models import slicing
-from matformer_jax.sharding import path_names
 
 
 def take(tree: Any, params: Any, config: ModelConfig, granularity: gran.Granularity) -> Any:
   """`tree` with every copy of a parameter cut to the slice of a trained size.
 
   Args:
-    tree: parameters, or what an optimizer keeps of them. A leaf whose path ends with a
-      parameter's and that has its shape is a copy of it; others, such as counts, stay.
+    tree: parameters, or what an optimizer keeps of them; see `sharding.map_copies`.
     params: the stored parameters, or their shapes.
     granularity: one of `gran.trained`, which cut every stored span once, from its start.
   """
   cut = jax.eval_shape(lambda p: slicing.slice_params(p, config, granularity), params)
   shapes = {
-    path_names(path): (leaf.shape, small.shape)
-    for (path, leaf), small in zip(
-      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(cut), strict=True
-    )
+    sharding.path_names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(cut)
   }
-
-  def cut_copy(path, leaf):
-    names = path_names(path)
-    for start in range(len(names)):
-      whole, small = shapes.get(names[start:], (None, ()))
-      if whole == leaf.shape:
-        return leaf[tuple(map(slice, small))]
-    return leaf
-
-  return jax.tree_util.tree_map_with_path(cut_copy, tree)
+  lead = lambda names, leaf: leaf[tuple(map(slice, shapes[names]))]
+  return sharding.map_copies(tree, params, lead, lambda leaf: leaf)
 
 
 def put(tree: Any, cut: Any) -> Any:
