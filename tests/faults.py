@@ -90,8 +90,8 @@ FAULTS = (
   Fault(
     "two hosts draw differently",
     "training/loop.py",
-    "gran.sample_index(config.seed, step,",
-    "gran.sample_index(config.seed + self.hosts.index, step,",
+    "trainer.draw(step)",
+    "trainer.draw(step + self.hosts.index)",
     ("test_train.py::test_every_process_draws_what_seed_and_step_say",),
   ),
   Fault(
