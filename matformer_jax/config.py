@@ -51,7 +51,8 @@ class ModelConfig:
     num_kv_heads: heads of their keys and values, each shared by N / num_kv_heads query heads
       (grouped-query attention, Ainslie et al. 2023); 0: N.
     head_dim: H, width of a head; 0: D / N.
-    ffn_ratios: FFN width / d_model per granularity, increasing; its length is g.
+    ffn_ratios: FFN width / d_model per granularity, increasing; its length is g. With
+      `nested_heads` they may be equal: then only the heads are nested.
     ffn_widths: m_1 < ... < m_g, FFN neurons per granularity (Eq. 1), instead of the ratios;
       an empty one of the two follows from the other.
     activation: one of `ACTIVATIONS`; `relu2` is squared ReLU.
@@ -153,9 +154,9 @@ class ModelConfig:
       )
     if not widths:
       ratios = ratios or (0.5, 1, 2, 4)
-      _check_increasing("ffn_ratios", ratios)
+      _check_increasing("ffn_ratios", ratios, equal=self.nested_heads)
       widths = self._times_d(ratios)
-    _check_increasing("ffn_widths", widths)
+    _check_increasing("ffn_widths", widths, equal=self.nested_heads)
     for i, width in enumerate(widths):
       if width != int(width) or width < 1 or int(width) % self.ffn_groups:
         source = "model.ffn_widths has"
@@ -723,6 +724,9 @@ def _check_numbers(name: str, values) -> None:
     raise UserError(f"model.{name}={values!r} must be numbers, such as (0.5, 1, 2, 4)")
 
 
-def _check_increasing(name: str, values) -> None:
-  if not values or any(b <= a for a, b in zip(values, values[1:])) or values[0] <= 0:
-    raise UserError(f"model.{name}={values!r} must be positive and strictly increasing")
+def _check_increasing(name: str, values, equal: bool = False) -> None:
+  """Raises UserError unless values increase; `equal` ones may follow each other."""
+  steps = [b - a for a, b in zip(values, values[1:])]
+  if not values or any(s < 0 or s == 0 and not equal for s in steps) or values[0] <= 0:
+    how = "not decreasing" if equal else "strictly increasing"
+    raise UserError(f"model.{name}={values!r} must be positive and {how}")

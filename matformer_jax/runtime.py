@@ -54,6 +54,13 @@ def enable_compilation_cache() -> str:
   return path
 
 
+def compile_fast() -> None:
+  """Tells XLA's CPU backend to compile without optimisation, here and in processes started from
+  here: for programs that run only a few times. Must come before JAX's first use."""
+  flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+
+
 def replace_file(path: pathlib.Path, content: bytes) -> None:
   """Writes a file atomically."""
   temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")

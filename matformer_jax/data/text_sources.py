@@ -127,10 +127,7 @@ def open_corpus(source: str, data_dir: str | None = None, key: str = "data.sourc
   """
   kind, _, rest = source.partition(":")
   if source == "stdlib":
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
-      p for p in root.rglob("*.py") if not _NOT_LIBRARY & set(p.relative_to(root).parts)
-    )
+    root, files = library_files()
     return _file_corpus(source, files, root)
   if kind == "text" and rest:
     files = sorted(
@@ -150,6 +147,13 @@ def open_corpus(source: str, data_dir: str | None = None, key: str = "data.sourc
     f"{key}={source!r} is not a source; use stdlib, text:GLOB, "
     "tfds:NAME[/CONFIG]:FEATURE or tokens:DIR"
   )
+
+
+def library_files() -> tuple[pathlib.Path, list[pathlib.Path]]:
+  """(root, files) of the running interpreter's library, without its tests."""
+  root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+  inside = lambda path: set(path.relative_to(root).parts)
+  return root, sorted(p for p in root.rglob("*.py") if not _NOT_LIBRARY & inside(p))
 
 
 def _file_corpus(name: str, files: list[pathlib.Path], root: pathlib.Path) -> Corpus:

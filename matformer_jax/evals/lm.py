@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ def evaluate(
   consistency: bool = True,
   should_stop: Callable[[], bool] = lambda: False,
   progress: Callable[[int], None] = lambda n: None,
+  against: tuple[MatLMConfig, Any] | None = None,
 ) -> list[Result] | None:
   """Teacher-forced measurements on the same batches, against the full model.
 
@@ -39,15 +41,18 @@ def evaluate(
     consistency: also measure agreement and KL (costs a pass of the full model).
     should_stop: polled after every program call.
     progress: called with the number of batches done.
+    against: config and parameters of another model, of the same vocabulary, which agreement and
+      KL compare with instead.
 
   Returns:
     One Result per granularity, or None if `should_stop` said so.
   """
-  full = gran.full(config)
+  other, theirs = against or (config, params)
+  full = gran.full(other)
   rows = measure(
     granularities,
     batches,
-    lambda batch: _hidden(params, batch, config, execution, full) if consistency else None,
+    lambda batch: _apply_jit(theirs, batch, other, execution, full) if consistency else None,
     lambda batch, reference, g: _measure(params, batch, reference, config, execution, g),
     should_stop,
     progress,
@@ -94,9 +99,7 @@ def _apply(params, batch, config, execution, granularity):
   )
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _hidden(params, batch, config, execution, granularity):
-  return _apply(params, batch, config, execution, granularity)[0]
+_apply_jit = jax.jit(_apply, static_argnums=(2, 3, 4))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
@@ -111,22 +114,22 @@ def _measure(params, batch, reference, config, execution, granularity):
     x = x.reshape((rows, chunks, length // chunks) + x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
-  def log_probs(x):
-    logits = jnp.einsum("btd,vd->btv", x, embedding, preferred_element_type=jnp.float32)
+  def log_probs(x, head):
+    logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
     return jax.nn.log_softmax(logits)
 
   def chunk(sums, xs):
     x, y, ref = xs
-    logp = log_probs(x)
+    logp = log_probs(x, embedding)
     nll = -jnp.sum(jnp.take_along_axis(logp, y[..., None], -1)[..., 0], -1)
     agree = kl = jnp.zeros(rows)
     if ref is not None:
-      logp_ref = log_probs(ref)
+      logp_ref = log_probs(ref, reference[1])
       agree = jnp.sum(jnp.argmax(logp, -1) == jnp.argmax(logp_ref, -1), -1)
       kl = jnp.sum(jnp.exp(logp_ref) * (logp_ref - logp), (-2, -1))
     return sums + jnp.stack([nll, agree, kl], 1), None
 
-  xs = (split(hidden), split(targets), None if reference is None else split(reference))
+  xs = (split(hidden), split(targets), None if reference is None else split(reference[0]))
   sums = jax.lax.scan(chunk, jnp.zeros((rows, 3)), xs)[0]
   known = jnp.stack([batch["weight"], batch["bytes"].astype(jnp.float32)], 1)
   return sharding.replicate(jnp.concatenate([known, sums], 1), execution)
