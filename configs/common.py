@@ -88,6 +88,8 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
         momentum=0.9,  # of sgd
         muon_momentum=0.95,
         muon_rms=0.2,  # of its updates, as AdamW's (Liu et al. 2025); 0: scaled as by Jordan et al.
+        # Matrices are orthogonalised whole, or nested: what each size adds to the one before apart.
+        muon_blocks="whole",
         eps=1e-8,
         weight_decay=0.1,  # times the learning rate; matrices only
         clip_norm=1.0,

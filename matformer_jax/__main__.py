@@ -25,8 +25,9 @@ def programs() -> dict[str, str]:
   found = {}
   for path in sorted(_PACKAGE.rglob("*.py")):
     source = path.read_text(encoding="utf-8")
-    if 'if __name__ == "__main__":' in source and path.name != "__main__.py":
-      name = ".".join(path.relative_to(_PACKAGE).with_suffix("").parts)
+    if 'if __name__ == "__main__":' in source and path != _PACKAGE / "__main__.py":
+      parts = path.relative_to(_PACKAGE).with_suffix("").parts
+      name = ".".join(part for part in parts if part != "__main__")  # a package's own program
       found[name] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
   return dict(sorted(found.items(), key=lambda item: ("." in item[0], item[0])))
 

@@ -103,6 +103,7 @@ class OptimKeys(_Keys):
   momentum: float
   muon_momentum: float
   muon_rms: float
+  muon_blocks: str
   eps: float
   weight_decay: float
   clip_norm: float

@@ -41,7 +41,7 @@ RUN = {
 # Each is run elsewhere in the tests.
 PARSE = {
   *("train", "search", "serve", "pod_plan", "data.prepare"),
-  *("import_model", "experiments.vit", "experiments.vit_finetune", "experiments.elastify"),
+  *("import_model", "experiments", "experiments.elastify"),
   "downstream",  # needs the extra eval; run in test_downstream.py
 }
 SKIP = {

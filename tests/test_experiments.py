@@ -1,166 +1,322 @@
-"""Experiments: which programs they call, and what they say of the numbers."""
+"""Experiments: what they train, what they say of the numbers, and all of them at once."""
 
+import csv
 import json
 import pathlib
 import sys
 
 import helpers
+import jax
+import numpy as np
 import pytest
+import scipy.stats
 
-from matformer_jax import UserError
+from matformer_jax import UserError, models, sharding
 from matformer_jax import granularity as gran
-from matformer_jax.config import model_config
-from matformer_jax.experiments import commands, elastify, vit, vit_finetune
+from matformer_jax.data import image_sources, text_sources
+from matformer_jax.experiments import __main__ as runner
+from matformer_jax.experiments import (
+  claims,
+  commands,
+  corpus,
+  elastify,
+  families,
+  images,
+  language,
+  vision,
+)
+from matformer_jax.experiments.families import DYNABERT, INDEPENDENT, MATFORMER, OFA
+from matformer_jax.experiments.lab import Lab, Row
+from matformer_jax.experiments.runs import Pool
+from matformer_jax.tasks import make_task_without_data
+from matformer_jax.training import methods
+from matformer_jax.training.trainer import Trainer
 
-CONFIG = helpers.get_config("digits", "matvit")
-MODEL = model_config(CONFIG)
+# ----------------------------------------------------------------------- claims
+
+
+def test_an_interval_is_students():
+  values = [1.0, 2.0, 4.0]
+  low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+  found = claims.interval(values)
+  assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+  assert np.isinf(claims.interval([1.0]).half)
+
+
+def test_a_verdict_needs_the_whole_interval():
+  assert claims.below([-1.0, -1.1, -0.9]) == claims.HOLDS
+  assert claims.below([1.0, 1.1, 0.9]) == claims.FAILS
+  assert claims.below([-1.0, 1.0, -0.5]) == claims.UNDECIDED
+  assert claims.below([-1.0]) == claims.UNDECIDED  # one seed decides nothing
+  assert claims.above([-0.4, -0.41, -0.39], -0.5) == claims.HOLDS
+  assert claims.above([-0.6, -0.61, -0.59], -0.5) == claims.FAILS
+  assert claims.all_of([claims.HOLDS, claims.UNDECIDED]) == claims.UNDECIDED
+  assert claims.all_of([claims.HOLDS, claims.UNDECIDED, claims.FAILS]) == claims.FAILS
+  found = claims.at_every_size("x", "y", {"S": [-1.0, -1.1], "M": [1.0, 1.1]}, claims.below)
+  assert found.verdict == claims.FAILS and "S -1.05" in found.ours
+
+
+def rows_of(values: dict[tuple[str, str], list[float]], params: dict[str, int]) -> list[Row]:
+  return [
+    Row(method, seed, size, params[size], 1, {"loss": value, "loss_stderr": 0.01})
+    for (method, size), by_seed in values.items()
+    for seed, value in enumerate(by_seed)
+  ]
+
+
+def test_mixes_are_measured_from_the_line_between_trained_sizes():
+  rows = rows_of(
+    {
+      (MATFORMER, "S"): [4.0, 5.0],
+      (MATFORMER, "XL"): [2.0, 3.0],
+      (language.MIXES, "S*1+XL*1"): [3.1, 3.9],
+    },
+    {"S": 100, "XL": 200, "S*1+XL*1": 150},
+  )
+  off = language.off_the_line(rows, "loss")
+  assert off == {"S*1+XL*1": [pytest.approx(0.1), pytest.approx(-0.1)]}
+
+
+def test_sizes_are_told_apart_or_not():
+  params = {"S": 100, "XL": 200}
+  apart = {(INDEPENDENT, "S"): [4.0, 4.01], (INDEPENDENT, "XL"): [3.5, 3.5]}
+  near = {(INDEPENDENT, "S"): [4.0, 4.01], (INDEPENDENT, "XL"): [3.99, 3.99]}
+  found = [language.separation(rows_of(v, params), "loss", ["S", "XL"]) for v in (apart, near)]
+  assert [claim.verdict for claim in found] == [claims.HOLDS, claims.FAILS]
+  error = np.hypot(0.01, 0.01)  # of the windows, which is more than the seeds'
+  assert f"{0.505 / error:.0f} standard errors" in found[0].ours
+
+
+def test_the_scaling_law_is_found_again():
+  law = lambda n, d: 14.08 * (n * d) ** -0.10 + 0.89  # Table 3's baseline
+  points = [
+    {"params": n, "tokens": d, "loss": law(n, d)} for n in (1e5, 3e5, 1e6) for d in (1e6, 4e6)
+  ]
+  assert language.fit_power_law(points) == pytest.approx((14.08, -0.10, 0.89), rel=1e-3)
+
+
+def test_the_budgets_are_those_of_table_5():
+  assert language.budget_mixes(16) == ["M", "M*12+L*4", "M*5+L*11", "L*3+XL*13"]
+  assert language.budget_mixes(3) == ["M", "M*2+L*1", "M*1+L*2", "L*1+XL*2"]
+
+
+# ------------------------------------------------------------------------- data
+
+
+def test_the_text_holds_out_packages_and_repeats_nothing(tmp_path, monkeypatch):
+  code = "".join(f"def f{i}(a, b):\n  return a * {i} + b  # number {i}\n" for i in range(30))
+  files = {}
+  for i in range(25):
+    root = tmp_path / "site" / f"p{i:02}"
+    root.mkdir(parents=True)
+    (root / "own.py").write_text(f"'''Package {i}.'''\n{code.replace('f', f'g{i}_')}")
+    (root / "vendored.py").write_text(code)
+    (root / "numbers.py").write_text("X = [" + "1.25, -3.5e-7, " * 500 + "]\n")
+    files[f"p{i:02}"] = sorted(root.iterdir())
+  monkeypatch.setattr(corpus, "_packages", lambda: files.items())
+  source = corpus.write(tmp_path / "text", limit=0)
+  texts = {p.stem: p.read_text() for p in sorted((tmp_path / "text").glob("*.txt"))}
+  assert len(texts) == 25 and not any("3.5e-7" in text for text in texts.values())
+  assert [name for name, text in texts.items() if "def f7(" in text] == ["p00"]
+  opened = text_sources.open_corpus(source)
+  held_out = set(opened.documents()) - set(opened.without_held_out(0.1).documents())
+  assert held_out == {texts["p05"], texts["p15"]}  # whole packages
+  (tmp_path / "text" / "p00.txt").write_text("kept")
+  assert corpus.write(tmp_path / "text") == source  # made once
+  assert (tmp_path / "text" / "p00.txt").read_text() == "kept"
+  monkeypatch.setattr(corpus, "_packages", lambda: list(files.items())[:3])
+  with pytest.raises(UserError, match="only 3 installed packages"):
+    corpus.write(tmp_path / "other")
+
+
+def test_images_are_of_every_character_and_the_same_again(tmp_path):
+  source = images.write(tmp_path / "a", 12, 240, 60)
+  train, test = (image_sources.open_images(source, s, channels=1) for s in ("train", "test"))
+  assert (train.size, test.size, train.num_classes) == (240, 60, 12)
+  pixels = np.asarray(train.decode(0)[0])
+  assert pixels.shape == (images.SIZE, images.SIZE) and pixels.std() > 10
+  again = image_sources.open_images(images.write(tmp_path / "b", 12, 240, 60), "train", channels=1)
+  assert again.fingerprint == train.fingerprint != test.fingerprint
+  assert len(set(images.CHARACTERS)) == len(images.CHARACTERS) <= 256  # labels are bytes
+
+
+# ------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Lab:
+  """A lab whose data is made and that has trained nothing."""
+  root = tmp_path_factory.mktemp("lab")
+  scale = families.make_scale("smoke", root / "data")
+  return Lab(scale, Pool(root / "runs", 2), root, (0, 1))
+
+
+def test_methods_cost_what_independent_models_cost_together(smoke):
+  """Appendix B.4; a uniform draw makes MatFormer's cost the mean of the sizes'."""
+  family = smoke.scale.text
+  alone = smoke.independents(family, 0).values()
+  assert sum(run.flops for run in alone) == pytest.approx(
+    smoke.universal(family, MATFORMER, 0).flops
+  )
+  for method in (MATFORMER, DYNABERT, OFA, "sandwich", "sliced"):
+    run = smoke.universal(family, method, 0)
+    fewer = run.config.batch_size * run.model.seq_len  # where steps do not divide
+    assert 0 <= sum(r.examples for r in alone) - run.examples < fewer, method
+  updates = lambda method: smoke.universal(family, method, 0).config.steps
+  assert updates(MATFORMER) == updates(OFA) == 4 * updates(DYNABERT)
+  assert {run.config.steps for run in alone} == {updates(DYNABERT)}
+
+
+def test_a_runs_cost_is_its_trainers(smoke):
+  run = smoke.universal(smoke.scale.text, DYNABERT, 0)
+  mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+  trainer = Trainer(make_task_without_data(run.config), run.config, mesh)
+  steps = sum(kind.probability * trainer.step_flops(kind) for kind in trainer.kinds)
+  assert run.flops == pytest.approx(steps * run.config.steps)
+
+
+def test_a_model_trained_alone_is_that_size(smoke):
+  for family in (smoke.scale.text, smoke.scale.images, *smoke.scale.nested_heads):
+    for size, run in smoke.independents(family, 0).items():
+      mine, theirs = (gran.count(m, g) for m, g in ((run.model, "G1"), (family.model, size)))
+      assert (mine.params, mine.flops) == (theirs.params, theirs.flops), (family.name, size)
+
+
+def test_seeds_are_paired(smoke):
+  """A model of text sees what the universal one sees; of images seeds are apart."""
+  seeds = lambda family: [r.config.seed for r in smoke.independents(family, 1).values()]
+  assert seeds(smoke.scale.text) == [1] * 4
+  assert len({*seeds(smoke.scale.images), 1}) == 5
+
+
+@pytest.mark.parametrize("name", families.SCALES)
+def test_every_scale_can_be_built(name, smoke, tmp_path, monkeypatch):
+  """All runs of all experiments: their models, batches and kinds of steps; nothing is computed."""
+  monkeypatch.setattr(corpus, "write", lambda directory, limit=0: f"text:{directory}/*.txt")
+  monkeypatch.setattr(images, "write", lambda directory, *numbers: f"idx:{directory}")
+  scale = families.make_scale(name, tmp_path)
+  here = Lab(scale, Pool(tmp_path / "runs", 2), tmp_path, (0,))
+  planned = [run for e in runner.EXPERIMENTS.values() for stage in e.runs for run in stage(here)]
+  swept = [
+    run for f in (scale.text, scale.images) for group in here.sweep(f).values() for run in group
+  ]
+  distinct = list(dict.fromkeys([*planned, *swept]))
+  assert len({run.name for run in distinct}) == len(distinct)  # a directory each
+  for run in distinct:
+    assert run.flops > 0 and run.config.steps > 0
+    parts = max(len(kind.granularities) for kind in methods.step_kinds(run.config, run.model))
+    assert run.config.batch_size % max(parts, 1) == 0
+    shapes = jax.eval_shape(lambda m=run.model: models.init_params(m, jax.random.key(0)))
+    assert (
+      sum(x.size for x in jax.tree.leaves(shapes))
+      == gran.count(run.model, gran.full(run.model)).params
+    )
+  if name == "paper":
+    sizes = [f.model.d_model for f in language.widths(here)]
+    assert sizes == [256, 512, 768, 1024, 1536]  # Table 4
+    assert distinct[0].command(tmp_path).startswith("matformer train --config=matlm:850M")
+
+
+def test_runs_are_trained_once_and_go_on(smoke, tmp_path, capsys):
+  family = smoke.scale.text
+  pool = Pool(tmp_path / "runs", 2)
+  chosen = [smoke.universal(family, MATFORMER, 0), smoke.independents(family, 0)["S"]]
+  assert pool.missing([*chosen, *chosen]) == chosen
+  pool.train(chosen)
+  said = capsys.readouterr().out
+  assert "[2 of 2]" in said and chosen[0].name in said
+  assert pool.missing(chosen) == [] and pool.estimate_s(chosen) == 0
+  stamp = lambda run: (pool.root / run.name / "metrics.jsonl").stat().st_mtime_ns
+  before = [stamp(run) for run in chosen]
+  pool.train(chosen)
+  assert [stamp(run) for run in chosen] == before and capsys.readouterr().out == ""
+  other = chosen[0].but(chosen[0].name, {"optim.peak_lr": 0.5})
+  with pytest.raises(UserError, match=r"another config \(optim.peak_lr differ\)"):
+    pool.missing([other])
+  # Kept measurements follow the models.
+  here = Lab(smoke.scale, pool, tmp_path, (0,))
+  count = []
+  measure = lambda: count.append(1) or len(count)
+  assert [here.measured("x", chosen, measure) for _ in range(2)] == [1, 1]
+  assert here.measured("x", chosen[:1], measure) == 2
+
+
+def test_a_run_that_cannot_be_trained_is_named(smoke, tmp_path):
+  bad = smoke.universal(smoke.scale.text, MATFORMER, 0).but("text/bad", {"batch_size": 0})
+  for jobs in (1, 2):
+    with pytest.raises(UserError, match="text/bad could not be trained.*batch_size"):
+      Pool(tmp_path / "runs", jobs).train([bad, bad.but("text/worse", {})][:jobs])
+
+
+def test_the_best_learning_rate_is_taken(smoke, tmp_path):
+  family = families.dataclasses.replace(smoke.scale.text, rates=(1e-2, 1e-3))
+  here = Lab(smoke.scale, Pool(tmp_path, 1), tmp_path, (0,))
+  for (method, rate), runs in here.sweep(family).items():
+    for run in runs:
+      directory = here.directory(run)
+      directory.mkdir(parents=True)
+      loss = abs(rate - (1e-3 if method == OFA else 1e-2))
+      (directory / "eval.jsonl").write_text(json.dumps({"step": 1, "loss": {"S": loss}}) + "\n")
+  tried = here.choose_rates(family)
+  assert len(tried) == 2 * 4
+  assert [here.rate(family, m) for m in (INDEPENDENT, MATFORMER, OFA)] == [1e-2, 1e-2, 1e-3]
+  assert here.rate(family, "sandwich") == 1e-2  # as MatFormer
+
+
+# --------------------------------------------------------------- all of them
+
+
+@pytest.mark.slow
+def test_all_experiments_at_the_smallest_scale(tmp_path):
+  run = lambda: helpers.run_program(
+    "experiments", "--experiment=all", "--scale=smoke", f"--out={tmp_path}", timeout=1500
+  )
+  result = run()
+  assert result.returncode == 0, result.stderr + result.stdout[-2000:]
+  report = tmp_path / "report"
+  text = (report / "report.md").read_text()
+  page = (report / "report.html").read_text()
+  for name, experiment in runner.EXPERIMENTS.items():
+    with open(report / f"{name}.csv") as f:
+      assert list(csv.DictReader(f)), name
+    assert f"## {experiment.item}: " in text and f"id='{name}'" in page
+  assert "src='data:image/png;base64," in page and "http" not in page
+  assert all(
+    (report / line.split("](")[1].rstrip(")")).exists()
+    for line in text.splitlines()
+    if line.startswith("![")
+  )
+  again = run()
+  assert again.returncode == 0 and "measuring" not in again.stdout
+  assert "[1 of" not in again.stdout
+
+
+def test_what_can_be_asked_for():
+  listed = helpers.run_program("experiments", "--list")
+  assert listed.returncode == 0
+  assert [line.split()[0] for line in listed.stdout.splitlines()] == list(runner.EXPERIMENTS)
+  wrong = helpers.run_program("experiments", "--experiment=figure3")
+  assert wrong.returncode == 1 and "did you mean" in wrong.stderr
+
+
+def test_fine_tuning_starts_where_pretraining_ended(smoke):
+  grid = vision.grid(smoke, 0)
+  assert len(grid.pretrained) == 4 + 1 and len(grid.tuned) == 4 + 1 + 1 + 1
+  before = set(smoke.scale.pretraining)
+  for run in grid.pretrained.values():
+    assert set(run.config.data.classes) == before and not run.config.init_from
+  for run in grid.tuned.values():
+    assert not before & set(run.config.data.classes)
+    source = pathlib.Path(run.config.init_from)
+    assert source in {smoke.pool.root / r.name for r in grid.pretrained.values()}
+  assert grid.pretrained["XL"].config.sampling == "0/0/0/1"
+
+
+# ------------------------------------------------------------------- elastify
 
 
 def flag(args, name: str) -> str | None:
   return next((a.split("=", 1)[1] for a in args if a.startswith(f"--{name}=")), None)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-  """What is called; programs write what they would, with accuracies by what they measure."""
-  made = []
-
-  def run(module, *args):
-    args = [str(a) for a in args]
-    made.append((module, args))
-    workdir = pathlib.Path(flag(args, "workdir"))
-    if module == "extract":
-      pathlib.Path(flag(args, "out")).mkdir()
-      return
-    if module == "train":
-      (workdir / "checkpoints" / "7").mkdir(parents=True, exist_ok=True)
-      sizes = "G1" if flag(args, "config.model.ffn_ratios") else "S,M,L,XL"
-      if "extracted" in (flag(args, "config.init_from") or ""):
-        sizes = pathlib.Path(flag(args, "config.init_from")).name.removeprefix("extracted_")
-      (workdir / "sizes").write_text(sizes)
-      return
-    names = (workdir / "sizes").read_text().split(",")
-    if flag(args, "ladder"):
-      names += ["S*1+M*1", "L*1+XL*1"]
-    if module == "evaluate":
-      rows = {n: {"accuracy": 0.5 + 0.01 * i} for i, n in enumerate(names)}
-      pathlib.Path(flag(args, "json")).write_text(
-        json.dumps({"step": 7, "images": 400, "granularities": rows})
-      )
-      return
-    row = lambda encoder, n, corpus, share: {
-      "encoder": encoder,
-      "granularity": n,
-      "corpus": corpus,
-      "1-nn": share,
-    }
-    rows = [row("MatViT", n, names[-1] if "G1" in names else "XL", 0.4) for n in names]
-    if flag(args, "symmetric"):
-      rows += [row("MatViT", n, n, 0.3) for n in ("S", "M", "L")]
-      rows += [row(b, "G1", "XL", 0.1) for b in flag(args, "baselines").split(",")]
-    (workdir / "retrieval").mkdir()
-    (workdir / "retrieval" / "retrieval.json").write_text(json.dumps({"step": 7, "rows": rows}))
-
-  monkeypatch.setattr(commands, "run", run)
-  monkeypatch.setattr(
-    sys,
-    "argv",
-    ["vit", "--config=configs/matvit.py:digits", "--workdir=x", "--config.batch_size=8"],
-  )
-  return made
-
-
-def test_both_sides_see_as_many_images(calls, tmp_path):
-  found = vit.Measured()
-  vit.run_seed(CONFIG, MODEL, 3, tmp_path, 5, found)
-  trained = [args for module, args in calls if module == "train"]
-  assert all("--config.batch_size=8" in a for a in trained)
-  assert [flag(a, "config.seed") for a in trained] == ["3", "1003", "2003", "3003", "4003"]
-  steps = [int(flag(a, "config.steps") or CONFIG.steps) for a in trained]
-  assert steps[0] == sum(steps[1:]) == CONFIG.steps
-  assert [flag(a, "config.model.ffn_ratios") for a in trained] == [
-    None,
-    "(0.5,)",
-    "(1.0,)",
-    "(2.0,)",
-    "(4.0,)",
-  ]
-  assert (
-    found.images == 400
-    and found.top1["M"] == [51.0]
-    and found.independent == {n: [50.0] for n in gran.names(MODEL)}
-  )
-  assert found.asymmetric["L*1+XL*1"] == [40.0] and found.symmetric == {
-    "S": [30.0],
-    "M": [30.0],
-    "L": [30.0],
-    "XL": [40.0],
-  }
-  assert set(found.independent_asymmetric) == {"S", "M", "L", "XL"}
-  before = len([c for c in calls if c[0] != "train"])
-  vit.run_seed(CONFIG, MODEL, 3, tmp_path, 5, found)  # again: nothing is measured twice
-  assert len([c for c in calls if c[0] != "train"]) == before
-  (tmp_path / "matvit" / "checkpoints" / "9").mkdir()  # trained further
-  with pytest.raises(FileExistsError):  # the stub's, which is called to measure anew
-    vit.run_seed(CONFIG, MODEL, 3, tmp_path, 5, found)
-
-
-def test_all_cells_of_the_fine_tuning_grid(calls, tmp_path):
-  cells = vit_finetune.run(CONFIG, MODEL, tmp_path, "0,1,2,3", "4,5,6", 200)
-  assert all(set(cells[c]) == {"S", "M", "L", "XL"} for c in vit_finetune.CELLS)
-  trained = {pathlib.Path(flag(a, "workdir")).name: a for m, a in calls if m == "train"}
-  assert len(trained) == 4 + 4 + 1 + 1 + 4 + 1
-  for name, args in trained.items():
-    pretrained = name.startswith("pretrained")
-    assert flag(args, "config.data.classes") == ("(0,1,2,3,)" if pretrained else "(4,5,6,)")
-    assert flag(args, "config.model.num_classes") == ("4" if pretrained else "3")
-    whole = name in ("pretrained_matvit", "plain_nested", "nested_nested")
-    assert int(flag(args, "config.steps")) == (300 if pretrained else 200) // (1 if whole else 4)
-    assert ("--config.sampling=0/0/0/1" in args) == (
-      name in ("pretrained_vit_XL", "plain_plain_XL") or name.startswith("nested_plain")
-    )
-  source = lambda name: pathlib.Path(flag(trained[name], "config.init_from")).name
-  assert source("plain_nested") == source("plain_plain_XL") == "pretrained_vit_XL"
-  assert (
-    source("nested_plain_S") == "extracted_S" and source("nested_plain_XL") == "pretrained_matvit"
-  )
-  assert "nested, plain" in vit_finetune.table_7(MODEL, cells).splitlines()[0]
-
-
-def measured(**changes) -> vit.Measured:
-  names = gran.names(MODEL)
-  top1 = dict(zip(names, ([80.0, 81.0], [82.0, 83.0], [84.0, 85.0], [86.0, 87.0])))
-  near = {**{n: [v - 1 for v in top1[n]] for n in names}, "L": [85.0, 85.8], "XL": [85.2, 86.0]}
-  values = dict(
-    top1={**top1, "S*1+M*1": [81.1, 82.1]},
-    independent={n: [v - 0.2 for v in top1[n]] for n in names},
-    asymmetric=near,
-    symmetric=near,
-    independent_symmetric=near,
-    independent_asymmetric={n: [9.0, 11.0] for n in names},
-    images=400,
-  )
-  return vit.Measured(**{**values, **changes})
-
-
-def test_claims_follow_the_numbers(tmp_path):
-  """Digits: L takes 70% of XL's FLOPs, M 54%."""
-  found = measured()
-  line = vit.on_the_line(MODEL, found.top1)
-  assert line == {"S*1+M*1": [pytest.approx(81.0), pytest.approx(82.0)]}  # parameters halfway
-  held = vit.claims(MODEL, found)
-  assert [" holds" in c for c in held] == [True, True, False, True]
-  assert "M (54%) loses 4.10" in held[2]
-  worse = measured(
-    independent={n: [90.0, 90.0] for n in gran.names(MODEL)},
-    independent_asymmetric={n: [50.0, 50.0] for n in gran.names(MODEL)},
-  )
-  held = vit.claims(MODEL, worse)
-  assert "NOT hold" in held[0] and "NOT hold" in held[3]
-  text = vit.summary(MODEL, found)
-  assert "80.50 ±0.71" in text and "400 images: 1.71 points" in text  # sqrt(0.865 * 0.135 / 400)
-  for path in vit.draw_plots(MODEL, found, tmp_path, "title"):
-    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_failing_program_stops_the_experiment(tmp_path):

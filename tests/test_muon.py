@@ -12,8 +12,10 @@ from test_matvit import CONFIG as VIT
 from test_train import MODEL, assert_same_parameters, make_trainer, run
 
 from matformer_jax import UserError, models, sharding
+from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import Span
+from matformer_jax.models import slicing
 from matformer_jax.training import optim
 
 # Two query heads to each of keys and values, gated FFNs; two groups of heads and of neurons; and
@@ -42,10 +44,10 @@ def plain(params, ratio: int) -> dict[str, np.ndarray]:
   return found
 
 
-def make_optimizer(**changes) -> optax.GradientTransformation:
+def make_optimizer(model=None, **changes) -> optax.GradientTransformation:
   config = helpers.get_config("tiny").optim
   config.update(dict(name="muon", peak_lr=1e-2, warmup_steps=2, weight_decay=0.1) | changes)
-  return optim.make_optimizer(config, 10)
+  return optim.make_optimizer(config, 10, model)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,37 @@ def test_equals_muon_on_plain_matrices_and_adamw_elsewhere(model, rms):
   assert len(found) == len(model.spans) * (5 if model.gated else 4)
   outside = {k: v for k, v in labels.items() if k != "blocks"}
   assert set(jax.tree.leaves(outside)) == {"adamw"}
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["FFN", "FFN and heads"])
+def test_a_size_of_nested_blocks_is_moved_as_if_it_were_alone(heads):
+  """Whatever momentum there is beyond it; whole matrices are not."""
+  model = dataclasses.replace(GROUPED, num_heads=16, num_kv_heads=8, nested_heads=heads)
+  small = gran.trained(model)[0]
+  cut = lambda tree: slicing.slice_params(tree, model, small)
+  params = models.init_params(model, jax.random.key(0))
+  grads = [
+    jax.tree.map(lambda x, key=key: jax.random.normal(key, x.shape), params)
+    for key in jax.random.split(jax.random.key(1), 2)
+  ]
+
+  def moved(grads, params, **blocks):
+    optimizer = make_optimizer(model, warmup_steps=1, weight_decay=0.0, clip_norm=0.0, **blocks)
+    state = optimizer.init(params)
+    for grad in grads:
+      updates, state = jax.jit(optimizer.update)(grad, state, params)
+    (layers,) = updates["blocks"].values()
+    ffn, attention = layers["ffn"], layers["attention"]
+    return {**ffn, "qkv": attention["qkv"], "attention out": attention["out"]}
+
+  whole_of_small = moved(list(map(cut, grads)), cut(params))
+  of_small = lambda tree: {
+    k: v[tuple(map(slice, whole_of_small[k].shape))] for k, v in tree.items()
+  }
+  nested, whole = (of_small(moved(grads, params, muon_blocks=b)) for b in ("nested", "whole"))
+  close = lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-6)
+  assert all(close(whole_of_small[name], nested[name]) for name in nested)
+  assert not close(whole_of_small["in"], whole["in"])
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +169,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(on_a_mesh, tmp_path):
     ("muon_momentum", -0.1, "at least 0"),
     ("muon_rms", -0.2, "positive"),
     ("muon_rms", float("nan"), "positive"),
+    ("muon_blocks", "nestd", "did you mean 'nested'"),
     ("name", "moun", "did you mean 'muon'"),
     ("name", "lbfgs", "known keys: adafactor, adamw, muon, sgd"),
   ],

@@ -1,6 +1,11 @@
-"""The paper's tables and figures, each one command, at any size.
+"""The paper's tables and figures, each one command, at any size: see `__main__`.
 
-An experiment only calls the package's own programs and prints every call, so that each step
-can be repeated by hand. An interrupted experiment resumes when it is run again: training
-continues from its checkpoint, and embeddings on disk are reused.
+  runs        what is trained, many at a time, each once
+  families    models of one shape and how they are trained, at three scales
+  corpus, images   data that every machine can make
+  lab         an experiment's runs, learning rates and kept measurements
+  language, vision, speculation   the experiments
+  claims, report   what becomes of the paper's claims
+
+`elastify` is a program of its own, about models from outside.
 """

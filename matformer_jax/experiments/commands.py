@@ -10,9 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
-from matformer_jax import cli
 from matformer_jax.checkpoints import checkpoint
-from matformer_jax.config import MatViTConfig, model_config
 from matformer_jax.errors import UserError
 
 
@@ -26,15 +24,6 @@ def run(module: str, *args: str | os.PathLike) -> None:
       f"the command above ended with {code}; fix what it reports and run this again; "
       "finished work is kept"
     )
-
-
-def read_matvit(flag) -> tuple[Any, MatViTConfig]:
-  """(config, its model) of --config. Raises UserError for another task."""
-  config = cli.read_config(flag)
-  model = model_config(config)
-  if not isinstance(model, MatViTConfig):
-    raise UserError(f"--config is of task {config.task!r}; give a row of configs/matvit.py")
-  return config, model
 
 
 def overrides() -> list[str]:

@@ -26,8 +26,7 @@ from matformer_jax.experiments import corpus, images
 from matformer_jax.experiments.runs import Run, flat
 
 INDEPENDENT, MATFORMER, DYNABERT, OFA = "independent", "matformer", "dynabert", "ofa"
-# How a universal model's config differs from MatFormer's. DynaBERT's step takes g batches, and it
-# takes a g-th of the steps (Appendix B.3): see `Family.universal`.
+# How a universal model's config differs from MatFormer's.
 UNIVERSAL: dict[str, dict[str, Any]] = {
   MATFORMER: {},
   DYNABERT: {"method": "joint"},
@@ -38,10 +37,14 @@ UNIVERSAL: dict[str, dict[str, Any]] = {
   "distilled": {"distill.teacher": "self", "distill.weight": 0.5},
   "sliced": {"optim.scope": "sliced"},
   "muon": {"optim.name": "muon"},
+  "muon, nested blocks": {"optim.name": "muon", "optim.muon_blocks": "nested"},
   "muon, sliced": {"optim.name": "muon", "optim.scope": "sliced"},
   # Rows of Table 6; its third is MatFormer's uniform.
   **{f"table6_{row}": {"sampling": f"table6_{row}"} for row in (1, 2, 4, 5)},
 }
+# Batches that a step takes, one for each size that it trains, for that fewer steps; DynaBERT's as
+# in Appendix B.3.
+BATCHES = {DYNABERT: 4, "sandwich": 3}
 # A pair of runs of one seed sees the same text in the same order. Of images the seeds of models
 # trained alone differ: from equal initial weights their embeddings would resemble each other.
 _IMAGE_SEEDS_APART = 1000
@@ -82,9 +85,9 @@ class Family:
   def universal(self, method: str, seed: int, rate: float) -> Run:
     """A run of one of UNIVERSAL."""
     changes = dict(UNIVERSAL[method])
-    if method == DYNABERT:
-      g = self.model.num_granularities
-      changes |= {"batch_size": self.config.batch_size * g, **self._shorter(g)}
+    if method in BATCHES:
+      times = BATCHES[method]
+      changes |= {"batch_size": self.config.batch_size * times, **self._shorter(times)}
     return self._run(method, seed, rate, changes)
 
   def independent(self, size: str, seed: int, rate: float) -> Run:

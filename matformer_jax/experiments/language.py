@@ -98,12 +98,22 @@ def head_runs(lab: Lab) -> list[Run]:
   return both_sides(lab, lab.scale.nested_heads)
 
 
-BEYOND = ("sandwich", "joint, same batch", "distilled", "sliced", "muon", "muon, sliced")
+BEYOND = (
+  *("sandwich", "joint, same batch", "distilled", "sliced"),
+  *("muon", "muon, nested blocks", "muon, sliced"),
+)
+
+
+def beyond_methods(lab: Lab) -> list[str]:
+  """Those that go with the family's optimizer: Adafactor cannot update a slice."""
+  factored = lab.scale.text.config.optim.name == "adafactor"
+  return [method for method in BEYOND if not (factored and method == "sliced")]
 
 
 def beyond_runs(lab: Lab) -> list[Run]:
   """Options that the paper does not have, beside MatFormer as it is."""
-  return [lab.universal(lab.scale.text, m, s) for s in lab.seeds for m in (MATFORMER, *BEYOND)]
+  methods = (MATFORMER, *beyond_methods(lab))
+  return [lab.universal(lab.scale.text, m, s) for s in lab.seeds for m in methods]
 
 
 # --------------------------------------------------------------- measurements
@@ -728,7 +738,7 @@ def beyond(lab: Lab) -> Finding:
   """Options that the paper does not have, beside its method."""
   family = lab.scale.text
   rows = []
-  for method in (MATFORMER, *BEYOND):
+  for method in (MATFORMER, *beyond_methods(lab)):
     for seed in lab.seeds:
       found = lab.text_rows(lab.universal(family, method, seed), method, seed, ladder=LADDER)
       rows += [r for r in found if r.size in family.sizes]
@@ -739,7 +749,7 @@ def beyond(lab: Lab) -> Finding:
       differences(rows, method, MATFORMER, "loss", family.sizes),
       claims.below,
     )
-    for method in BEYOND
+    for method in beyond_methods(lab)
   ]
   return Finding(
     [r.flat() for r in rows],

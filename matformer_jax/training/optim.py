@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from matformer_jax.config import ModelConfig
 from matformer_jax.config_keys import OptimKeys
 from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.sharding import logical_axes, path_names
@@ -16,6 +17,7 @@ from matformer_jax.training import muon
 OPTIMIZERS = ("adamw", "adafactor", "sgd", "muon")
 SCHEDULES = ("cosine", "rsqrt", "constant")
 SCOPES = ("full", "sliced")
+MUON_BLOCKS = ("whole", "nested")
 
 
 def make_schedule(config: OptimKeys, total_steps: int) -> optax.Schedule:
@@ -97,7 +99,9 @@ def muon_or_adamw(params):
   )
 
 
-def make_optimizer(config: OptimKeys, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+  config: OptimKeys, total_steps: int, model: ModelConfig | None = None
+) -> optax.GradientTransformation:
   """Global-norm clipping, then one of `OPTIMIZERS`, decaying matrices only.
 
   SGD has momentum. Muon, which muon.py describes, updates the blocks' matrices, and AdamW, with
@@ -106,9 +110,10 @@ def make_optimizer(config: OptimKeys, total_steps: int) -> optax.GradientTransfo
   Args:
     config: `config.optim`, see configs/matlm.py and configs/matvit.py for its keys.
     total_steps: length of the run.
+    model: what is trained; `muon_blocks=nested` needs it.
 
   Raises:
-    UserError: for an unknown optimizer or schedule, or Muon's momentum or scale out of range.
+    UserError: for an unknown optimizer or schedule, or Muon's options out of range.
   """
   schedule = make_schedule(config, total_steps)
   adamw = optax.adamw(
@@ -122,7 +127,9 @@ def make_optimizer(config: OptimKeys, total_steps: int) -> optax.GradientTransfo
   if config.name == "adamw":
     update = adamw
   elif config.name == "muon":
-    update = optax.partition({"muon": _muon(config, schedule), "adamw": adamw}, muon_or_adamw)
+    update = optax.partition(
+      {"muon": _muon(config, schedule, model), "adamw": adamw}, muon_or_adamw
+    )
   elif config.name == "adafactor":
     # optax decays by weight_decay_rate per step, not times the learning rate.
     # Attention matrices are stored per head, so their inner dimensions are small.
@@ -145,7 +152,9 @@ def make_optimizer(config: OptimKeys, total_steps: int) -> optax.GradientTransfo
   return optax.chain(*clip, update)
 
 
-def _muon(config: OptimKeys, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _muon(
+  config: OptimKeys, schedule: optax.Schedule, model: ModelConfig | None
+) -> optax.GradientTransformation:
   if not 0 <= config.muon_momentum < 1:
     raise UserError(
       f"optim.muon_momentum={config.muon_momentum!r} must be at least 0 and below 1, e.g. 0.95"
@@ -154,8 +163,14 @@ def _muon(config: OptimKeys, schedule: optax.Schedule) -> optax.GradientTransfor
     raise UserError(
       f"optim.muon_rms={config.muon_rms!r} must be positive, e.g. 0.2, or 0 for Jordan's scale"
     )
+  blocks = getattr(config, "muon_blocks", "whole")  # runs made before there was a choice
+  if blocks not in MUON_BLOCKS:
+    raise UserError(
+      f"optim.muon_blocks={blocks!r} is unknown{did_you_mean(str(blocks), MUON_BLOCKS)}"
+    )
+  cuts = muon.nested_cuts(model) if blocks == "nested" and model else None
   return optax.chain(
-    muon.scale_by_block_muon(config.muon_momentum, config.muon_rms),
+    muon.scale_by_block_muon(config.muon_momentum, config.muon_rms, cuts),
     optax.add_decayed_weights(config.weight_decay),
     optax.scale_by_learning_rate(schedule),
   )

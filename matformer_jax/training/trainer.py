@@ -258,7 +258,7 @@ class Trainer:
 
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
-    return optim.make_optimizer(self.config.optim, self.config.steps)
+    return optim.make_optimizer(self.config.optim, self.config.steps, self.task.model_config)
 
   @functools.cached_property
   def granularities(self) -> list[gran.Granularity]:
