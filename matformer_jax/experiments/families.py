@@ -249,7 +249,7 @@ def _laptop(text: str, pictures: str, classes: int) -> Scale:
     text,
     (1e-2, 5e-3, 2e-2),
     steps=2400,
-    batch_size=16,
+    batch_size=8,
     **often,
     data={"tokenizer_sample_bytes": 20_000_000},
     model={"vocab_size": 1024, "num_layers": 6, "d_model": 48, "num_heads": 4, "seq_len": 128},
