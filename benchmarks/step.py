@@ -23,15 +23,13 @@ import time
 from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
-import numpy as np
-from timing import Program, get_config, measure, paired
+from timing import Program, Tokens, get_config, measure, paired
 
 from matformer_jax import granularity as gran
 from matformer_jax import runtime, sharding, tables, train
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.models import attention, losses, ops, slicing
 from matformer_jax.tasks import make_task
-from matformer_jax.tasks.language import NextToken
 from matformer_jax.training import metrics
 from matformer_jax.training.trainer import Trainer, TrainState
 
@@ -42,20 +40,6 @@ _ONE_THREAD = flags.DEFINE_bool("one_thread", False, "Internal: the one-thread m
 ONE_THREAD_SHAPE = MatLMConfig(
   vocab_size=8192, num_layers=16, d_model=256, num_heads=16, seq_len=512
 )
-
-
-class Tokens(NextToken):
-  """Next-token prediction on given tokens, without a corpus."""
-
-  def __init__(self, model_config: MatLMConfig, batch_size: int):
-    super().__init__(model_config, batch_size)
-    rng = np.random.default_rng(0)
-    self.tokens = rng.integers(
-      0, model_config.vocab_size, (batch_size, model_config.seq_len + 1), np.int32
-    )
-
-  def batch(self, step, rows):
-    return self.tokens[rows]
 
 
 def make_trainer(model_config: MatLMConfig, batch_size: int) -> Trainer:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: configs as shipped, programs timed in turn, ratios within a round."""
+"""What the benchmarks share: configs as shipped, random tokens, programs timed in turn, ratios within a round."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import statistics
 import time
 
 import jax
+import numpy as np
 
 import matformer_jax
+from matformer_jax.config import MatLMConfig
+from matformer_jax.tasks.language import NextToken
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -16,6 +19,20 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def get_config(file: str, row: str):
   """A row of configs/FILE.py, with nothing overridden."""
   return matformer_jax.get_config(ROOT / "configs" / f"{file}.py:{row}")
+
+
+class Tokens(NextToken):
+  """Next-token prediction on given tokens, without a corpus."""
+
+  def __init__(self, model_config: MatLMConfig, batch_size: int):
+    super().__init__(model_config, batch_size)
+    rng = np.random.default_rng(0)
+    self.tokens = rng.integers(
+      0, model_config.vocab_size, (batch_size, model_config.seq_len + 1), np.int32
+    )
+
+  def batch(self, step, rows):
+    return self.tokens[rows]
 
 
 class Program:
