@@ -1,4 +1,4 @@
-"""What the benchmarks share: configs as shipped, random tokens, programs timed in turn, ratios within a round."""
+"""What the benchmarks share: configs as shipped, random tokens, programs timed in turn, ratios."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ threads; null for what did not run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 import json
 import os
 import pathlib
@@ -42,7 +42,7 @@ from matformer_jax.config import MatLMConfig
 from matformer_jax.errors import UserError, first_line, import_extra
 from matformer_jax.formats import families
 from matformer_jax.models import slicing
-from matformer_jax.tasks import Task, make_task
+from matformer_jax.tasks import make_task
 from matformer_jax.training import optim
 from matformer_jax.training.trainer import Trainer
 
@@ -69,7 +69,7 @@ def make_trainer(shape: str, mode: str, steps: int = 0) -> Trainer:
   config.dtype = DTYPES[mode]
   if steps:
     config.steps = steps
-    task: Task = make_task(config)
+    task = make_task(config)
   else:
     task = Tokens(MatLMConfig.from_dict(config.model), config.batch_size)
   return Trainer(task, config, sharding.make_mesh({}))
@@ -88,7 +88,9 @@ class Peer:
     self.torch = torch
     self.mixed = trainer.config.dtype == "bfloat16"
     self.model = _arcee(trainer, granularity)
-    keys = self.keys = trainer.config.optim
+    self.keys = keys = trainer.config.optim
+    schedule = optim.make_schedule(keys, trainer.config.steps)
+    self.learning_rates = iter(np.asarray(schedule(jnp.arange(trainer.config.steps))).tolist())
     parameters = list(self.model.parameters())
     self.optimizer = torch.optim.AdamW(
       [
@@ -100,9 +102,6 @@ class Peer:
       weight_decay=keys.weight_decay,
       fused=True,
     )
-    schedule = optim.make_schedule(keys, trainer.config.steps)
-    rates = np.asarray(schedule(jnp.arange(trainer.config.steps))).tolist()
-    self.rates = iter(rates)
 
   def loss(self, tokens_BxT):
     """Mean next-token cross-entropy, its logits in float32."""
@@ -113,18 +112,18 @@ class Peer:
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets)
 
   def program(self, batch, compiled: bool) -> Program:
-    """Programs of a peer share its weights and optimizer."""
+    """Its train step; that of the compiled peer continues the same model."""
     torch = self.torch
-    compute = torch.compile(self.loss) if compiled else self.loss
+    compute = torch.compile(self.loss, dynamic=False) if compiled else self.loss
 
     def step(state, batch):
       loss = compute(batch)
       self.optimizer.zero_grad()
       loss.backward()
       torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.keys.clip_norm)
-      rate = next(self.rates)
+      learning_rate = next(self.learning_rates)
       for group in self.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate
       self.optimizer.step()
       return state, {"loss": loss.item()}
 
@@ -139,7 +138,7 @@ def _arcee(trainer: Trainer, granularity: gran.Granularity):
   import transformers
   from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-  # Under a name of its own SDPA gets no mask but `is_causal`, which is faster when compiled.
+  # Under a name of its own SDPA gets no mask but `is_causal`, when compiled too.
   transformers.AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
   model_config = trainer.task.model_config
   config = gran.submodel_config(model_config, granularity)
@@ -176,6 +175,9 @@ def progress(message: str) -> None:
 
 def rates(shape: str, mode: str) -> dict[str, dict[str, float]]:
   """Tokens per second by program and size."""
+  import torch
+
+  torch.compiler.reset()  # else past 8 programs of a function the rest run eagerly
   trainer = make_trainer(shape, mode)
   batch = trainer.batch(0)
   programs: dict[str, dict[str, Program]] = {"ours": {}} | {name: {} for name in PEERS}
@@ -223,24 +225,24 @@ def work(threads: int) -> dict[str, Any]:
   import torch
 
   torch.set_num_threads(threads)
-  result: dict[str, Any] = {"rates": {}, "losses": {}}
+  found: dict[str, Any] = {"rates": {mode: {} for mode in _MODES.value}, "losses": {}}
   for mode in _MODES.value:
     for shape in _SHAPES.value:
-      progress(f"{mode}, {shape}, {threads} threads")
-      result["rates"][f"{mode} {shape}"] = rates(shape, mode)
+      progress(f"{mode}, shape {shape}, threads: {threads}")
+      found["rates"][mode][shape] = rates(shape, mode)
     if _STEPS.value:
-      progress(f"{mode}, {_STEPS.value} steps")
-      result["losses"][mode] = losses(mode, _STEPS.value)
-  return result
+      progress(f"{mode}, {_STEPS.value} steps of both")
+      found["losses"][mode] = losses(mode, _STEPS.value)
+  return found
 
 
 # ------------------------------------------------------------------- a report
 
 
 def run_pinned(file: str, threads: int, *options: str) -> Any:
-  """The JSON object that a program prints last, run on as many CPUs as threads.
+  """The JSON object that a benchmark prints last, run on as many CPUs as threads.
 
-  JAX has as many threads as the CPUs on which it starts.
+  JAX has as many threads as there are CPUs where it starts.
   """
   os.sched_setaffinity(0, _CPUS[:threads])
   command = [sys.executable, str(pathlib.Path(__file__).with_name(file)), *options]
@@ -248,32 +250,34 @@ def run_pinned(file: str, threads: int, *options: str) -> Any:
   return json.loads(out.splitlines()[-1])
 
 
-def geometric_mean(ratios: list[float]) -> float | None:
-  return statistics.geometric_mean(ratios) if ratios else None
-
-
 def mean(of_size: dict[str, float]) -> float:
   return statistics.mean(of_size.values())
 
 
+def geometric_mean(ratios: list[float]) -> float | None:
+  return statistics.geometric_mean(ratios) if ratios else None
+
+
 def report(threads: int, found: dict[str, Any]) -> dict[str, list[float]]:
-  """Prints what a process measured; returns the ratios to the best peer by mode."""
-  ratios: dict[str, list[float]] = {mode: [] for mode in DTYPES}
-  rows = []
-  for what, programs in found["rates"].items():
-    ours = mean(programs["ours"])
-    for kind, of_size in programs.items():
-      cells = [f"{rate:,.0f}" for rate in (*of_size.values(), mean(of_size))]
-      rows.append([f"{what} {kind}", *cells, f"{ours / mean(of_size):.2f}"])
-    best = max(mean(of_size) for kind, of_size in programs.items() if kind != "ours")
-    ratios[what.split()[0]].append(ours / best)
-  sizes = next(iter(programs.values()))
-  print(f"\nTokens/s, {threads} threads\n")
+  """Prints what a process measured; returns ratios to the best peer by mode, one per shape."""
+  ratios: dict[str, list[float]] = {}
+  rows, sizes = [], []
+  for mode, shapes in found["rates"].items():
+    ratios[mode] = []
+    for shape, programs in shapes.items():
+      means = {kind: mean(of_size) for kind, of_size in programs.items()}
+      ours = means["ours"]
+      ratios[mode].append(ours / max(means[kind] for kind in PEERS if kind in means))
+      for kind, of_size in programs.items():
+        sizes = list(of_size)
+        cells = [f"{rate:,.0f}" for rate in (*of_size.values(), means[kind])]
+        rows.append([f"{mode} {shape} {kind}", *cells, f"{ours / means[kind]:.2f}"])
+  print(f"\nTokens/s, threads: {threads}\n")
   print(tables.table(["program", *sizes, "mean", "ours / it"], rows), flush=True)
   for mode, loss in found["losses"].items():
     print(
       f"\n{mode}: after {_STEPS.value} steps XL's loss is {loss['ours']:.4f} here and "
-      f"{loss['peer']:.4f} in PyTorch; they differ by {loss['largest']:.1e} at most in one step"
+      f"{loss['peer']:.4f} in PyTorch; in no step do they differ by more than {loss['largest']:.1e}"
     )
   return ratios
 
@@ -281,26 +285,34 @@ def report(threads: int, found: dict[str, Any]) -> dict[str, list[float]]:
 def decode_ratio(threads: int) -> float:
   """Tokens per second of decoding, mean over the sizes, over llama.cpp's."""
   found = run_pinned("decode_peers.py", threads, f"--threads={threads}").values()
-  return sum(of_size["ours"] for of_size in found) / sum(of_size["llama_cpp"] for of_size in found)
+  return sum(size["ours"] for size in found) / sum(size["llama_cpp"] for size in found)
+
+
+def check_values(flag: flags.FlagHolder, known: Collection[str]) -> None:
+  for value in flag.value:
+    if value not in known:
+      raise UserError(f"--{flag.name}={value} is not one of {', '.join(known)}")
 
 
 def main(argv) -> None:
   cli.check(argv)
-  for package in ("torch", "transformers"):
+  for package in ("torch", "transformers", *(["llama_cpp"] if _DECODE.value else [])):
     import_extra(package, "this benchmark", "peers")
   if _WORKER.value:
     print(json.dumps(work(len(_CPUS))))
     return
+  check_values(_SHAPES, SHAPES)
+  check_values(_MODES, DTYPES)
+  check_values(_THREADS, [str(n + 1) for n in range(len(_CPUS))])
   counts = [int(count) for count in _THREADS.value]
-  if max(counts) > len(_CPUS):
-    raise UserError(f"--threads={max(counts)}, and there are {len(_CPUS)} CPUs")
   ratios: dict[str, list[float]] = {mode: [] for mode in DTYPES}
-  for threads in counts:
-    steps = [] if threads == counts[-1] else ["--steps=0"]  # losses once
-    found = run_pinned(pathlib.Path(__file__).name, threads, *sys.argv[1:], *steps, "--worker")
-    for mode, some in report(threads, found).items():
-      ratios[mode] += some
-  result = {f"train_{mode}": geometric_mean(some) for mode, some in ratios.items()}
+  for i, threads in enumerate(counts, 1):
+    losses_once = [] if i == len(counts) else ["--steps=0"]
+    options = (*sys.argv[1:], *losses_once, "--worker")
+    found = run_pinned(pathlib.Path(__file__).name, threads, *options)
+    for mode, of_shapes in report(threads, found).items():
+      ratios[mode] += of_shapes
+  result = {f"train_{mode}": geometric_mean(of_mode) for mode, of_mode in ratios.items()}
   decode = [decode_ratio(threads) for threads in counts] if _DECODE.value else []
   print("\n" + json.dumps(result | {"decode": geometric_mean(decode)}))
 
@@ -309,10 +321,10 @@ if __name__ == "__main__":
   _CPUS = sorted(os.sched_getaffinity(0))
   _SHAPES = flags.DEFINE_list("shapes", list(SHAPES), "Of A and Q.")
   _MODES = flags.DEFINE_list("modes", list(DTYPES), "Of f32 and mixed.")
-  _THREADS = flags.DEFINE_list("threads", ["1", "2"], "Numbers of threads, each on its CPU.")
-  _ROUNDS = flags.DEFINE_integer("rounds", 7, "In each, all programs take their turn.")
-  _COMPILE = flags.DEFINE_bool("compile", True, "Also the peer by torch.compile, which takes minutes.")
-  _STEPS = flags.DEFINE_integer("steps", 500, "Of training both, to compare losses; 0: do not.")
-  _DECODE = flags.DEFINE_bool("decode", False, "Also run benchmarks/decode_peers.py.")
+  _THREADS = flags.DEFINE_list("threads", ["1", "2"], "Numbers of threads, each on its own CPU.")
+  _ROUNDS = flags.DEFINE_integer("rounds", 7, "In each, all programs take their turn.", 1)
+  _COMPILE = flags.DEFINE_bool("compile", True, "Also time the peer by torch.compile.")
+  _STEPS = flags.DEFINE_integer("steps", 500, "To compare losses after; 0 does not.", 0)
+  _DECODE = flags.DEFINE_bool("decode", False, "Also run decode_peers.py.")
   _WORKER = flags.DEFINE_bool("worker", False, "Internal: measure in this process.")
   cli.run(main)
