@@ -39,6 +39,9 @@ GROUPED = dict(
   qk_norm=True,
 )
 
+# Nested in the heads alone, of the `small` fixture.
+HEADS_ONLY = dict(nested_heads=True, ffn_ratios=(), ffn_widths=(64,) * 4)
+
 os.environ["MATFORMER_CACHE"] = str(CACHE)
 os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -22,6 +22,7 @@ CHANGES = {
   "plain": {},
   "gated, groups": {"gated": True, "ffn_groups": 2, "head_groups": 2},
   "nested heads": {"nested_heads": True},
+  "nested heads alone": helpers.HEADS_ONLY,
   "grouped queries": helpers.GROUPED | {"head_groups": 2},
   "nested groups of queries": helpers.GROUPED | {"nested_heads": True},
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from helpers import GROUPED
+from helpers import GROUPED, HEADS_ONLY
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +25,7 @@ def static(params, config, g, execution=Execution()):
     {},
     {"gated": True, "ffn_groups": 2},
     {"nested_heads": True},
+    HEADS_ONLY,
     GROUPED | {"nested_heads": True},
   ],
 )

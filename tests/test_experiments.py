@@ -1,6 +1,7 @@
 """Experiments: what they train, what they say of the numbers, and all of them at once."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import sys
@@ -13,7 +14,9 @@ import scipy.stats
 
 from matformer_jax import UserError, models, sharding
 from matformer_jax import granularity as gran
+from matformer_jax.config import Execution
 from matformer_jax.data import image_sources, text_sources
+from matformer_jax.evals import lm
 from matformer_jax.experiments import __main__ as runner
 from matformer_jax.experiments import (
   claims,
@@ -28,6 +31,7 @@ from matformer_jax.experiments import (
 from matformer_jax.experiments.families import DYNABERT, INDEPENDENT, MATFORMER, OFA
 from matformer_jax.experiments.lab import Lab, Row
 from matformer_jax.experiments.runs import Pool
+from matformer_jax.models import matlm
 from matformer_jax.tasks import make_task_without_data
 from matformer_jax.training import methods
 from matformer_jax.training.trainer import Trainer
@@ -98,6 +102,34 @@ def test_the_scaling_law_is_found_again():
 def test_the_budgets_are_those_of_table_5():
   assert language.budget_mixes(16) == ["M", "M*12+L*4", "M*5+L*11", "L*3+XL*13"]
   assert language.budget_mixes(3) == ["M", "M*2+L*1", "M*1+L*2", "L*1+XL*2"]
+
+
+def test_consistency_with_another_model(small, small_params):
+  """What a model trained alone agrees with is another one (Section 3.4)."""
+  other_config = dataclasses.replace(small, num_layers=2)
+  other = matlm.init_params(other_config, jax.random.key(7))
+  tokens = np.random.default_rng(0).integers(0, small.vocab_size, (3, small.seq_len + 1))
+  batch = {"tokens": tokens, "weight": np.array([1.0, 1.0, 0.0]), "bytes": np.full(3, 16)}
+  execution = Execution()
+  (found,) = lm.evaluate(
+    small,
+    execution,
+    small_params,
+    [gran.full(small)],
+    [batch],
+    against=(other_config, other),
+  )
+
+  def log_probs(config, params):
+    model = matlm.MatLM(config, execution)
+    inputs = tokens[:2, :-1]
+    logits = model.apply({"params": params}, inputs, granularity=gran.full(config))
+    return np.asarray(jax.nn.log_softmax(logits), np.float64)
+
+  ours, theirs = log_probs(small, small_params), log_probs(other_config, other)
+  kl = np.sum(np.exp(theirs) * (theirs - ours), -1).mean()
+  assert found.metrics["kl"] == pytest.approx(kl, rel=1e-4) and kl > 0.01
+  assert found.metrics["agreement"] == np.mean(ours.argmax(-1) == theirs.argmax(-1)) < 1
 
 
 # ------------------------------------------------------------------------- data
@@ -249,7 +281,7 @@ def test_a_run_that_cannot_be_trained_is_named(smoke, tmp_path):
 
 
 def test_the_best_learning_rate_is_taken(smoke, tmp_path):
-  family = families.dataclasses.replace(smoke.scale.text, rates=(1e-2, 1e-3))
+  family = dataclasses.replace(smoke.scale.text, rates=(1e-2, 1e-3))
   here = Lab(smoke.scale, Pool(tmp_path, 1), tmp_path, (0,))
   for (method, rate), runs in here.sweep(family).items():
     for run in runs:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 
-from helpers import GROUPED
+from helpers import GROUPED, HEADS_ONLY
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +114,7 @@ def random_params(config: MatLMConfig, seed: int):
     {"activation": "relu2"},
     {"activation": "silu", "gated": True},
     {"nested_heads": True},
+    HEADS_ONLY,
     GROUPED,
     GROUPED | {"nested_heads": True},
   ],
@@ -138,6 +139,7 @@ def test_equals_the_reference(small, change, granularity):
     {},
     {"ffn_groups": 4, "head_groups": 1},
     {"nested_heads": True, "gated": True},
+    HEADS_ONLY,
     GROUPED | {"head_groups": 2},
     GROUPED | {"nested_heads": True},
   ],

@@ -73,6 +73,7 @@ def served(config, params, execution, sequences, length=64, eos_id=-1, draft=Non
     ("plain", "unrolled", range(6)),
     ("gated, groups", "unrolled", (0, 2, 3)),
     ("nested heads", "scan", (0, 2, 4)),
+    ("nested heads alone", "scan", (0, 1, 4)),
     ("nested groups of queries", "unrolled", (0, 1, 2)),
     ("nested groups of queries", "scan", (0, 2, 3)),
   ],

@@ -482,17 +482,15 @@ def _search(lab: Lab, run: Run, seed: int) -> list[dict[str, Any]]:
   """A row per budget: what each finds there, and its loss on text that neither has seen."""
   model = lab.load_text(run)
   config = model.config
-  batches = search.validation_batches(open_task(model), 2 * lab.scale.batches)
-  half = max(len(batches) // 2, 1)
+  compared = lab.scale.batches
+  batches = search.validation_batches(open_task(model), 2 * compared)
+  seen = batches[compared : compared + max(compared // 4, 1)]  # by the search
   measure = functools.partial(search.score, config, model.execution, model.params)
   mixes = [gran.parse(text, config) for text in budget_mixes(config.num_layers)]
   budgets = [str(gran.count(config, mix).params) for mix in mixes]
+  number = lab.scale.architectures
   found = search.search_architectures(
-    config,
-    budgets,
-    lab.scale.architectures,
-    functools.partial(measure, batches=batches[half:] or batches),
-    seed,
+    config, budgets, number, functools.partial(measure, batches=seen), seed
   )
   by_budget: dict[str, list[gran.Granularity]] = {}
   for candidate in found.found:
@@ -500,9 +498,9 @@ def _search(lab: Lab, run: Run, seed: int) -> list[dict[str, Any]]:
   rows = []
   for mix, budget in zip(mixes, budgets):
     # As in D.2: the better of what evolution found and of what was measured.
-    on_search = measure(by_budget[budget], batches=batches[half:] or batches).mean(1)
+    on_search = measure(by_budget[budget], batches=seen).mean(1)
     best = by_budget[budget][int(np.argmin(on_search))]
-    ours, theirs = measure([mix, best], batches=batches[:half])
+    ours, theirs = measure([mix, best], batches=batches[:compared])
     paired = theirs - ours
     text = lambda g: gran.to_text(g, config)
     top = gran.count(config, gran.full(config)).params
