@@ -19,13 +19,15 @@ from matformer_jax.data import image_sources, text_sources
 from matformer_jax.evals import lm
 from matformer_jax.experiments import __main__ as runner
 from matformer_jax.experiments import (
+  architectures,
   claims,
   commands,
+  compare,
   corpus,
   elastify,
   families,
   images,
-  language,
+  scaling,
   vision,
 )
 from matformer_jax.experiments.families import DYNABERT, INDEPENDENT, MATFORMER, OFA
@@ -73,11 +75,11 @@ def test_mixes_are_measured_from_the_line_between_trained_sizes():
     {
       (MATFORMER, "S"): [4.0, 5.0],
       (MATFORMER, "XL"): [2.0, 3.0],
-      (language.MIXES, "S*1+XL*1"): [3.1, 3.9],
+      (compare.MIXES, "S*1+XL*1"): [3.1, 3.9],
     },
     {"S": 100, "XL": 200, "S*1+XL*1": 150},
   )
-  off = language.off_the_line(rows, "loss")
+  off = compare.off_the_line(rows, "loss")
   assert off == {"S*1+XL*1": [pytest.approx(0.1), pytest.approx(-0.1)]}
 
 
@@ -85,7 +87,7 @@ def test_sizes_are_told_apart_or_not():
   params = {"S": 100, "XL": 200}
   apart = {(INDEPENDENT, "S"): [4.0, 4.01], (INDEPENDENT, "XL"): [3.5, 3.5]}
   near = {(INDEPENDENT, "S"): [4.0, 4.01], (INDEPENDENT, "XL"): [3.99, 3.99]}
-  found = [language.separation(rows_of(v, params), "loss", ["S", "XL"]) for v in (apart, near)]
+  found = [compare.separation(rows_of(v, params), "loss", ["S", "XL"]) for v in (apart, near)]
   assert [claim.verdict for claim in found] == [claims.HOLDS, claims.FAILS]
   error = np.hypot(0.01, 0.01)  # of the windows, which is more than the seeds'
   assert f"{0.505 / error:.0f} standard errors" in found[0].ours
@@ -96,12 +98,12 @@ def test_the_scaling_law_is_found_again():
   points = [
     {"params": n, "tokens": d, "loss": law(n, d)} for n in (1e5, 3e5, 1e6) for d in (1e6, 4e6)
   ]
-  assert language.fit_power_law(points) == pytest.approx((14.08, -0.10, 0.89), rel=1e-3)
+  assert scaling.fit_power_law(points) == pytest.approx((14.08, -0.10, 0.89), rel=1e-3)
 
 
 def test_the_budgets_are_those_of_table_5():
-  assert language.budget_mixes(16) == ["M", "M*12+L*4", "M*5+L*11", "L*3+XL*13"]
-  assert language.budget_mixes(3) == ["M", "M*2+L*1", "M*1+L*2", "L*1+XL*2"]
+  assert architectures.budget_mixes(16) == ["M", "M*12+L*4", "M*5+L*11", "L*3+XL*13"]
+  assert architectures.budget_mixes(3) == ["M", "M*2+L*1", "M*1+L*2", "L*1+XL*2"]
 
 
 def test_consistency_with_another_model(small, small_params):
@@ -244,7 +246,7 @@ def test_every_scale_can_be_built(name, smoke, tmp_path, monkeypatch):
       == gran.count(run.model, gran.full(run.model)).params
     )
   if name == "paper":
-    sizes = [f.model.d_model for f in language.widths(here)]
+    sizes = [f.model.d_model for f in scaling.widths(here)]
     assert sizes == [256, 512, 768, 1024, 1536]  # Table 4
     assert distinct[0].command(tmp_path).startswith("matformer train --config=matlm:850M")
 

@@ -4,8 +4,8 @@
   families    models of one shape and how they are trained, at three scales
   corpus, images   data that every machine can make
   lab         an experiment's runs, learning rates and kept measurements
-  language, vision, speculation   the experiments
-  claims, report   what becomes of the paper's claims
+  language, scaling, architectures, vision   the experiments; speculation times Table 2
+  compare, claims, report   tables, plots and verdicts
 
 `elastify` is a program of its own, about models from outside.
 """

@@ -23,7 +23,15 @@ from absl import flags
 
 from matformer_jax import cli, runtime, tables
 from matformer_jax.errors import UserError, did_you_mean
-from matformer_jax.experiments import families, language, report, runs, vision
+from matformer_jax.experiments import (
+  architectures,
+  families,
+  language,
+  report,
+  runs,
+  scaling,
+  vision,
+)
 from matformer_jax.experiments.lab import Finding, Lab
 from matformer_jax.experiments.runs import Pool, Run
 
@@ -53,9 +61,9 @@ class Experiment:
 EXPERIMENTS = {
   "figure2": Experiment("Figure 2", (language.compared_runs,), language.figure2),
   "figure7": Experiment("Figure 7", (language.compared_runs,), language.figure7),
-  "table6": Experiment("Table 6", (language.table6_runs, language.compared_runs), language.table6),
+  "table6": Experiment("Table 6", (language.table6_runs,), language.table6),
   "figure6_table5": Experiment(
-    "Figure 6, Table 5", (language.matformer_runs,), language.figure6_table5
+    "Figure 6, Table 5", (language.matformer_runs,), architectures.figure6_table5
   ),
   "table2": Experiment("Table 2", (language.drafting_runs,), language.table2),
   "figure4": Experiment("Figure 4", (vision.image_runs,), vision.figure4),
@@ -65,10 +73,8 @@ EXPERIMENTS = {
   "table7": Experiment(
     "Table 7", (vision.pretraining_runs, vision.fine_tuning_runs), vision.table7
   ),
-  "figure3_table3": Experiment(
-    "Figure 3, Table 3", (language.width_runs,), language.figure3_table3
-  ),
-  "figures9_11": Experiment("Figures 9 to 11", (language.width_runs,), language.figures9_11),
+  "figure3_table3": Experiment("Figure 3, Table 3", (scaling.width_runs,), scaling.figure3_table3),
+  "figures9_11": Experiment("Figures 9 to 11", (scaling.width_runs,), scaling.figures9_11),
 }
 
 

@@ -272,7 +272,7 @@ def _laptop(text: str, pictures: str, classes: int) -> Scale:
     tuple(_of_width(language, d, steps) for d, steps in ((24, 1200), (32, 1600), (64, 3200))),
     _with_heads(language),
     batches=64,
-    architectures=512,
+    architectures=256,
     pretraining=tuple(range(0, classes, 2)),
     seeds=3,
   )

@@ -13,18 +13,18 @@ from matformer_jax import granularity as gran
 from matformer_jax.config import MatViTConfig
 from matformer_jax.experiments import claims
 from matformer_jax.experiments.claims import Claim, at_every_size, interval
-from matformer_jax.experiments.families import INDEPENDENT, MATFORMER, Family
-from matformer_jax.experiments.lab import Finding, Lab, Row, differences
-from matformer_jax.experiments.language import (
+from matformer_jax.experiments.compare import (
   LADDER,
   MIXES,
-  both_sides,
   draw,
   off_the_line,
   rows_table,
   seeds_title,
   separation,
 )
+from matformer_jax.experiments.families import INDEPENDENT, MATFORMER, Family
+from matformer_jax.experiments.lab import Finding, Lab, Row, differences
+from matformer_jax.experiments.language import both_sides
 from matformer_jax.experiments.runs import Run
 from matformer_jax.loading import VisionModel, load, open_task
 

@@ -1,0 +1,125 @@
+"""What comparisons have in common: lines between sizes, tables and plots of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import math
+
+import numpy as np
+
+from matformer_jax import plots, tables
+from matformer_jax.experiments import claims
+from matformer_jax.experiments.claims import Claim, interval
+from matformer_jax.experiments.families import DYNABERT, INDEPENDENT, MATFORMER, OFA
+from matformer_jax.experiments.lab import Lab, Row, by_size
+
+LADDER = 13  # Mix'n'Match models, about
+MIXES = "mix'n'match"
+LABELS = {
+  INDEPENDENT: "trained alone",
+  MATFORMER: "MatFormer",
+  DYNABERT: "DynaBERT",
+  OFA: "OFA",
+  MIXES: "MatFormer, Mix'n'Match",
+}
+
+
+def off_the_line(rows: Sequence[Row], metric: str) -> dict[str, list[float]]:
+  """{mix: by seed, its metric minus what lies between the trained sizes beside it}."""
+  trained, mixes = by_size(rows, MATFORMER, metric), by_size(rows, MIXES, metric)
+  params = {r.size: r.params for r in rows if r.method in (MATFORMER, MIXES)}
+  x = [params[size] for size in trained]
+  return {
+    mix: [
+      value - float(np.interp(params[mix], x, [trained[size][i] for size in trained]))
+      for i, value in enumerate(values)
+    ]
+    for mix, values in mixes.items()
+  }
+
+
+def separation(rows: Sequence[Row], metric: str, sizes: Sequence[str]) -> Claim:
+  """Whether the smallest and the largest model trained alone differ by five standard errors."""
+  alone = by_size(rows, INDEPENDENT, metric)
+  gaps = [a - b for a, b in zip(alone[sizes[0]], alone[sizes[-1]])]
+  own = max(
+    math.hypot(*(r.metrics[f"{metric}_stderr"] for r in rows if _is(r, seed, sizes)))
+    for seed in {r.seed for r in rows}
+  )
+  spread = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
+  error = max(own, spread)
+  times = abs(float(np.mean(gaps))) / error
+  verdict = claims.HOLDS if times > 5 else claims.FAILS
+  return Claim(
+    f"{sizes[0]} and {sizes[-1]} trained alone differ, or nothing can be compared here",
+    "5 standard errors",
+    f"{interval(gaps)}, {times:.0f} standard errors",
+    verdict,
+  )
+
+
+def _is(row: Row, seed: int, sizes: Sequence[str]) -> bool:
+  return row.method == INDEPENDENT and row.seed == seed and row.size in (sizes[0], sizes[-1])
+
+
+def rows_table(rows: Sequence[Row], metric: str, digits: int = 4, scale: float = 1.0) -> str:
+  """A row per method, a column per size; means with confidence intervals."""
+  methods = [m for m in dict.fromkeys(r.method for r in rows) if m != MIXES]
+  sizes = list(by_size(rows, methods[0], metric))
+
+  def cell(values: Sequence[float]) -> str:
+    found = interval([scale * v for v in values])
+    half = f" ± {found.half:.{digits}f}" if math.isfinite(found.half) else ""
+    return f"{found.mean:.{digits}f}{half}"
+
+  return tables.table(
+    ("method", *sizes),
+    [
+      (LABELS.get(m, m), *(cell(values[size]) if size in values else "" for size in sizes))
+      for m, values in ((m, by_size(rows, m, metric)) for m in methods)
+    ],
+  )
+
+
+STYLES = {
+  INDEPENDENT: dict(marker="s", linestyle="--", color="C1"),
+  MATFORMER: dict(marker="o", color="C0"),
+  DYNABERT: dict(marker="^", color="C2"),
+  OFA: dict(marker="v", color="C3"),
+  MIXES: dict(marker="D", linestyle="", color="C0", alpha=0.5, markersize=4),
+}
+
+
+def draw(
+  lab: Lab,
+  name: str,
+  rows: Sequence[Row],
+  metric: str,
+  label: str,
+  title: str,
+  scale: float = 1.0,
+):
+  """A line per method over parameters, with confidence intervals; returns (file, title)."""
+  path = lab.root / "report" / f"{name}.png"
+  with plots.figure(path) as axes:
+    for method in dict.fromkeys(r.method for r in rows):
+      values = by_size(rows, method, metric)
+      params = {r.size: r.params for r in rows if r.method == method}
+      found = [interval([scale * v for v in values[size]]) for size in values]
+      axes.errorbar(
+        [params[size] / 1e6 for size in values],
+        [i.mean for i in found],
+        [i.half if math.isfinite(i.half) else 0 for i in found],
+        capsize=2,
+        label=LABELS.get(method, method),
+        **STYLES.get(method, dict(marker=".")),
+      )
+    axes.set(xlabel="parameters without embedding (million)", ylabel=label, title=title)
+    axes.legend()
+  return path, title
+
+
+def seeds_title(lab: Lab) -> str:
+  """How often everything was repeated."""
+  n = len(lab.seeds)
+  return "1 seed" if n == 1 else f"{n} seeds, 95% confidence"
