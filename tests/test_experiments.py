@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 
 import helpers
@@ -315,11 +316,8 @@ def test_all_experiments_at_the_smallest_scale(tmp_path):
       assert list(csv.DictReader(f)), name
     assert f"## {experiment.item}: " in text and f"id='{name}'" in page
   assert "src='data:image/png;base64," in page and "http" not in page
-  assert all(
-    (report / line.split("](")[1].rstrip(")")).exists()
-    for line in text.splitlines()
-    if line.startswith("![")
-  )
+  plots = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
+  assert len(plots) >= 8 and all((report / plot).exists() for plot in plots)
   again = run()
   assert again.returncode == 0 and "measuring" not in again.stdout
   assert "[1 of" not in again.stdout

@@ -18,6 +18,7 @@ import pathlib
 import platform
 import sys
 import time
+from typing import Any
 
 from absl import flags
 
@@ -171,7 +172,7 @@ def _say_plan(
   )
 
 
-def _sweep_section(tried: Sequence[dict]) -> report.Section:
+def _sweep_section(tried: list[dict[str, Any]]) -> report.Section:
   best = {
     (row["family"], row["method"]): min(
       r["mean_loss"] for r in tried if (r["family"], r["method"]) == (row["family"], row["method"])

@@ -78,7 +78,7 @@ class Family:
     return model_config(self.config)
 
   @property
-  def sizes(self) -> list[str]:
+  def sizes(self) -> tuple[str, ...]:
     """Names of the g granularities, smallest first."""
     return gran.names(self.model)
 

@@ -26,18 +26,17 @@ class _Timed:
   """A way of decoding the prompts; `best` is of the decoding alone, in seconds."""
 
   decoder: Decoder | SpeculativeDecoder
-  weights: tuple
+  weights: tuple[Any, ...]
   best: float = float("inf")
   stats: Stats | None = None
 
   def run(self, prompts: Sequence[Sequence[int]], tokens: int) -> None:
-    request = prompts, tokens, range(len(prompts))
-    state = jax.block_until_ready(self.decoder.prefill(*self.weights, *request))
+    decoder: Any = self.decoder  # a draft's weights come after the verifier's
+    state = decoder.prefill(*self.weights, prompts, tokens, range(len(prompts)))
+    jax.block_until_ready(state)
     started = time.perf_counter()
-    if isinstance(self.decoder, Decoder):
-      state = self.decoder.advance(*self.weights, state, tokens)
-    else:
-      state, self.stats = self.decoder.advance(*self.weights, state, tokens)
+    found = decoder.advance(*self.weights, state, tokens)
+    state, self.stats = found if isinstance(found, tuple) else (found, None)
     jax.block_until_ready(state)
     self.best = min(self.best, time.perf_counter() - started)
 

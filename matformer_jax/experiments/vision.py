@@ -57,7 +57,7 @@ def accuracy_rows(lab: Lab, run: Run, method: str, seed: int, size: str | None =
   """Top-1 of a run's sizes and, of a universal model, its mixes, on all validation images."""
 
   def measure() -> list[dict[str, Any]]:
-    model = _load(lab, run)
+    model = load(lab.directory(run))
     chosen = gran.trained(model.config)
     chosen += gran.ladder_points(model.config, LADDER) if size is None else []
     found = evaluate.evaluate(model, open_task(model), list(dict.fromkeys(chosen)), True, 0, BATCH)
@@ -223,7 +223,7 @@ def grid(lab: Lab, seed: int) -> Grid:
   """What Table 7 trains: each of pretraining and fine-tuning once plain and once nested."""
   family = lab.scale.images
   before = lab.scale.pretraining
-  everything = range(family.model.num_classes)
+  everything = range(family.config.model.num_classes)
   after = tuple(c for c in everything if c not in before)
   on = lambda classes: {"data.classes": classes, "model.num_classes": len(classes)}
   largest_only = "/".join("0" * (len(family.sizes) - 1) + "1")
