@@ -10,7 +10,7 @@ import numpy as np
 from matformer_jax import plots, tables
 from matformer_jax.experiments import claims
 from matformer_jax.experiments.claims import Claim, interval
-from matformer_jax.experiments.families import DYNABERT, INDEPENDENT, MATFORMER, OFA
+from matformer_jax.experiments.families import DYNABERT, INDEPENDENT, MATFORMER, OFA, Family
 from matformer_jax.experiments.lab import Lab, Row, by_size
 
 LADDER = 13  # Mix'n'Match models, about
@@ -52,7 +52,7 @@ def separation(rows: Sequence[Row], metric: str, sizes: Sequence[str]) -> Claim:
   verdict = claims.HOLDS if times > 5 else claims.FAILS
   return Claim(
     f"{sizes[0]} and {sizes[-1]} trained alone differ, or nothing can be compared here",
-    "5 standard errors",
+    "no claim; at least 5 standard errors",
     f"{interval(gaps)}, {times:.0f} standard errors",
     verdict,
   )
@@ -60,6 +60,29 @@ def separation(rows: Sequence[Row], metric: str, sizes: Sequence[str]) -> Claim:
 
 def _is(row: Row, seed: int, sizes: Sequence[str]) -> bool:
   return row.method == INDEPENDENT and row.seed == seed and row.size in (sizes[0], sizes[-1])
+
+
+def cost_table(lab: Lab, family: Family, methods: Sequence[str]) -> str:
+  """What each method was trained on, beside the largest size alone."""
+  alone = lab.independents(family, lab.seeds[0])
+  xl = alone[family.sizes[-1]]
+  groups = {f"{INDEPENDENT}, all sizes": list(alone.values()), f"{INDEPENDENT}, XL": [xl]}
+  groups |= {m: [lab.universal(family, m, lab.seeds[0])] for m in methods}
+  flops = lambda runs: sum(run.flops for run in runs)
+  return tables.table(
+    ("method", "steps", "examples", "FLOPs", "of XL alone", "learning rate"),
+    [
+      (
+        name,
+        f"{sum(run.config.steps for run in runs):,}",
+        tables.si(sum(run.examples for run in runs)),
+        f"{flops(runs):.3g}",
+        f"{flops(runs) / xl.flops:.2f}x",
+        f"{runs[0].config.optim.peak_lr:g}",
+      )
+      for name, runs in groups.items()
+    ],
+  )
 
 
 def rows_table(rows: Sequence[Row], metric: str, digits: int = 4, scale: float = 1.0) -> str:

@@ -258,7 +258,7 @@ def _laptop(text: str, pictures: str, classes: int) -> Scale:
   vision = _image_family(
     "matvit:fashion",
     pictures,
-    (1e-3, 5e-4, 2e-3),
+    (2e-3, 1e-3, 4e-3),
     steps=6400,
     batch_size=64,
     **often,

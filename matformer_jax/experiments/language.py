@@ -14,6 +14,7 @@ from matformer_jax.experiments.claims import Claim, at_every_size, interval
 from matformer_jax.experiments.compare import (
   LADDER,
   MIXES,
+  cost_table,
   draw,
   off_the_line,
   rows_table,
@@ -196,6 +197,7 @@ def figure2(lab: Lab) -> Finding:
       ("Validation loss, nats per token", rows_table(rows, "loss")),
       ("Bits per byte", rows_table(rows, "bits_per_byte")),
       ("Same next token as XL, %", rows_table(rows, "agreement", 2, 100)),
+      ("What it cost", cost_table(lab, lab.scale.text, (MATFORMER, DYNABERT, OFA))),
     ],
     [
       draw(lab, "figure2a", rows, "loss", "validation loss (nats per token)", title),
@@ -371,6 +373,9 @@ def beyond(lab: Lab) -> Finding:
   return Finding(
     [r.flat() for r in rows],
     found,
-    [("Validation loss, nats per token", rows_table(rows, "loss"))],
+    [
+      ("Validation loss, nats per token", rows_table(rows, "loss")),
+      ("What it cost", cost_table(lab, family, (MATFORMER, *beyond_methods(lab)))),
+    ],
     [draw(lab, "beyond", rows, "loss", "validation loss (nats per token)", seeds_title(lab))],
   )

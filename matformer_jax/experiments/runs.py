@@ -21,7 +21,7 @@ import signal
 import time
 from typing import Any
 
-from matformer_jax import config_files, runtime, tables
+from matformer_jax import config_files, runtime
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
@@ -223,17 +223,6 @@ def duration(seconds: float) -> str:
   if minutes >= 60:
     return f"{minutes // 60} h {minutes % 60:02d} min"
   return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def table(runs: Sequence[Run]) -> str:
-  """What each is trained on, and what that costs."""
-  return tables.table(
-    ("run", "steps", "examples", "FLOPs"),
-    [
-      (run.name, f"{run.config.steps:,}", tables.si(run.examples), f"{run.flops:.3g}")
-      for run in runs
-    ],
-  )
 
 
 # ------------------------------------------------------------------ processes

@@ -16,6 +16,7 @@ from matformer_jax.experiments.claims import Claim, at_every_size, interval
 from matformer_jax.experiments.compare import (
   LADDER,
   MIXES,
+  cost_table,
   draw,
   off_the_line,
   rows_table,
@@ -101,7 +102,10 @@ def figure4(lab: Lab) -> Finding:
   return Finding(
     [r.flat() for r in rows],
     found,
-    [("Top-1 accuracy, %", rows_table(rows, "accuracy", 2, 100))],
+    [
+      ("Top-1 accuracy, %", rows_table(rows, "accuracy", 2, 100)),
+      ("What it cost", cost_table(lab, family, (MATFORMER,))),
+    ],
     [draw(lab, "figure4", rows, "accuracy", "top-1 accuracy (%)", seeds_title(lab), 100)],
   )
 
