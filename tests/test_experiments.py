@@ -3,9 +3,14 @@
 import csv
 import dataclasses
 import json
+import multiprocessing
+import os
 import pathlib
 import re
+import signal
 import sys
+import threading
+import time
 
 import helpers
 import jax
@@ -15,6 +20,7 @@ import scipy.stats
 
 from matformer_jax import UserError, models, sharding
 from matformer_jax import granularity as gran
+from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import Execution
 from matformer_jax.data import image_sources, text_sources
 from matformer_jax.evals import lm
@@ -36,7 +42,7 @@ from matformer_jax.experiments.lab import Lab, Row
 from matformer_jax.experiments.runs import Pool
 from matformer_jax.models import matlm
 from matformer_jax.tasks import make_task_without_data
-from matformer_jax.training import methods
+from matformer_jax.training import methods, metrics
 from matformer_jax.training.trainer import Trainer
 
 # ----------------------------------------------------------------------- claims
@@ -281,6 +287,24 @@ def test_a_run_that_cannot_be_trained_is_named(smoke, tmp_path):
   for jobs in (1, 2):
     with pytest.raises(UserError, match="text/bad could not be trained.*batch_size"):
       Pool(tmp_path / "runs", jobs).train([bad, bad.but("text/worse", {})][:jobs])
+
+
+def test_sigterm_saves_what_is_being_trained(smoke, tmp_path):
+  pool = Pool(tmp_path / "runs", 2)
+  run = smoke.universal(smoke.scale.text, MATFORMER, 0).but("text/long", {"steps": 20_000})
+  progress = pool.root / run.name / "metrics.jsonl"
+
+  def stop():
+    while not metrics.read_jsonl(progress):
+      time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  threading.Thread(target=stop, daemon=True).start()
+  with pytest.raises(KeyboardInterrupt):
+    pool.train([run, run.but("text/longer", {"steps": 20_001})])
+  assert not multiprocessing.active_children()
+  assert 0 < checkpoint.steps(pool.root / run.name)[-1] < 20_000
+  assert pool.missing([run]) == [run]
 
 
 def test_the_best_learning_rate_is_taken(smoke, tmp_path):

@@ -7,15 +7,16 @@ two.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
-import queue
 import shlex
 import signal
 import time
@@ -260,7 +261,7 @@ def _carry_out(run: Run, root: pathlib.Path) -> _Finished | _Failed:
   with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
     try:
       code = train.train(run.config, workdir)
-    except UserError as e:
+    except (UserError, OSError) as e:
       return _Failed(run.name, str(e))
   if code:
     raise _Stopped
@@ -294,42 +295,49 @@ class _Workers:
 
   def __init__(self, left: Sequence[Run], root: pathlib.Path, number: int):
     context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-    self._todo, self._events = context.Queue(), context.Queue()
-    self._todo.cancel_join_thread()  # what nobody took must not keep this process alive
-    for run in left:
-      self._todo.put(run)
-    shares = _shares(number)
-    self._processes = [
-      context.Process(target=_work, args=(self._todo, self._events, root, share))
-      for share in shares
-    ]
+    self._left = collections.deque(left)
+    self._running: dict[Any, str] = {}  # by connection
+    self._processes = []
+    for share in _shares(number):
+      ours, theirs = context.Pipe()
+      self._running[ours] = "nothing yet"
+      self._processes.append((context.Process(target=_work, args=(theirs, root, share)), theirs))
 
   def __enter__(self) -> _Workers:
     self._handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for process in self._processes:
+    for process, theirs in self._processes:
       process.start()
+      theirs.close()  # so that the end of the process is seen at our end
     return self
 
   def __exit__(self, *_) -> None:
-    for process in self._processes:
+    for process, _ in self._processes:
       if process.is_alive():
         process.terminate()
-    for process in self._processes:
+    for process, _ in self._processes:
       process.join()
     signal.signal(signal.SIGTERM, self._handler)
 
   def next(self) -> _Started | _Finished | _Failed | None:
     """What happened next; None if nothing did for a while. Raises UserError if a process died."""
-    try:
-      return self._events.get(timeout=POLL_S)
-    except queue.Empty:
-      dead = [p.exitcode for p in self._processes if not p.is_alive() and p.exitcode]
-      if dead or not any(p.is_alive() for p in self._processes) and self._events.empty():
+    for connection in multiprocessing.connection.wait(list(self._running), POLL_S):
+      try:
+        news = connection.recv()
+        if news is not None:
+          return news
+        run = self._left.popleft() if self._left else None
+        connection.send(run)
+      except (EOFError, OSError):
         raise UserError(
-          f"a training process ended early (exit code {dead[0] if dead else 0}); see the newest "
-          f"*{LOG}, and run this again to go on"
+          f"the process that trained {self._running[connection]} ended; see its {LOG} file, and "
+          "run this again to go on"
         ) from None
-      return None
+      if run is None:
+        del self._running[connection]
+        continue
+      self._running[connection] = run.name
+      return _Started(run.name)
+    return None
 
 
 def _shares(jobs: int) -> list[set[int]]:
@@ -340,16 +348,16 @@ def _shares(jobs: int) -> list[set[int]]:
   return [set(processors[i::jobs]) or set(processors) for i in range(jobs)]
 
 
-def _work(todo, events, root: pathlib.Path, processors: set[int]) -> None:
-  """Trains runs until none is left."""
+def _work(connection, root: pathlib.Path, processors: set[int]) -> None:
+  """Trains one run after the other, as they are given."""
   if processors:
     os.sched_setaffinity(0, processors)  # before JAX counts them
   runtime.keep_freed_memory()
-  with contextlib.suppress(_Stopped, KeyboardInterrupt):
+  # Told to stop, or whoever gives runs is gone: what is trained has been saved.
+  with contextlib.suppress(_Stopped, KeyboardInterrupt, EOFError, OSError):
     while True:
-      try:
-        run = todo.get(timeout=POLL_S)
-      except queue.Empty:
+      connection.send(None)
+      run = connection.recv()
+      if run is None:
         return
-      events.put(_Started(run.name))
-      events.put(_carry_out(run, root))
+      connection.send(_carry_out(run, root))
