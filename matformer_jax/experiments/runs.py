@@ -311,6 +311,8 @@ class _Workers:
     return self
 
   def __exit__(self, *_) -> None:
+    for connection in self._running:
+      connection.close()  # whoever waits for a run ends; whoever trains one is told to stop
     for process, _ in self._processes:
       if process.is_alive():
         process.terminate()
