@@ -13,7 +13,6 @@ from matformer_jax.experiments.claims import Claim, interval
 from matformer_jax.experiments.families import DYNABERT, INDEPENDENT, MATFORMER, OFA, Family
 from matformer_jax.experiments.lab import Lab, Row, by_size
 
-LADDER = 13  # Mix'n'Match models, about
 MIXES = "mix'n'match"
 LABELS = {
   INDEPENDENT: "trained alone",

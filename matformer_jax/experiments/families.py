@@ -139,6 +139,7 @@ class Scale:
     widths: families of growing size, for the scaling law (Table 4); those that differ from `text`.
     nested_heads: nested in the heads only, and in heads and FFN (Appendix F.2).
     batches: of validation text that everything is measured on.
+    ladder: Mix'n'Match models, about.
     architectures: that the search measures.
     pretraining: classes of images that Table 7 pretrains on; the others are fine-tuned on.
     seeds: repetitions by default.
@@ -149,6 +150,7 @@ class Scale:
   widths: tuple[Family, ...]
   nested_heads: tuple[Family, Family]
   batches: int
+  ladder: int
   architectures: int
   pretraining: tuple[int, ...]
   seeds: int
@@ -235,6 +237,7 @@ def _smoke(text: str, pictures: str, classes: int) -> Scale:
     (_of_width(language, 32, 24),),
     _with_heads(language),
     batches=2,
+    ladder=3,
     architectures=24,
     pretraining=tuple(range(0, classes, 2)),
     seeds=1,
@@ -272,6 +275,7 @@ def _laptop(text: str, pictures: str, classes: int) -> Scale:
     tuple(_of_width(language, d, steps) for d, steps in ((24, 1200), (32, 1600), (64, 3200))),
     _with_heads(language),
     batches=64,
+    ladder=13,
     architectures=256,
     pretraining=tuple(range(0, classes, 2)),
     seeds=3,
@@ -289,6 +293,7 @@ def _paper(text: str, pictures: str) -> Scale:
     tuple(family(row, f"text_{row}") for row in _PAPER_WIDTHS),
     _with_heads(language),
     batches=0,
+    ladder=13,
     architectures=16_000,
     pretraining=tuple(range(0, 1000, 2)),
     seeds=3,

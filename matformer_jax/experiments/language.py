@@ -12,7 +12,6 @@ from matformer_jax import tables
 from matformer_jax.experiments import claims, speculation
 from matformer_jax.experiments.claims import Claim, at_every_size, interval
 from matformer_jax.experiments.compare import (
-  LADDER,
   MIXES,
   cost_table,
   draw,
@@ -105,8 +104,9 @@ def beyond_runs(lab: Lab) -> list[Run]:
 # --------------------------------------------------------------- measurements
 
 
-def pair_rows(lab: Lab, family: Family, ladder: int = LADDER) -> list[Row]:
-  """MatFormer with its mixes, and independent models."""
+def pair_rows(lab: Lab, family: Family, mixes: bool = True) -> list[Row]:
+  """MatFormer, with its mixes or without, and independent models."""
+  ladder = lab.scale.ladder if mixes else 0
   rows = []
   for seed in lab.seeds:
     run = lab.universal(family, MATFORMER, seed)

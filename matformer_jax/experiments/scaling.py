@@ -36,7 +36,7 @@ def figure3_table3(lab: Lab) -> Finding:
   points: list[dict[str, Any]] = []
   for family in widths(lab):
     g = family.model.num_granularities
-    for row in pair_rows(lab, family, ladder=0):
+    for row in pair_rows(lab, family, mixes=False):
       tokens = lab.universal(family, MATFORMER, row.seed).examples / g
       points.append({"d_model": family.model.d_model, "tokens": tokens, **row.flat()})
   fits = {
@@ -101,7 +101,7 @@ def figures9_11(lab: Lab) -> Finding:
   rows: list[dict[str, Any]] = []
   gaps: dict[str, dict[str, list[list[float]]]] = {"loss": {}, "agreement": {}}
   for family in families:
-    found = [r for r in pair_rows(lab, family, ladder=0)]
+    found = [r for r in pair_rows(lab, family, mixes=False)]
     rows += [{"d_model": family.model.d_model, **r.flat()} for r in found]
     for metric, by in gaps.items():
       for size, values in differences(found, MATFORMER, INDEPENDENT, metric, family.sizes).items():

@@ -14,7 +14,6 @@ from matformer_jax.config import MatViTConfig
 from matformer_jax.experiments import claims
 from matformer_jax.experiments.claims import Claim, at_every_size, interval
 from matformer_jax.experiments.compare import (
-  LADDER,
   MIXES,
   cost_table,
   draw,
@@ -60,7 +59,7 @@ def accuracy_rows(lab: Lab, run: Run, method: str, seed: int, size: str | None =
   def measure() -> list[dict[str, Any]]:
     model = load(lab.directory(run))
     chosen = gran.trained(model.config)
-    chosen += gran.ladder_points(model.config, LADDER) if size is None else []
+    chosen += gran.ladder_points(model.config, lab.scale.ladder) if size is None else []
     found = evaluate.evaluate(model, open_task(model), list(dict.fromkeys(chosen)), True, 0, BATCH)
     return [dataclasses.asdict(result) for result in found]
 
@@ -131,7 +130,7 @@ def _retrieval(lab: Lab, family: Family, seed: int) -> list[dict[str, Any]]:
 
   by_xl = retrieve.embed_corpus(embedder, corpus, full, root)
   trained = gran.trained(universal.config)
-  ladder = gran.ladder_points(universal.config, LADDER)
+  ladder = gran.ladder_points(universal.config, lab.scale.ladder)
   for g in dict.fromkeys([*trained, *ladder]):
     name = gran.to_text(g, universal.config)
     add(MATFORMER if g in trained else MIXES, embedder, name, g, by_xl)
