@@ -122,25 +122,27 @@ def _search(lab: Lab, run: Run, seed: int) -> list[dict[str, Any]]:
   found = search.search_architectures(
     config, budgets, number, functools.partial(measure, batches=seen), seed
   )
-  by_budget: dict[str, list[gran.Granularity]] = {}
-  for candidate in found.found:
-    by_budget.setdefault(candidate.budget, []).append(candidate.granularity)
+  # As in D.2: the better of what evolution found and of what was measured. What a program call
+  # scores is some models at once, so all are given together.
+  on_search = measure([c.granularity for c in found.found], batches=seen).mean(1)
+  best = []
+  for budget in budgets:
+    mine = [i for i, candidate in enumerate(found.found) if candidate.budget == budget]
+    best.append(found.found[min(mine, key=lambda i: on_search[i])].granularity)
+  losses = measure([*mixes, *best], batches=batches[:compared])
+  text = lambda g: gran.to_text(g, config)
+  top = gran.count(config, gran.full(config)).params
   rows = []
-  for mix, budget in zip(mixes, budgets):
-    # As in D.2: the better of what evolution found and of what was measured.
-    on_search = measure(by_budget[budget], batches=seen).mean(1)
-    best = by_budget[budget][int(np.argmin(on_search))]
-    ours, theirs = measure([mix, best], batches=batches[:compared])
+  columns = mixes, best, budgets, losses[: len(mixes)], losses[len(mixes) :]
+  for mix, chosen, budget, ours, theirs in zip(*columns):
     paired = theirs - ours
-    text = lambda g: gran.to_text(g, config)
-    top = gran.count(config, gran.full(config)).params
     rows.append(
       {
         "budget": f"{int(budget) / top:.2f}x",
         "params": int(budget),
         "mix": text(mix),
         "mix_loss": float(ours.mean()),
-        "nas": text(best),
+        "nas": text(chosen),
         "nas_loss": float(theirs.mean()),
         "nas_minus_mix": float(paired.mean()),
         "stderr": float(paired.std(ddof=1) / math.sqrt(len(paired))) if len(paired) > 1 else 0.0,
