@@ -23,7 +23,7 @@ from matformer_jax import granularity as gran
 from matformer_jax.config import ModelConfig, model_config
 from matformer_jax.config_keys import Config
 from matformer_jax.experiments import corpus, images
-from matformer_jax.experiments.runs import Run, flat
+from matformer_jax.experiments.runs import Run, changed, flat
 
 INDEPENDENT, MATFORMER, DYNABERT, OFA = "independent", "matformer", "dynabert", "ofa"
 # How a universal model's config differs from MatFormer's.
@@ -68,9 +68,7 @@ class Family:
   @functools.cached_property
   def config(self) -> Config:
     """Of the universal model."""
-    config = config_files.get_config(self.spec)
-    config.update_from_flattened_dict(dict(self.changes))
-    return config
+    return changed(self.spec, self.changes)
 
   @functools.cached_property
   def model(self) -> ModelConfig:

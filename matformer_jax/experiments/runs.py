@@ -55,9 +55,7 @@ class Run:
   @functools.cached_property
   def config(self) -> Config:
     """The whole config. Raises UserError or KeyError for one that does not exist."""
-    config = config_files.get_config(self.spec)
-    config.update_from_flattened_dict(dict(self.changes))
-    return config
+    return changed(self.spec, dict(self.changes))
 
   @functools.cached_property
   def model(self) -> ModelConfig:
@@ -113,6 +111,13 @@ class Run:
     steps = checkpoint.steps(root / self.name)
     evaluated = metrics.read_jsonl(root / self.name / "eval.jsonl")
     return bool(steps) and steps[-1] >= self.config.steps and bool(evaluated)
+
+
+def changed(spec: str, changes: Mapping[str, Any]) -> Config:
+  """A row of a config file, with other values for some keys. Raises as `Run.config`."""
+  config = config_files.get_config(spec)
+  config.update_from_flattened_dict(dict(changes))
+  return config
 
 
 def seconds(run: Run, root: pathlib.Path) -> float:
