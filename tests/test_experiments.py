@@ -343,7 +343,7 @@ def test_all_experiments_at_the_smallest_scale(tmp_path):
   plots = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
   assert len(plots) >= 8 and all((report / plot).exists() for plot in plots)
   again = run()
-  assert again.returncode == 0 and "measuring" not in again.stdout
+  assert again.returncode == 0 and "\nmeasuring " not in again.stdout
   assert "[1 of" not in again.stdout
 
 
