@@ -97,6 +97,9 @@ def main(argv) -> None:
   lab = Lab(scale, pool, root, seeds)
   swept = [f for f in (scale.text, scale.images) if _needs(f, chosen, lab)]
   sweep = [run for f in swept for group in lab.sweep(f).values() for run in group]
+  if not pool.missing(sweep):  # so that what is planned has the chosen learning rates
+    for family in swept:
+      lab.choose_rates(family)
   planned = [run for e in chosen.values() for stage in e.runs for run in stage(lab)]
   if _LIST.value:
     _print_commands([*sweep, *planned], pool.root)

@@ -134,9 +134,10 @@ def draw(
         [i.half if math.isfinite(i.half) else 0 for i in found],
         capsize=2,
         label=LABELS.get(method, method),
-        **STYLES.get(method, dict(marker=".")),
+        **STYLES.get(method, dict(marker="x", linestyle=":")),
       )
-    axes.set(xlabel="parameters without embedding (million)", ylabel=label, title=title)
+    counted = "parameters" if metric == "accuracy" else "parameters without embedding"
+    axes.set(xlabel=f"{counted} (million)", ylabel=label, title=title)
     axes.legend()
   return path, title
 
