@@ -196,7 +196,8 @@ def _sweep_section(tried: list[dict[str, Any]]) -> report.Section:
     ],
   )
   about = "what each method was tried with, on the first seed"
-  return report.Section("rates", "Learning rates", about, Finding(tried, [], [("", text)]))
+  finding = Finding(tried, [], [("Mean of the validation losses of all sizes", text)])
+  return report.Section("rates", "Learning rates", about, finding)
 
 
 def _facts(lab: Lab, chosen: dict[str, Experiment], started: float) -> list[str]:
