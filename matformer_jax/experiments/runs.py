@@ -327,7 +327,8 @@ class _Workers:
 
   def next(self) -> _Started | _Finished | _Failed | None:
     """What happened next; None if nothing did for a while. Raises UserError if a process died."""
-    for connection in multiprocessing.connection.wait(list(self._running), POLL_S):
+    ready: list[Any] = multiprocessing.connection.wait(list(self._running), POLL_S)
+    for connection in ready:
       try:
         news = connection.recv()
         if news is not None:
