@@ -100,7 +100,7 @@ def main(argv) -> None:
   if not pool.missing(sweep):  # so that what is planned has the chosen learning rates
     for family in swept:
       lab.choose_rates(family)
-  planned = [run for e in chosen.values() for stage in e.runs for run in stage(lab)]
+  planned = _planned(chosen, lab)
   if _LIST.value:
     _print_commands([*sweep, *planned], pool.root)
     return
@@ -140,10 +140,12 @@ def _chosen(names: Sequence[str]) -> dict[str, Experiment]:
 
 def _needs(family: families.Family, chosen: dict[str, Experiment], lab: Lab) -> bool:
   """Whether any of the experiments trains models of that kind."""
-  task = family.config.task
-  return any(
-    run.config.task == task for e in chosen.values() for stage in e.runs for run in stage(lab)
-  )
+  return any(run.config.task == family.config.task for run in _planned(chosen, lab))
+
+
+def _planned(chosen: dict[str, Experiment], lab: Lab) -> list[Run]:
+  """What the experiments train, in all stages; a run that several need is there several times."""
+  return [run for e in chosen.values() for stage in e.runs for run in stage(lab)]
 
 
 def _listing() -> str:
@@ -201,8 +203,7 @@ def _sweep_section(tried: list[dict[str, Any]]) -> report.Section:
 
 
 def _facts(lab: Lab, chosen: dict[str, Experiment], started: float) -> list[str]:
-  trained = [run for e in chosen.values() for stage in e.runs for run in stage(lab)]
-  distinct = list(dict.fromkeys(trained))
+  distinct = list(dict.fromkeys(_planned(chosen, lab)))
   spent = sum(runs.seconds(run, lab.pool.root) for run in distinct)
   versions = ", ".join(
     f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")

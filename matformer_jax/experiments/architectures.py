@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import functools
-import math
 from typing import Any
 
 import numpy as np
 
 from matformer_jax import granularity as gran
 from matformer_jax import search, tables
+from matformer_jax.evals import stderr
 from matformer_jax.experiments import claims
 from matformer_jax.experiments.claims import Claim, interval
 from matformer_jax.experiments.families import MATFORMER
@@ -30,7 +30,7 @@ def figure6_table5(lab: Lab) -> Finding:
   for seed in lab.seeds:
     run = lab.universal(family, MATFORMER, seed)
     found = lab.measured(
-      f"{run.name.replace('/', '-')}-nas{lab.scale.architectures}",
+      f"{run.key}-nas{lab.scale.architectures}",
       [run],
       lambda run=run, seed=seed: _search(lab, run, seed),
     )
@@ -145,7 +145,7 @@ def _search(lab: Lab, run: Run, seed: int) -> list[dict[str, Any]]:
         "nas": text(chosen),
         "nas_loss": float(theirs.mean()),
         "nas_minus_mix": float(paired.mean()),
-        "stderr": float(paired.std(ddof=1) / math.sqrt(len(paired))) if len(paired) > 1 else 0.0,
+        "stderr": stderr(paired) if len(paired) > 1 else 0.0,
         "measured": found.measured,
         "windows": found.windows,
         "seconds_measuring": found.seconds[0],

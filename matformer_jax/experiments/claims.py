@@ -21,6 +21,11 @@ class Interval:
   mean: float
   half: float
 
+  def fixed(self, digits: int) -> str:
+    """With so many digits after the point."""
+    half = f" ± {self.half:.{digits}f}" if math.isfinite(self.half) else ""
+    return f"{self.mean:.{digits}f}{half}"
+
   def __str__(self) -> str:
     return f"{self.mean:.4g}" + (f" ± {self.half:.2g}" if math.isfinite(self.half) else "")
 
@@ -32,6 +37,11 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, math.inf)
   error = float(np.std(values, ddof=1)) / math.sqrt(n)
   return Interval(mean, error * float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)))
+
+
+def mean_by_seed(values: Mapping[str, Sequence[float]]) -> list[float]:
+  """The mean over sizes, or mixes, for each seed."""
+  return [float(np.mean(seed)) for seed in zip(*values.values())]
 
 
 def below(differences: Sequence[float], margin: float = 0.0) -> str:

@@ -88,12 +88,7 @@ def rows_table(rows: Sequence[Row], metric: str, digits: int = 4, scale: float =
   """A row per method, a column per size; means with confidence intervals."""
   methods = [m for m in dict.fromkeys(r.method for r in rows) if m != MIXES]
   sizes = list(by_size(rows, methods[0], metric))
-
-  def cell(values: Sequence[float]) -> str:
-    found = interval([scale * v for v in values])
-    half = f" ± {found.half:.{digits}f}" if math.isfinite(found.half) else ""
-    return f"{found.mean:.{digits}f}{half}"
-
+  cell = lambda values: interval([scale * v for v in values]).fixed(digits)
   return tables.table(
     ("method", *sizes),
     [

@@ -155,7 +155,7 @@ class Scale:
 
 
 SCALES = ("smoke", "laptop", "paper")
-# d_model -> billion tokens per granularity, of the rows of configs/matlm.py.
+# Rows of configs/matlm.py.
 _PAPER_WIDTHS = ("78M", "180M", "310M", "463M")
 
 

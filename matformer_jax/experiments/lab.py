@@ -92,7 +92,7 @@ class Lab:
   # ------------------------------------------------------------------- runs
 
   def rate(self, family: Family, method: str) -> float:
-    """The learning rate of a method; the middle of the sweep before that is done."""
+    """The learning rate of a method; the family's first before its sweep is done."""
     task = family.config.task
     swept = method if method in SWEPT[task] else MATFORMER
     return self.rates.get((task, swept), family.rates[0])
@@ -194,7 +194,7 @@ class Lab:
       assert results is not None
       return [dataclasses.asdict(result) for result in results]
 
-    name = "-".join([run.name.replace("/", "-"), *([f"ladder{ladder}"] if ladder else [])])
+    name = "-".join([run.key, *([f"ladder{ladder}"] if ladder else [])])
     of = [run, *([against] if against else [])]
     rows = []
     for found in self.measured(name, of, measure):

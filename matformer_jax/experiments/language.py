@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+import dataclasses
 from typing import Any
-
-import numpy as np
 
 from matformer_jax import granularity as gran
 from matformer_jax import tables
 from matformer_jax.experiments import claims, speculation
-from matformer_jax.experiments.claims import Claim, at_every_size, interval
+from matformer_jax.experiments.claims import Claim, at_every_size, interval, mean_by_seed
 from matformer_jax.experiments.compare import (
   MIXES,
   cost_table,
@@ -39,11 +38,8 @@ TABLE_6 = {f"table6_{row}": f"table6_{row}" for row in (1, 2, 4, 5)} | {"table6_
 def compared_runs(lab: Lab) -> list[Run]:
   """What Figures 2 and 7 compare."""
   family = lab.scale.text
-  runs = []
-  for seed in lab.seeds:
-    runs += [lab.universal(family, m, seed) for m in (MATFORMER, DYNABERT, OFA)]
-    runs += lab.independents(family, seed).values()
-  return runs
+  others = [lab.universal(family, m, seed) for seed in lab.seeds for m in (DYNABERT, OFA)]
+  return both_sides(lab, [family]) + others
 
 
 def matformer_runs(lab: Lab) -> list[Run]:
@@ -110,14 +106,11 @@ def pair_rows(lab: Lab, family: Family, mixes: bool = True) -> list[Row]:
   rows = []
   for seed in lab.seeds:
     run = lab.universal(family, MATFORMER, seed)
-    found = lab.text_rows(run, MATFORMER, seed, ladder=ladder)
-    rows += [r if r.size in family.sizes else _mix(r) for r in found]
+    for row in lab.text_rows(run, MATFORMER, seed, ladder=ladder):
+      is_mix = row.size not in family.sizes
+      rows.append(dataclasses.replace(row, method=MIXES) if is_mix else row)
     rows += lab.independent_rows(family, seed)
   return rows
-
-
-def _mix(row: Row) -> Row:
-  return Row(MIXES, *(getattr(row, f) for f in ("seed", "size", "params", "flops", "metrics")))
 
 
 def compared_rows(lab: Lab) -> list[Row]:
@@ -126,8 +119,7 @@ def compared_rows(lab: Lab) -> list[Row]:
   rows = pair_rows(lab, family)
   for seed in lab.seeds:
     for method in (DYNABERT, OFA):
-      found = lab.text_rows(lab.universal(family, method, seed), method, seed)
-      rows += [r for r in found if r.size in family.sizes]
+      rows += lab.text_rows(lab.universal(family, method, seed), method, seed)
   return rows
 
 
@@ -140,11 +132,9 @@ def figure2(lab: Lab) -> Finding:
   minus = lambda a, b, metric="loss": differences(rows, a, b, metric, sizes)
   ends = {s: v for s, v in minus(OFA, MATFORMER).items() if s in (sizes[0], sizes[-1])}
   between = {s: v for s, v in minus(OFA, MATFORMER).items() if s not in ends}
-  mean = lambda values: [float(np.mean(seed)) for seed in zip(*values.values())]
-  joint = mean(minus(DYNABERT, MATFORMER))
-  bell = [e - b for e, b in zip(mean(ends), mean(between))]
-  lines = off_the_line(rows, "loss")
-  off = [float(np.mean(seed)) for seed in zip(*lines.values())]
+  joint = mean_by_seed(minus(DYNABERT, MATFORMER))
+  bell = [e - b for e, b in zip(mean_by_seed(ends), mean_by_seed(between))]
+  off = mean_by_seed(off_the_line(rows, "loss"))
   below_xl = {
     s: [100 * v for v in values]
     for s, values in minus(MATFORMER, INDEPENDENT, "agreement").items()
@@ -257,13 +247,11 @@ def table6(lab: Lab) -> Finding:
     ),
   ]
   probabilities = lambda name: "/".join(f"{p:.2f}" for p in gran.SAMPLING_PRESETS[name])
-  shown = [r if r.method == INDEPENDENT else Row(probabilities(r.method), *_rest(r)) for r in rows]
-  text = rows_table(shown, "loss")
+  named = lambda r: (
+    r if r.method == INDEPENDENT else dataclasses.replace(r, method=probabilities(r.method))
+  )
+  text = rows_table([named(r) for r in rows], "loss")
   return Finding([r.flat() for r in rows], found, [("Validation loss, nats per token", text)])
-
-
-def _rest(row: Row) -> list[Any]:
-  return [getattr(row, f) for f in ("seed", "size", "params", "flops", "metrics")]
 
 
 # ----------------------------------------------------------------------- heads
@@ -277,7 +265,7 @@ def figure8(lab: Lab) -> Finding:
     mine = pair_rows(lab, family)
     rows += [{"nested": what, **r.flat()} for r in mine]
     gaps = differences(mine, MATFORMER, INDEPENDENT, "loss", family.sizes)
-    off = [float(np.mean(seed)) for seed in zip(*off_the_line(mine, "loss").values())]
+    off = mean_by_seed(off_the_line(mine, "loss"))
     found += [
       at_every_size(
         f"Nested in {what}: every size has a lower loss than the same size trained alone",
@@ -310,7 +298,7 @@ def table2(lab: Lab) -> Finding:
     run, alone = lab.universal(family, MATFORMER, seed), lab.independents(family, seed)
     of = [run, alone[family.sizes[0]], alone[family.sizes[-1]]]
     found = lab.measured(
-      f"{run.name.replace('/', '-')}-speculation",
+      f"{run.key}-speculation",
       of,
       lambda of=of: speculation.measure(*map(lab.load_text, of)),
     )

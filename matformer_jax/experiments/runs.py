@@ -63,6 +63,11 @@ class Run:
     return model_config(self.config)
 
   @property
+  def key(self) -> str:
+    """Its name as part of a file's."""
+    return self.name.replace("/", "-")
+
+  @property
   def examples(self) -> int:
     """Tokens or images that it is trained on."""
     length = self.model.seq_len if isinstance(self.model, MatLMConfig) else 1
@@ -145,12 +150,12 @@ class Pool:
 
   def estimate_s(self, runs: Sequence[Run]) -> float:
     """Seconds that training takes, at the rate of the runs that were trained here so far."""
-    done = [run for run in dict.fromkeys(runs) if run.is_done(self.root)]
-    left = sum(run.flops for run in self.missing(runs))
-    spent = sum(seconds(run, self.root) for run in done)
-    spent -= OVERHEAD_S * len(done)
+    missing = dict.fromkeys(self.missing(runs))
+    done = [run for run in dict.fromkeys(runs) if run not in missing]
+    spent = sum(seconds(run, self.root) - OVERHEAD_S for run in done)
     rate = sum(run.flops for run in done) / spent if spent > 0 else FLOPS_PER_S
-    return (left / rate + OVERHEAD_S * len(self.missing(runs))) / self.jobs
+    left = sum(run.flops for run in missing)
+    return (left / rate + OVERHEAD_S * len(missing)) / self.jobs
 
   def train(self, runs: Sequence[Run]) -> None:
     """Trains what is not done yet; the longest first, so that all end together.

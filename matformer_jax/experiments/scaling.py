@@ -101,7 +101,7 @@ def figures9_11(lab: Lab) -> Finding:
   rows: list[dict[str, Any]] = []
   gaps: dict[str, dict[str, list[list[float]]]] = {"loss": {}, "agreement": {}}
   for family in families:
-    found = [r for r in pair_rows(lab, family, mixes=False)]
+    found = pair_rows(lab, family, mixes=False)
     rows += [{"d_model": family.model.d_model, **r.flat()} for r in found]
     for metric, by in gaps.items():
       for size, values in differences(found, MATFORMER, INDEPENDENT, metric, family.sizes).items():

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
-
-import numpy as np
 
 from matformer_jax import evaluate, retrieve, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import MatViTConfig
 from matformer_jax.experiments import claims
-from matformer_jax.experiments.claims import Claim, at_every_size, interval
+from matformer_jax.experiments.claims import Claim, at_every_size, interval, mean_by_seed
 from matformer_jax.experiments.compare import (
   MIXES,
   cost_table,
@@ -41,10 +38,6 @@ def _load(lab: Lab, run: Run) -> VisionModel:
   return load(lab.directory(run), kind=VisionModel)
 
 
-def _key(run: Run) -> str:
-  return run.name.replace("/", "-")
-
-
 def _row(run: Run, method: str, seed: int, size: str, found: dict[str, Any]) -> Row:
   counted = gran.count(run.model, found["granularity"])
   return Row(method, seed, size, counted.params, counted.flops, found["metrics"])
@@ -64,7 +57,7 @@ def accuracy_rows(lab: Lab, run: Run, method: str, seed: int, size: str | None =
     return [dataclasses.asdict(result) for result in found]
 
   rows = []
-  for found in lab.measured(f"{_key(run)}-accuracy", [run], measure):
+  for found in lab.measured(f"{run.key}-accuracy", [run], measure):
     name = size or found["granularity"]
     is_mix = name not in lab.scale.images.sizes
     rows.append(_row(run, MIXES if is_mix else method, seed, name, found))
@@ -81,8 +74,7 @@ def figure4(lab: Lab) -> Finding:
       rows += accuracy_rows(lab, run, INDEPENDENT, seed, size)
   points = lambda values: [100 * v for v in values]
   gaps = differences(rows, MATFORMER, INDEPENDENT, "accuracy", family.sizes)
-  lines = off_the_line(rows, "accuracy")
-  off = points([float(np.mean(seed)) for seed in zip(*lines.values())])
+  off = points(mean_by_seed(off_the_line(rows, "accuracy")))
   found = [
     separation(rows, "accuracy", family.sizes),
     at_every_size(
@@ -152,7 +144,7 @@ def figure5_table8(lab: Lab) -> Finding:
   for seed in lab.seeds:
     universal, alone = lab.universal(family, MATFORMER, seed), lab.independents(family, seed)
     found = lab.measured(
-      f"{_key(universal)}-retrieval",
+      f"{universal.key}-retrieval",
       [universal, *alone.values()],
       lambda seed=seed: _retrieval(lab, family, seed),
     )
@@ -307,10 +299,7 @@ def table7(lab: Lab) -> Finding:
       lambda values: claims.above(values, -0.5),
     ),
   ]
-  shown = lambda values: (
-    f"{np.mean(values):.2f}"
-    + (f" ± {interval(values).half:.2f}" if math.isfinite(interval(values).half) else "")
-  )
+  shown = lambda values: interval(values).fixed(2)
   text = tables.table(
     ("pretrained, fine-tuned", *reversed(family.sizes)),
     [
