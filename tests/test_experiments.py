@@ -154,11 +154,13 @@ def test_the_text_holds_out_packages_and_repeats_nothing(tmp_path, monkeypatch):
     (root / "own.py").write_text(f"'''Package {i}.'''\n{code.replace('f', f'g{i}_')}")
     (root / "vendored.py").write_text(code)
     (root / "numbers.py").write_text("X = [" + "1.25, -3.5e-7, " * 500 + "]\n")
+    (root / "names.py").write_text(f"# By Ångström.\n{code.replace('f', f'h{i}_')}")
     files[f"p{i:02}"] = sorted(root.iterdir())
   monkeypatch.setattr(corpus, "_packages", lambda: files.items())
   source = corpus.write(tmp_path / "text", limit=0)
   texts = {p.stem: p.read_text() for p in sorted((tmp_path / "text").glob("*.txt"))}
   assert len(texts) == 25 and not any("3.5e-7" in text for text in texts.values())
+  assert all(text.isascii() for text in texts.values())
   assert [name for name, text in texts.items() if "def f7(" in text] == ["p00"]
   opened = text_sources.open_corpus(source)
   held_out = set(opened.documents()) - set(opened.without_held_out(0.1).documents())

@@ -114,7 +114,7 @@ def _search(lab: Lab, run: Run, seed: int) -> list[dict[str, Any]]:
   config = model.config
   compared = lab.scale.batches
   batches = search.validation_batches(open_task(model), 2 * compared)
-  seen = batches[compared : compared + max(compared // 4, 1)]  # by the search
+  seen = batches[compared : compared + max(compared // 8, 1)]  # by the search
   measure = functools.partial(search.score, config, model.execution, model.params)
   mixes = [gran.parse(text, config) for text in budget_mixes(config.num_layers)]
   budgets = [str(gran.count(config, mix).params) for mix in mixes]

@@ -173,7 +173,7 @@ def make_scale(name: str, root: pathlib.Path, text: str = "", pictures: str = ""
     return _paper(text, pictures)
   smoke = name == "smoke"
   text = text or corpus.write(root / "text", limit=3_000_000 if smoke else 0)
-  classes, train, test = (8, 400, 200) if smoke else (len(images.CHARACTERS), 60_000, 10_000)
+  classes, train, test = (8, 400, 200) if smoke else (len(images.CHARACTERS), 60_000, 30_000)
   pictures = pictures or images.write(root / "images", classes, train, test)
   return _smoke(text, pictures, classes) if smoke else _laptop(text, pictures, classes)
 
@@ -259,7 +259,7 @@ def _laptop(text: str, pictures: str, classes: int) -> Scale:
   vision = _image_family(
     "matvit:fashion",
     pictures,
-    (2e-3, 1e-3, 4e-3),
+    (4e-3, 2e-3, 8e-3),
     steps=6400,
     batch_size=64,
     **often,
@@ -272,7 +272,7 @@ def _laptop(text: str, pictures: str, classes: int) -> Scale:
     vision,
     tuple(_of_width(language, d, steps) for d, steps in ((24, 1200), (32, 1600), (64, 3200))),
     _with_heads(language),
-    batches=64,
+    batches=128,
     ladder=13,
     architectures=256,
     pretraining=tuple(range(0, classes, 2)),

@@ -71,7 +71,7 @@ def _markdown(title: str, facts: Sequence[str], sections: Sequence[Section]) -> 
   for s in sections:
     lines += ["", f"## {s.item}: {s.about}", ""]
     for name, text in s.finding.tables:
-      lines += [f"{name}:", "", "```", text, "```", ""]
+      lines += [f"{name}:", "", "```text", text, "```", ""]
     lines += [f"![{caption}]({path.name})" for path, caption in s.finding.plots]
   return "\n".join(lines) + "\n"
 

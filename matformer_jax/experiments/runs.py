@@ -31,7 +31,7 @@ from matformer_jax.config_keys import Config
 from matformer_jax.errors import UserError
 from matformer_jax.training import methods, metrics
 
-FLOPS_PER_S = 4e10  # of a processor that trains a small model, until a run here has been timed
+FLOPS_PER_S = 2e10  # of a processor that trains a small model, until a run here has been timed
 OVERHEAD_S = 10  # of a run: compiling, opening the data, a checkpoint
 LOG = ".log"  # after the name of a run: what its training said
 POLL_S = 1.0
