@@ -19,6 +19,10 @@ class UserError(ValueError):
   """
 
 
+class Diverged(UserError):
+  """Training whose losses or gradients stopped being finite: a learning rate too high, mostly."""
+
+
 def check_seed(seed: Any, source: str) -> int:
   """`seed` as an int.
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -23,6 +24,7 @@ from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import Execution
 from matformer_jax.data import image_sources, text_sources
+from matformer_jax.errors import Diverged
 from matformer_jax.evals import lm
 from matformer_jax.experiments import __main__ as runner
 from matformer_jax.experiments import (
@@ -39,7 +41,8 @@ from matformer_jax.experiments import (
 )
 from matformer_jax.experiments.families import DYNABERT, INDEPENDENT, MATFORMER, OFA
 from matformer_jax.experiments.lab import Lab, Row
-from matformer_jax.experiments.runs import Pool
+from matformer_jax.experiments.rates import Sweep
+from matformer_jax.experiments.runs import Pool, Run
 from matformer_jax.models import matlm
 from matformer_jax.tasks import make_task_without_data
 from matformer_jax.training import methods, metrics
@@ -96,6 +99,11 @@ def test_sizes_are_told_apart_or_not():
   near = {(INDEPENDENT, "S"): [4.0, 4.01], (INDEPENDENT, "XL"): [3.99, 3.99]}
   found = [compare.separation(rows_of(v, params), "loss", ["S", "XL"]) for v in (apart, near)]
   assert [claim.verdict for claim in found] == [claims.HOLDS, claims.FAILS]
+  other = claims.Claim("x", "y", "z", claims.HOLDS)
+  verdicts = [compare.where_sizes_differ(claim, [other])[1].verdict for claim in found]
+  assert verdicts == [claims.HOLDS, claims.UNDECIDED]
+  worse = {(INDEPENDENT, "S"): [3.5, 3.5], (INDEPENDENT, "XL"): [4.0, 4.01]}
+  assert compare.separation(rows_of(worse, params), "loss", ["S", "XL"]).verdict == claims.FAILS
   error = np.hypot(0.01, 0.01)  # of the windows, which is more than the seeds'
   assert f"{0.505 / error:.0f} standard errors" in found[0].ours
 
@@ -211,8 +219,9 @@ def test_methods_cost_what_independent_models_cost_together(smoke):
   assert {run.config.steps for run in alone} == {updates(DYNABERT)}
 
 
-def test_a_runs_cost_is_its_trainers(smoke):
-  run = smoke.universal(smoke.scale.text, DYNABERT, 0)
+@pytest.mark.parametrize("method", [DYNABERT, "distilled"])
+def test_a_runs_cost_is_its_trainers(smoke, method):
+  run = smoke.universal(smoke.scale.text, method, 0)
   mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
   trainer = Trainer(make_task_without_data(run.config), run.config, mesh)
   steps = sum(kind.probability * trainer.step_flops(kind) for kind in trainer.kinds)
@@ -241,10 +250,7 @@ def test_every_scale_can_be_built(name, smoke, tmp_path, monkeypatch):
   scale = families.make_scale(name, tmp_path)
   here = Lab(scale, Pool(tmp_path / "runs", 2), tmp_path, (0,))
   planned = [run for e in runner.EXPERIMENTS.values() for stage in e.runs for run in stage(here)]
-  swept = [
-    run for f in (scale.text, scale.images) for group in here.sweep(f).values() for run in group
-  ]
-  distinct = list(dict.fromkeys([*planned, *swept]))
+  distinct = list(dict.fromkeys([*planned, *Sweep(here, planned).runs]))
   assert len({run.name for run in distinct}) == len(distinct)  # a directory each
   for run in distinct:
     assert run.flops > 0 and run.config.steps > 0
@@ -309,19 +315,54 @@ def test_sigterm_saves_what_is_being_trained(smoke, tmp_path):
   assert pool.missing([run]) == [run]
 
 
-def test_the_best_learning_rate_is_taken(smoke, tmp_path):
-  family = dataclasses.replace(smoke.scale.text, rates=(1e-2, 1e-3))
-  here = Lab(smoke.scale, Pool(tmp_path, 1), tmp_path, (0,))
-  for (method, rate), runs in here.sweep(family).items():
+def test_the_best_learning_rate_is_taken(smoke, tmp_path, monkeypatch):
+  """The sweep goes on where the best is the last in a row; who diverges is not taken."""
+  family = dataclasses.replace(smoke.scale.text, rates=(1e-2, 5e-3, 2e-2))
+  scale = dataclasses.replace(smoke.scale, text=family)
+  here = Lab(scale, Pool(tmp_path, 1), tmp_path, (0,))
+  best = {INDEPENDENT: 1e-2, MATFORMER: 1e-2, OFA: 8e-2, "muon": 1e-2}
+
+  def train(runs):
     for run in runs:
       directory = here.directory(run)
-      directory.mkdir(parents=True)
-      loss = abs(rate - (1e-3 if method == OFA else 1e-2))
+      directory.mkdir(parents=True, exist_ok=True)
+      rate = run.config.optim.peak_lr
+      if run.method == "muon" and rate > 1e-2:
+        run.divergence(tmp_path).write_text("diverged")
+        continue
+      loss = abs(math.log(rate / best[run.method]))
       (directory / "eval.jsonl").write_text(json.dumps({"step": 1, "loss": {"S": loss}}) + "\n")
-  tried = here.choose_rates(family)
-  assert len(tried) == 2 * 4
-  assert [here.rate(family, m) for m in (INDEPENDENT, MATFORMER, OFA)] == [1e-2, 1e-2, 1e-3]
-  assert here.rate(family, "sandwich") == 1e-2  # as MatFormer
+
+  monkeypatch.setattr(Run, "is_done", lambda run, root: (root / run.name / "eval.jsonl").exists())
+  planned = [here.universal(family, m, 0) for m in (MATFORMER, OFA, "muon", "table6_1")]
+  sweep = Sweep(here, [*planned, *here.independents(family, 0).values()])
+  assert len(sweep.runs) == 3 * (3 + 4)  # Table 6's row takes MatFormer's
+  while not sweep.choose():
+    assert len(sweep.runs) < 100
+    train(sweep.runs)
+  assert {m: here.rate(family, m) for m in best} == best
+  assert here.rate(family, "table6_1") == 1e-2 and here.rate(family, DYNABERT) == 1e-2
+  tried = {m: [r["learning_rate"] for r in sweep.tried if r["method"] == m] for m in best}
+  assert tried[OFA] == [5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 16e-2]
+  assert tried[MATFORMER] == tried["muon"] == [5e-3, 1e-2, 2e-2]
+  assert Sweep(here, planned).choose() is True  # as it was found already
+
+
+def test_a_run_that_diverges_is_left_out_of_a_sweep_only(smoke, tmp_path, monkeypatch):
+  run = smoke.universal(smoke.scale.text, MATFORMER, 0).but("text/wild", {})
+
+  def train(config, workdir):
+    workdir.mkdir(exist_ok=True)
+    raise Diverged("diverged: not finite")
+
+  monkeypatch.setattr("matformer_jax.train.train", train)
+  pool = Pool(tmp_path / "runs", 1)
+  kept = signal.getsignal(signal.SIGTERM)
+  pool.train([run], may_diverge=True)
+  assert pool.missing([run], may_diverge=True) == [] and pool.missing([run]) == [run]
+  with pytest.raises(UserError, match="text/wild could not be trained: diverged"):
+    pool.train([run])
+  assert signal.getsignal(signal.SIGTERM) is kept
 
 
 # --------------------------------------------------------------- all of them

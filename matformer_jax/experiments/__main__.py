@@ -34,6 +34,7 @@ from matformer_jax.experiments import (
   vision,
 )
 from matformer_jax.experiments.lab import Finding, Lab
+from matformer_jax.experiments.rates import Sweep
 from matformer_jax.experiments.runs import Pool, Run
 
 ALL = "all"
@@ -95,18 +96,14 @@ def main(argv) -> None:
   seeds = tuple(range(_SEEDS.value or scale.seeds))
   pool = Pool(root / "runs", _JOBS.value or runtime.cpu_count())
   lab = Lab(scale, pool, root, seeds)
-  swept = [f for f in (scale.text, scale.images) if _needs(f, chosen, lab)]
-  sweep = [run for f in swept for group in lab.sweep(f).values() for run in group]
-  if not pool.missing(sweep):  # so that what is planned has the chosen learning rates
-    for family in swept:
-      lab.choose_rates(family)
-  planned = _planned(chosen, lab)
+  sweep = Sweep(lab, _planned(chosen, lab))
+  sweep.choose()  # where it was trained already, so that the plan has its learning rates
   if _LIST.value:
-    _print_commands([*sweep, *planned], pool.root)
+    _print_commands([*sweep.runs, *_planned(chosen, lab)], pool.root)
     return
-  _say_plan(pool, chosen, sweep, planned)
-  pool.train(sweep)
-  tried = [{"family": f.name, **row} for f in swept for row in lab.choose_rates(f)]
+  _say_plan(pool, chosen, [*sweep.runs, *_planned(chosen, lab)])
+  while not sweep.choose():
+    pool.train(sweep.runs, may_diverge=True)
   for stage in range(max(len(e.runs) for e in chosen.values())):
     pool.train(
       [run for e in chosen.values() for run in e.runs[stage : stage + 1] for run in run(lab)]
@@ -121,26 +118,23 @@ def main(argv) -> None:
     print()
     for claim in section.finding.claims:
       print(f"- {claim.says}: {claim.verdict}; here {claim.ours}; paper {claim.paper}")
-  if tried:
-    sections.append(_sweep_section(tried))
-  facts = _facts(lab, chosen, started)
+  if sweep.tried:
+    sections.append(_sweep_section(sweep.tried))
+  facts = _facts(lab, [*sweep.runs, *_planned(chosen, lab)], started)
   title = f"MatFormer's claims at the scale {_SCALE.value!r}"
   report.write(root / "report", title, facts, sections)
   print(f"\nwrote {root / 'report' / 'report.md'}, report.html, a CSV and plots per experiment")
 
 
 def _chosen(names: Sequence[str]) -> dict[str, Experiment]:
-  if list(names) == [ALL]:
+  if not names:
+    raise UserError(f"--experiment= names none; give some of {', '.join(EXPERIMENTS)}, or {ALL}")
+  if ALL in names:
     return EXPERIMENTS
   for name in names:
     if name not in EXPERIMENTS:
       raise UserError(f"--experiment={name!r} is unknown{did_you_mean(name, [*EXPERIMENTS, ALL])}")
   return {name: EXPERIMENTS[name] for name in EXPERIMENTS if name in names}
-
-
-def _needs(family: families.Family, chosen: dict[str, Experiment], lab: Lab) -> bool:
-  """Whether any of the experiments trains models of that kind."""
-  return any(run.config.task == family.config.task for run in _planned(chosen, lab))
 
 
 def _planned(chosen: dict[str, Experiment], lab: Lab) -> list[Run]:
@@ -162,10 +156,7 @@ def _print_commands(wanted: Sequence[Run], root: pathlib.Path) -> None:
     print(run.command(root))
 
 
-def _say_plan(
-  pool: Pool, chosen: dict[str, Experiment], sweep: Sequence[Run], planned: Sequence[Run]
-) -> None:
-  everything = [*sweep, *planned]
+def _say_plan(pool: Pool, chosen: dict[str, Experiment], everything: Sequence[Run]) -> None:
   missing = pool.missing(everything)
   distinct = len(dict.fromkeys(everything))
   flops = sum(run.flops for run in missing)
@@ -178,12 +169,6 @@ def _say_plan(
 
 
 def _sweep_section(tried: list[dict[str, Any]]) -> report.Section:
-  best = {
-    (row["family"], row["method"]): min(
-      r["mean_loss"] for r in tried if (r["family"], r["method"]) == (row["family"], row["method"])
-    )
-    for row in tried
-  }
   text = tables.table(
     ("family", "method", "learning rate", "mean loss over sizes", ""),
     [
@@ -192,7 +177,7 @@ def _sweep_section(tried: list[dict[str, Any]]) -> report.Section:
         row["method"],
         f"{row['learning_rate']:g}",
         f"{row['mean_loss']:.4f}",
-        "taken" if row["mean_loss"] == best[row["family"], row["method"]] else "",
+        "taken" if row["taken"] else "",
       )
       for row in tried
     ],
@@ -202,8 +187,8 @@ def _sweep_section(tried: list[dict[str, Any]]) -> report.Section:
   return report.Section("rates", "Learning rates", about, finding)
 
 
-def _facts(lab: Lab, chosen: dict[str, Experiment], started: float) -> list[str]:
-  distinct = list(dict.fromkeys(_planned(chosen, lab)))
+def _facts(lab: Lab, trained: Sequence[Run], started: float) -> list[str]:
+  distinct = list(dict.fromkeys(trained))
   spent = sum(runs.seconds(run, lab.pool.root) for run in distinct)
   versions = ", ".join(
     f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")
@@ -234,7 +219,9 @@ if __name__ == "__main__":
     "jobs", 0, "Models trained at a time; 0: one per processor.", lower_bound=0
   )
   _TEXT = flags.DEFINE_string("text", "", "Text to train on, as data.source; default: made.")
-  _IMAGES = flags.DEFINE_string("images", "", "Images, as data.source; default: made.")
+  _IMAGES = flags.DEFINE_string(
+    "images", "", "Images, as data.source, of 28 x 28 gray pixels but at --scale=paper."
+  )
   _LIST = flags.DEFINE_bool(
     "list", False, "List the experiments; with --scale=paper also what they train, as commands."
   )

@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 import functools
 from typing import Any
 
-import numpy as np
-
 from matformer_jax import granularity as gran
 from matformer_jax import search, tables
+from matformer_jax.errors import UserError
 from matformer_jax.evals import stderr
 from matformer_jax.experiments import claims
-from matformer_jax.experiments.claims import Claim, interval
+from matformer_jax.experiments.claims import Claim
 from matformer_jax.experiments.families import MATFORMER
 from matformer_jax.experiments.lab import Finding, Lab
 from matformer_jax.experiments.runs import Run
 from matformer_jax.loading import open_task
 
 # Fractions of the layers that have the larger of two neighbouring sizes in Table 5's four
-# Mix'n'Match models: (sizes, layers of 16 with the second).
+# Mix'n'Match models: (sizes, layers of 16 with the second). The fourth is as listed there; its
+# budget of 377M would be that of 8 layers.
 TABLE_5 = ((("M", "M"), 0), (("M", "L"), 4), (("M", "L"), 11), (("L", "XL"), 13))
 
 
@@ -39,15 +39,12 @@ def figure6_table5(lab: Lab) -> Finding:
     budget: [r["nas_minus_mix"] for r in rows if r["budget"] == budget]
     for budget in dict.fromkeys(r["budget"] for r in rows)
   }
-  mean = [
-    float(np.mean([r["nas_minus_mix"] for r in rows if r["seed"] == seed])) for seed in lab.seeds
-  ]
   found = [
-    Claim(
-      "Mix'n'Match is at least as good as the search (mean over budgets; within 0.002)",
+    claims.at_every_size(
+      "Mix'n'Match is at least as good as the search at every budget (within 0.002)",
       "+0.013, +0.006, +0.010 for three of the four",
-      ", ".join(f"{b} {interval(v)}" for b, v in minus.items()) + f"; mean {interval(mean)}",
-      claims.above(mean, -0.002),
+      minus,
+      lambda values: claims.above(values, -0.002),
     ),
     _monotone(rows, lab),
   ]
@@ -92,9 +89,9 @@ def _monotone(rows: Sequence[Mapping[str, Any]], lab: Lab) -> Claim:
     ok.append(all(a >= b for a, b in zip(losses, losses[1:])))
   return Claim(
     "Searched mixes get better with the budget (Gemma 3n's published curve does not always)",
-    "yes",
+    "not in the paper",
     f"for {sum(ok)} of {len(ok)} seeds",
-    claims.HOLDS if all(ok) else claims.FAILS,
+    claims.UNDECIDED if len(ok) < 2 else claims.HOLDS if all(ok) else claims.FAILS,
   )
 
 
@@ -114,6 +111,11 @@ def _search(lab: Lab, run: Run, seed: int) -> list[dict[str, Any]]:
   config = model.config
   compared = lab.scale.batches
   batches = search.validation_batches(open_task(model), 2 * compared)
+  if len(batches) <= compared:
+    raise UserError(
+      f"the held-out text has {len(batches)} batches, and the search needs more than {compared}: "
+      "give more --text"
+    )
   seen = batches[compared : compared + max(compared // 8, 1)]  # by the search
   measure = functools.partial(search.score, config, model.execution, model.params)
   mixes = [gran.parse(text, config) for text in budget_mixes(config.num_layers)]

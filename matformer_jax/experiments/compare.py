@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import math
 
 import numpy as np
@@ -40,21 +41,29 @@ def off_the_line(rows: Sequence[Row], metric: str) -> dict[str, list[float]]:
 def separation(rows: Sequence[Row], metric: str, sizes: Sequence[str]) -> Claim:
   """Whether the smallest and the largest model trained alone differ by five standard errors."""
   alone = by_size(rows, INDEPENDENT, metric)
-  gaps = [a - b for a, b in zip(alone[sizes[0]], alone[sizes[-1]])]
+  better = -1 if metric == "accuracy" else 1  # the larger one, by that sign
+  gaps = [better * (a - b) for a, b in zip(alone[sizes[0]], alone[sizes[-1]])]
   own = max(
     math.hypot(*(r.metrics[f"{metric}_stderr"] for r in rows if _is(r, seed, sizes)))
     for seed in {r.seed for r in rows}
   )
   spread = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
   error = max(own, spread)
-  times = abs(float(np.mean(gaps))) / error
+  times = float(np.mean(gaps)) / error
   verdict = claims.HOLDS if times > 5 else claims.FAILS
   return Claim(
-    f"{sizes[0]} and {sizes[-1]} trained alone differ, or nothing can be compared here",
+    f"{sizes[-1]} trained alone is better than {sizes[0]}, or nothing can be compared here",
     "no claim; at least 5 standard errors",
     f"{interval(gaps)}, {times:.0f} standard errors",
-    verdict,
+    verdict if len(gaps) > 1 else claims.UNDECIDED,
   )
+
+
+def where_sizes_differ(apart: Claim, others: Sequence[Claim]) -> list[Claim]:
+  """A `separation` and what was compared; without verdicts if the sizes could not be told apart."""
+  if apart.verdict == claims.FAILS:
+    others = [dataclasses.replace(claim, verdict=claims.UNDECIDED) for claim in others]
+  return [apart, *others]
 
 
 def _is(row: Row, seed: int, sizes: Sequence[str]) -> bool:

@@ -22,6 +22,7 @@ from matformer_jax import config_files
 from matformer_jax import granularity as gran
 from matformer_jax.config import ModelConfig, model_config
 from matformer_jax.config_keys import Config
+from matformer_jax.data import image_sources
 from matformer_jax.experiments import corpus, images
 from matformer_jax.experiments.runs import Run, changed, flat
 
@@ -42,6 +43,8 @@ UNIVERSAL: dict[str, dict[str, Any]] = {
   # Rows of Table 6; its third is MatFormer's uniform.
   **{f"table6_{row}": {"sampling": f"table6_{row}"} for row in (1, 2, 4, 5)},
 }
+# Methods with the learning rate of another one; every other has its own.
+RATE_OF = {f"table6_{row}": MATFORMER for row in (1, 2, 4, 5)}
 # Batches that a step takes, one for each size that it trains, for that fewer steps; DynaBERT's as
 # in Appendix B.3.
 BATCHES = {DYNABERT: 4, "sandwich": 3}
@@ -57,7 +60,8 @@ class Family:
   Attributes:
     name: of the directory of its runs.
     spec, changes: the config of its universal model.
-    rates: learning rates that every method is tried with; the first where it is not.
+    rates: learning rates that every method is tried with, if there are several; the first one is
+      that of families which share another one's sweep.
   """
 
   name: str
@@ -86,7 +90,7 @@ class Family:
     if method in BATCHES:
       times = BATCHES[method]
       changes |= {"batch_size": self.config.batch_size * times, **self._shorter(times)}
-    return self._run(method, seed, rate, changes)
+    return self._run(method, seed, rate, changes, method, seed)
 
   def independent(self, size: str, seed: int, rate: float) -> Run:
     """A run of a size alone."""
@@ -108,7 +112,7 @@ class Family:
         "model.head_groups": 1,
       }
     own_seed = seed if is_text else seed + _IMAGE_SEEDS_APART * (i + 1)
-    return self._run(f"{INDEPENDENT}_{size}", own_seed, rate, changes, seed)
+    return self._run(INDEPENDENT, own_seed, rate, changes, f"{INDEPENDENT}_{size}", seed)
 
   def independents(self, seed: int, rate: float) -> dict[str, Run]:
     """A run for every size."""
@@ -121,11 +125,11 @@ class Family:
       "optim.warmup_steps": config.optim.warmup_steps // times,
     }
 
-  def _run(self, method: str, seed: int, rate: float, changes, label: int | None = None) -> Run:
-    name = method.replace(", ", "_").replace(" ", "_")
-    name = f"{self.name}/{name}-lr{rate:g}-seed{seed if label is None else label}"
+  def _run(self, method: str, seed: int, rate: float, changes, label: str, number: int) -> Run:
+    label = label.replace(", ", "_").replace(" ", "_")
     changes = {**self.changes, "optim.peak_lr": rate, "seed": seed, **changes}
-    return Run(name, self.spec, tuple(changes.items()))
+    name = f"{self.name}/{label}-lr{rate:g}-seed{number}"
+    return Run(name, self.spec, tuple(changes.items()), method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,14 +176,18 @@ def make_scale(name: str, root: pathlib.Path, text: str = "", pictures: str = ""
   if name == "paper":
     return _paper(text, pictures)
   smoke = name == "smoke"
-  text = text or corpus.write(root / "text", limit=3_000_000 if smoke else 0)
-  classes, train, test = (8, 400, 200) if smoke else (len(images.CHARACTERS), 60_000, 30_000)
-  pictures = pictures or images.write(root / "images", classes, train, test)
+  prefix = "smoke_" if smoke else ""
+  text = text or corpus.write(root / f"{prefix}text", limit=3_000_000 if smoke else 0)
+  if pictures:
+    classes = image_sources.open_images(pictures, "train", channels=1).num_classes
+  else:
+    classes, train, test = (8, 400, 200) if smoke else (len(images.CHARACTERS), 60_000, 30_000)
+    pictures = images.write(root / f"{prefix}images", classes, train, test)
   return _smoke(text, pictures, classes) if smoke else _laptop(text, pictures, classes)
 
 
 def _text_family(name: str, spec: str, source: str, rates, **changes) -> Family:
-  data = {"data.source": source, "data.validation_fraction": 0.1} if source else {}
+  data = {"data.source": source} if source else {}
   return Family(name, spec, {"sampling": "uniform", **data, **flat(changes)}, rates)
 
 
@@ -217,7 +225,7 @@ def _smoke(text: str, pictures: str, classes: int) -> Scale:
     (1e-2,),
     steps=16,
     **_QUIET,
-    data={"tokenizer_sample_bytes": 300_000},
+    data={"tokenizer_sample_bytes": 300_000, "validation_fraction": 0.1},
     model={"d_model": 16, "num_layers": 3},
   )
   vision = _image_family(
@@ -252,7 +260,7 @@ def _laptop(text: str, pictures: str, classes: int) -> Scale:
     steps=2400,
     batch_size=8,
     **often,
-    data={"tokenizer_sample_bytes": 20_000_000},
+    data={"tokenizer_sample_bytes": 20_000_000, "validation_fraction": 0.1},
     model={"vocab_size": 1024, "num_layers": 6, "d_model": 48, "num_heads": 4, "seq_len": 128},
     optim={"warmup_steps": 120},
   )
@@ -290,7 +298,7 @@ def _paper(text: str, pictures: str) -> Scale:
     _image_family("matvit:B16_i1k_augreg", pictures, rates("matvit:B16_i1k_augreg")),
     tuple(family(row, f"text_{row}") for row in _PAPER_WIDTHS),
     _with_heads(language),
-    batches=0,
+    batches=16,  # a million tokens each
     ladder=13,
     architectures=16_000,
     pretraining=tuple(range(0, 1000, 2)),

@@ -8,28 +8,15 @@ import json
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from matformer_jax import granularity as gran
 from matformer_jax import runtime, search
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.evals import lm
 from matformer_jax.experiments import claims
-from matformer_jax.experiments.families import (
-  DYNABERT,
-  INDEPENDENT,
-  MATFORMER,
-  OFA,
-  Family,
-  Scale,
-)
+from matformer_jax.experiments.families import INDEPENDENT, RATE_OF, Family, Scale
 from matformer_jax.experiments.runs import Pool, Run
 from matformer_jax.loading import LanguageModel, load, open_task
 from matformer_jax.runtime import say
-from matformer_jax.training import metrics
-
-# Methods whose learning rates are swept; the others take MatFormer's.
-SWEPT = {"matlm": (INDEPENDENT, MATFORMER, DYNABERT, OFA), "matvit": (INDEPENDENT, MATFORMER)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +80,8 @@ class Lab:
 
   def rate(self, family: Family, method: str) -> float:
     """The learning rate of a method; the family's first before its sweep is done."""
-    task = family.config.task
-    swept = method if method in SWEPT[task] else MATFORMER
-    return self.rates.get((task, swept), family.rates[0])
+    key = family.config.task, RATE_OF.get(method, method)
+    return self.rates.get(key, family.rates[0])
 
   def universal(self, family: Family, method: str, seed: int) -> Run:
     """See `Family.universal`."""
@@ -104,33 +90,6 @@ class Lab:
   def independents(self, family: Family, seed: int) -> dict[str, Run]:
     """See `Family.independents`."""
     return family.independents(seed, self.rate(family, INDEPENDENT))
-
-  def sweep(self, family: Family) -> dict[tuple[str, float], list[Run]]:
-    """{(method, learning rate): its runs}, of the first seed."""
-    seed = self.seeds[0]
-    rates = family.rates if len(family.rates) > 1 else ()
-    return {
-      (method, rate): list(family.independents(seed, rate).values())
-      if method == INDEPENDENT
-      else [family.universal(method, seed, rate)]
-      for method in SWEPT[family.config.task]
-      for rate in rates
-    }
-
-  def choose_rates(self, family: Family) -> list[dict[str, Any]]:
-    """Takes each method's best of the sweep, by mean loss over sizes; returns what was tried."""
-    rows = []
-    for (method, rate), runs in self.sweep(family).items():
-      found = [
-        loss
-        for run in runs
-        for loss in metrics.read_jsonl(self.directory(run) / "eval.jsonl")[-1]["loss"].values()
-      ]
-      rows.append({"method": method, "learning_rate": rate, "mean_loss": float(np.mean(found))})
-    for method in {row["method"] for row in rows}:
-      best = min((r for r in rows if r["method"] == method), key=lambda r: r["mean_loss"])
-      self.rates[family.config.task, method] = best["learning_rate"]
-    return rows
 
   def directory(self, run: Run) -> pathlib.Path:
     """Where a run is."""

@@ -18,6 +18,7 @@ from matformer_jax.experiments.compare import (
   rows_table,
   seeds_title,
   separation,
+  where_sizes_differ,
 )
 from matformer_jax.experiments.families import (
   DYNABERT,
@@ -141,7 +142,6 @@ def figure2(lab: Lab) -> Finding:
     if s != sizes[-1]
   }
   found = [
-    separation(rows, "loss", sizes),
     at_every_size(
       "Every size has a lower loss than the same size trained alone",
       "-0.047 (S), -0.037 (M), -0.024 (L), +0.006 (XL), Table 6",
@@ -182,7 +182,7 @@ def figure2(lab: Lab) -> Finding:
   title = seeds_title(lab)
   return Finding(
     [r.flat() for r in rows],
-    found,
+    where_sizes_differ(separation(rows, "loss", sizes), found),
     [
       ("Validation loss, nats per token", rows_table(rows, "loss")),
       ("Bits per byte", rows_table(rows, "bits_per_byte")),
@@ -251,7 +251,11 @@ def table6(lab: Lab) -> Finding:
     r if r.method == INDEPENDENT else dataclasses.replace(r, method=probabilities(r.method))
   )
   text = rows_table([named(r) for r in rows], "loss")
-  return Finding([r.flat() for r in rows], found, [("Validation loss, nats per token", text)])
+  return Finding(
+    [r.flat() for r in rows],
+    where_sizes_differ(separation(rows, "loss", family.sizes), found),
+    [("Validation loss, nats per token", text)],
+  )
 
 
 # ----------------------------------------------------------------------- heads
@@ -261,25 +265,27 @@ def figure8(lab: Lab) -> Finding:
   """Nested attention heads, alone and with the FFN (Appendix F.2)."""
   rows: list[dict[str, Any]] = []
   found, drawn, texts = [], [], []
-  for family, what in zip(lab.scale.nested_heads, ("heads", "heads and FFN")):
+  paper = ("heads", "similar to the FFN's"), ("heads and FFN", "not in the paper")
+  for family, (what, number) in zip(lab.scale.nested_heads, paper):
     mine = pair_rows(lab, family)
     rows += [{"nested": what, **r.flat()} for r in mine]
     gaps = differences(mine, MATFORMER, INDEPENDENT, "loss", family.sizes)
     off = mean_by_seed(off_the_line(mine, "loss"))
-    found += [
+    compared = [
       at_every_size(
         f"Nested in {what}: every size has a lower loss than the same size trained alone",
-        "similar to the FFN's",
+        number,
         gaps,
         claims.below,
       ),
       Claim(
         f"Nested in {what}: Mix'n'Match models lie on the line, or below it (within 0.01)",
-        "on the curve",
+        number,
         str(interval(off)),
         claims.below(off, 0.01),
       ),
     ]
+    found += where_sizes_differ(separation(mine, "loss", family.sizes), compared)
     name = f"figure8_{what.replace(' ', '_')}"
     title = f"nested in {what}, {seeds_title(lab)}"
     drawn.append(draw(lab, name, mine, "loss", "validation loss (nats per token)", title))

@@ -28,8 +28,8 @@ from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import MatLMConfig, ModelConfig, model_config
 from matformer_jax.config_keys import Config
-from matformer_jax.errors import UserError
-from matformer_jax.training import methods, metrics
+from matformer_jax.errors import Diverged, UserError
+from matformer_jax.training import distill, methods, metrics
 
 FLOPS_PER_S = 2e10  # of a processor that trains a small model, until a run here has been timed
 OVERHEAD_S = 10  # of a run: compiling, opening the data, a checkpoint
@@ -46,11 +46,13 @@ class Run:
     name: of its directory, below that of all runs.
     spec: of its config, e.g. matlm:tiny.
     changes: keys of the config, such as "optim.peak_lr", with their values.
+    method: of its training, as families.py names it.
   """
 
   name: str
   spec: str
   changes: tuple[tuple[str, Any], ...]
+  method: str
 
   @functools.cached_property
   def config(self) -> Config:
@@ -75,10 +77,13 @@ class Run:
 
   @property
   def flops(self) -> float:
-    """That its training takes."""
-    sizes = gran.trained(self.model)
-    probabilities = methods.size_probabilities(self.config, self.model)
-    cost = lambda g: gran.count(self.model, g).train_flops
+    """That its training takes, a teacher's forward passes included."""
+    model = self.model
+    sizes = gran.trained(model)
+    probabilities = methods.size_probabilities(self.config, model)
+    teacher = distill.from_config(self.config, model)
+    extra = lambda g: teacher.flops(g, model.num_tokens) if teacher else 0
+    cost = lambda g: gran.count(model, g).train_flops + extra(g)
     kinds = methods.step_kinds(self.config, self.model)
     return self.examples * sum(
       kind.probability * methods.mean_cost(kind, sizes, probabilities, cost) for kind in kinds
@@ -117,6 +122,10 @@ class Run:
     evaluated = metrics.read_jsonl(root / self.name / "eval.jsonl")
     return bool(steps) and steps[-1] >= self.config.steps and bool(evaluated)
 
+  def divergence(self, root: pathlib.Path) -> pathlib.Path:
+    """A file that is there once its training was given up, as losses were not finite."""
+    return root / self.name / "diverged.txt"
+
 
 def changed(spec: str, changes: Mapping[str, Any]) -> Config:
   """A row of a config file, with other values for some keys. Raises as `Run.config`."""
@@ -127,7 +136,8 @@ def changed(spec: str, changes: Mapping[str, Any]) -> Config:
 
 def seconds(run: Run, root: pathlib.Path) -> float:
   """That a finished run took, over all restarts, from its first compilation."""
-  spent = json.loads((root / run.name / "goodput.json").read_text())
+  ledger = root / run.name / "goodput.json"
+  spent = json.loads(ledger.read_text()) if ledger.exists() else []  # one that diverged at once
   idle = ("down", "start-up")  # a process that trains several runs was started for the first one
   return sum(s for attempt in spent for phase, s in attempt["seconds"].items() if phase not in idle)
 
@@ -144,9 +154,10 @@ class Pool:
   root: pathlib.Path
   jobs: int
 
-  def missing(self, runs: Sequence[Run]) -> list[Run]:
-    """Those that are not done, once each, in order."""
-    return [run for run in dict.fromkeys(runs) if not run.is_done(self.root)]
+  def missing(self, runs: Sequence[Run], may_diverge: bool = False) -> list[Run]:
+    """Those that are not done, once each, in order; without those that diverged, if they may."""
+    given_up = lambda run: may_diverge and run.divergence(self.root).exists()
+    return [r for r in dict.fromkeys(runs) if not r.is_done(self.root) and not given_up(r)]
 
   def estimate_s(self, runs: Sequence[Run]) -> float:
     """Seconds that training takes, at the rate of the runs that were trained here so far."""
@@ -157,24 +168,27 @@ class Pool:
     left = sum(run.flops for run in missing)
     return (left / rate + OVERHEAD_S * len(missing)) / self.jobs
 
-  def train(self, runs: Sequence[Run]) -> None:
+  def train(self, runs: Sequence[Run], may_diverge: bool = False) -> None:
     """Trains what is not done yet; the longest first, so that all end together.
+
+    Args:
+      may_diverge: as one of a sweep may; such a run is not tried again.
 
     Raises:
       UserError: if one cannot be trained.
       KeyboardInterrupt: for Ctrl-C or SIGTERM, once all have saved what they have.
     """
-    left = sorted(self.missing(runs), key=lambda run: -run.flops)
+    left = sorted(self.missing(runs, may_diverge), key=lambda run: -run.flops)
     if not left:
       return
     self.root.mkdir(parents=True, exist_ok=True)
     if self.jobs == 1:  # in this process, which alone can hold an accelerator
-      self._watch(left, _InTurn(left, self.root))
+      self._watch(left, _InTurn(left, self.root), may_diverge)
       return
     with _Workers(left, self.root, min(self.jobs, len(left))) as workers:
-      self._watch(left, workers)
+      self._watch(left, workers, may_diverge)
 
-  def _watch(self, left: Sequence[Run], workers: _Workers | _InTurn) -> None:
+  def _watch(self, left: Sequence[Run], workers: _Workers | _InTurn, may_diverge: bool) -> None:
     """Says what is finished and what is going on, until all is finished."""
     started = said = time.monotonic()
     total = sum(run.flops for run in left)
@@ -182,20 +196,20 @@ class Pool:
     running: dict[str, Run] = {}
     while len(finished) < len(left):
       event = workers.next()
-      if isinstance(event, _Failed):
+      if isinstance(event, _Failed) and not (event.diverged and may_diverge):
         raise UserError(
           f"{event.name} could not be trained: {event.why}; see {self.root / event.name}{LOG}"
         )
       if isinstance(event, _Started):
         running[event.name] = next(run for run in left if run.name == event.name)
-      elif isinstance(event, _Finished):
+      elif isinstance(event, _Finished | _Failed):
         run = running.pop(event.name)
         finished.append(run)
-        done = sum(map(self._progress, [*finished, *running.values()]))
+        done = sum(r.flops for r in finished) + sum(map(self._progress, running.values()))
         time_left = (time.monotonic() - started) * (total / done - 1)
         print(
-          f"[{len(finished)} of {len(left)}] {run.name}: {self._losses(run)}; "
-          f"{duration(seconds(run, self.root))}; {duration(time_left)} left",
+          f"[{len(finished)} of {len(left)}] {run.name}: {self._result(run)}; "
+          f"{duration(time_left)} left",
           flush=True,
         )
         said = time.monotonic()
@@ -209,9 +223,12 @@ class Pool:
     rows = metrics.read_jsonl(self.root / run.name / "metrics.jsonl")
     return run.flops * (rows[-1]["step"] / run.config.steps if rows else 0)
 
-  def _losses(self, run: Run) -> str:
+  def _result(self, run: Run) -> str:
+    if run.divergence(self.root).exists():
+      return "diverged"
     losses = metrics.read_jsonl(self.root / run.name / "eval.jsonl")[-1]["loss"]
-    return "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    return f"{shown}; {duration(seconds(run, self.root))}"
 
 
 def flat(changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -253,6 +270,7 @@ class _Finished:
 class _Failed:
   name: str
   why: str
+  diverged: bool
 
 
 class _Stopped(Exception):
@@ -272,11 +290,24 @@ def _carry_out(run: Run, root: pathlib.Path) -> _Finished | _Failed:
     try:
       code = train.train(run.config, workdir)
     except (UserError, OSError) as e:
-      return _Failed(run.name, str(e))
+      if isinstance(e, Diverged):
+        run.divergence(root).write_text(f"{e}\n")
+      return _Failed(run.name, str(e), isinstance(e, Diverged))
   if code:
     raise _Stopped
   jax.clear_caches()  # its programs are of no use to the next one
   return _Finished(run.name)
+
+
+@contextlib.contextmanager
+def _same_handlers() -> Iterator[None]:
+  """Puts back what Ctrl-C and SIGTERM did before: training has handlers of its own."""
+  kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield
+  finally:
+    for number, handler in kept.items():
+      signal.signal(number, handler)
 
 
 class _InTurn:
@@ -288,7 +319,9 @@ class _InTurn:
   def _train(self, left, root) -> Iterator[_Started | _Finished | _Failed]:
     for run in left:
       yield _Started(run.name)
-      yield _carry_out(run, root)
+      with _same_handlers():
+        done = _carry_out(run, root)
+      yield done
 
   def next(self) -> _Started | _Finished | _Failed:
     try:

@@ -56,9 +56,14 @@ def figure3_table3(lab: Lab) -> Finding:
       claims.all_of([claims.below(gap, 0.05), claims.above(gap, -0.05)]),
     )
   ]
+  # a goes with b by orders of magnitude, so that its mean over seeds would say nothing.
+  typical = {m: float(np.exp(np.mean([math.log(fit[0]) for fit in fits[m]]))) for m in fits}
   text = tables.table(
-    ("family", "a", "b", "c"),
-    [(LABELS[m], *(str(interval([fit[i] for fit in fits[m]])) for i in range(3))) for m in fits],
+    ("family", "a (geometric mean)", "b", "c"),
+    [
+      (LABELS[m], f"{typical[m]:.3g}", *(str(interval([f[i] for f in fits[m]])) for i in (1, 2)))
+      for m in fits
+    ],
   )
   path = lab.root / "report" / "figure3.png"
   with plots.figure(path) as axes:
@@ -66,10 +71,10 @@ def figure3_table3(lab: Lab) -> Finding:
       mine = [p for p in points if p["method"] == method]
       x = np.array([p["params"] * p["tokens"] for p in mine])
       axes.scatter(x, [p["loss"] for p in mine], marker=marker, color=color, s=14, alpha=0.7)
-      a, b, c = np.mean(fits[method], axis=0)
       line = np.geomspace(x.min(), x.max(), 50)
-      label = f"{LABELS[method]}: {a:.3g} (ND)^{b:.3f} + {c:.3g}"
-      axes.plot(line, power_law(line, a, b, c), color=color, label=label)
+      mean = np.mean([power_law(line, *fit) for fit in fits[method]], axis=0)
+      label = f"{LABELS[method]}: b = {exponents[method]}"
+      axes.plot(line, mean, color=color, label=label)
     axes.set(xscale="log", xlabel="N D (parameters x tokens)", ylabel="validation loss (nats)")
     axes.set_title(f"All sizes of {len(widths(lab))} families, {seeds_title(lab)}")
     axes.legend()

@@ -18,7 +18,7 @@ from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import checkpoint, replicas
 from matformer_jax.config_keys import Config
 from matformer_jax.data.prefetch import Prefetcher
-from matformer_jax.errors import UserError
+from matformer_jax.errors import Diverged
 from matformer_jax.hosts import goodput, multihost
 from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.hosts.watchdog import Watchdog
@@ -158,7 +158,7 @@ class Loop:
       kept = (
         f"the newest checkpoint is of step {self._saved:,}" if self._saved else "none was saved"
       )
-      raise UserError(
+      raise Diverged(
         f"diverged: loss, gradient or update was not finite for {self._bad_in_a_row} steps in a "
         f"row, last {name} at step {done.step}; none of them was applied or saved, and {kept}. "
         f"Lower optim.peak_lr={self.config.optim.peak_lr:g} or set optim.clip_norm, then run "
