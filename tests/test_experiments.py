@@ -348,6 +348,24 @@ def test_the_best_learning_rate_is_taken(smoke, tmp_path, monkeypatch):
   assert Sweep(here, planned).choose() is True  # as it was found already
 
 
+def test_seeds_decide_between_learning_rates_that_are_hardly_different(
+  smoke, tmp_path, monkeypatch
+):
+  family = dataclasses.replace(smoke.scale.text, rates=(1e-2, 5e-3, 2e-2))
+  here = Lab(dataclasses.replace(smoke.scale, text=family), Pool(tmp_path, 1), tmp_path, (0, 1, 2))
+  losses = {5e-3: (4.5, 1, 1), 1e-2: (4.0, 5.0, 5.0), 2e-2: (4.001, 4.0, 4.0), 4e-2: (4.2, 1, 1)}
+  monkeypatch.setattr(Run, "is_done", lambda run, root: (root / run.name / "eval.jsonl").exists())
+  sweep = Sweep(here, [here.universal(family, MATFORMER, 0)])
+  while not sweep.choose():
+    for run in sweep.runs:
+      here.directory(run).mkdir(parents=True, exist_ok=True)
+      loss = losses[run.config.optim.peak_lr][run.config.seed]
+      row = json.dumps({"step": 1, "loss": {"S": loss}}) + "\n"
+      (here.directory(run) / "eval.jsonl").write_text(row)
+  assert len(sweep.runs) == 1 + 3 + 3 and here.rate(family, MATFORMER) == 2e-2
+  assert [row["seeds"] for row in sweep.tried] == [1, 3, 3]
+
+
 def test_a_run_that_diverges_is_left_out_of_a_sweep_only(smoke, tmp_path, monkeypatch):
   run = smoke.universal(smoke.scale.text, MATFORMER, 0).but("text/wild", {})
 

@@ -170,19 +170,20 @@ def _say_plan(pool: Pool, chosen: dict[str, Experiment], everything: Sequence[Ru
 
 def _sweep_section(tried: list[dict[str, Any]]) -> report.Section:
   text = tables.table(
-    ("family", "method", "learning rate", "mean loss over sizes", ""),
+    ("family", "method", "learning rate", "seeds", "mean loss over sizes", ""),
     [
       (
         row["family"],
         row["method"],
         f"{row['learning_rate']:g}",
+        str(row["seeds"]),
         f"{row['mean_loss']:.4f}",
         "taken" if row["taken"] else "",
       )
       for row in tried
     ],
   )
-  about = "what each method was tried with, on the first seed"
+  about = "what each method was tried with; on all seeds where the first one did not decide"
   finding = Finding(tried, [], [("Mean of the validation losses of all sizes", text)])
   return report.Section("rates", "Learning rates", about, finding)
 
