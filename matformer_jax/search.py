@@ -77,8 +77,8 @@ def score(
   result = []
   with tqdm.tqdm(
     total=len(calls) * len(batches),
-    desc="scoring",
-    unit=f" x {CONFIGS_PER_CALL} models",
+    desc=f"scoring {len(indices)} models",
+    unit="batch",
     mininterval=1.0,
   ) as bar:
     for call in calls:
