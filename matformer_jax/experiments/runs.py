@@ -160,13 +160,17 @@ class Pool:
     return [r for r in dict.fromkeys(runs) if not r.is_done(self.root) and not given_up(r)]
 
   def estimate_s(self, runs: Sequence[Run]) -> float:
-    """Seconds that training takes, at the rate of the runs that were trained here so far."""
+    """Seconds that training takes, at the rate of the same config's runs here so far."""
     missing = dict.fromkeys(self.missing(runs))
     done = [run for run in dict.fromkeys(runs) if run not in missing]
-    spent = sum(seconds(run, self.root) - OVERHEAD_S for run in done)
-    rate = sum(run.flops for run in done) / spent if spent > 0 else FLOPS_PER_S
-    left = sum(run.flops for run in missing)
-    return (left / rate + OVERHEAD_S * len(missing)) / self.jobs
+
+    def rate(spec: str) -> float:
+      same = [run for run in done if run.spec == spec]
+      spent = sum(seconds(run, self.root) - OVERHEAD_S for run in same)
+      return sum(run.flops for run in same) / spent if spent > 0 else FLOPS_PER_S
+
+    rates = {spec: rate(spec) for spec in {run.spec for run in missing}}
+    return sum(run.flops / rates[run.spec] + OVERHEAD_S for run in missing) / self.jobs
 
   def train(self, runs: Sequence[Run], may_diverge: bool = False) -> None:
     """Trains what is not done yet; the longest first, so that all end together.
