@@ -268,12 +268,12 @@ def _laptop(text: str, pictures: str, classes: int) -> Scale:
     "matvit:fashion",
     pictures,
     (4e-3, 2e-3, 8e-3),
-    steps=12_800,
+    steps=25_600,
     batch_size=32,
     **often,
     data={"train_transform": "", "eval_transform": ""},
     model={"num_classes": classes, "patch_size": 7, "d_model": 32},
-    optim={"warmup_steps": 800},
+    optim={"warmup_steps": 1600, "clip_norm": 0.3},
   )
   return Scale(
     language,
