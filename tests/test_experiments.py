@@ -105,7 +105,7 @@ def test_sizes_are_told_apart_or_not():
   worse = {(INDEPENDENT, "S"): [3.5, 3.5], (INDEPENDENT, "XL"): [4.0, 4.01]}
   assert compare.separation(rows_of(worse, params), "loss", ["S", "XL"]).verdict == claims.FAILS
   error = np.hypot(0.01, 0.01)  # of the windows, which is more than the seeds'
-  assert f"{0.505 / error:.0f} standard errors" in found[0].ours
+  assert f"{0.505 / error:.1f} standard errors" in found[0].ours
 
 
 def test_the_scaling_law_is_found_again():
