@@ -623,7 +623,7 @@ class Execution:
   """How a model is run on the machine at hand.
 
   Attributes:
-    mesh: `jax.sharding.Mesh` with axes (data, fsdp, tensor), or None for one
+    mesh: `jax.sharding.Mesh` with axes (slices, data, fsdp, tensor), or None for one
       device without any sharding constraint.
     per_device: the program is one device's share of a train step, inside a shard_map over
       the batch axes; it sees its own rows and its own fsdp shards of the parameters.
@@ -637,6 +637,7 @@ class Execution:
       only the keys it may see.
     kernels: the TPU whose Pallas kernels are used, for attention and the loss, where the sizes
       allow it; None uses none.
+    slice_grad_dtype: in which gradients are summed across slices; "" is their own.
     logits_bytes: float32 logits that the loss and evaluation hold at a time, per device.
       What fits a cache is fastest on CPU; elsewhere every chunk reads the whole embedding
       and adds to its whole gradient, so that chunks should be few.
@@ -650,6 +651,7 @@ class Execution:
   flat_weights: bool = True
   attention_block: int = 128
   kernels: chips.Tpu | None = None
+  slice_grad_dtype: str = ""
   logits_bytes: int = 32 * 2**20
 
   @classmethod

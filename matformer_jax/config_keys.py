@@ -21,6 +21,7 @@ else:
 class MeshKeys(_Keys):
   """`config.mesh`."""
 
+  slices: int
   data: int
   fsdp: int
   tensor: int
@@ -146,6 +147,7 @@ class Config(_Keys):
   method: str
   sampling: str
   grad_accum: int
+  slice_grad_dtype: str
   dtype: str
   remat: str
   layers: str

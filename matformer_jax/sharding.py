@@ -4,8 +4,9 @@ Logical axes also say what nesting slices: `neurons` and `heads` are the axes a
 granularity shortens. Both are inside a group axis that tensor parallelism
 shards, so a shorter slice stays on its device and costs no collective.
 
-Mesh axes: `data` (replicas), `fsdp` (parameters sharded along d_model, batch
-sharded too), `tensor` (groups of neurons and heads, vocabulary).
+Mesh axes: `slices` (replicas in other slices, over the data-center network), `data` (replicas),
+`fsdp` (parameters sharded along d_model, batch sharded too), `tensor` (groups of neurons and
+heads, vocabulary).
 
 Everything that trains or decodes takes its specs from here. Two computations that are not a
 model's split their own arrays with these mesh axes: exact nearest-neighbour search
@@ -14,7 +15,8 @@ model's split their own arrays with these mesh axes: exact nearest-neighbour sea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import collections
+from collections.abc import Mapping, Sequence
 import functools
 
 import jax
@@ -27,8 +29,9 @@ import numpy as np
 from matformer_jax.config import KINDS
 from matformer_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
-DATA, FSDP, TENSOR = MESH_AXES
+MESH_AXES = ("slices", "data", "fsdp", "tensor")
+SLICES, DATA, FSDP, TENSOR = MESH_AXES
+BATCH_AXES = (SLICES, DATA, FSDP)  # that a batch is split over
 
 # The last two names of a leaf's path (or its last) -> its logical axes, outermost first: of the
 # blocks here, of what is around them in each kind's record in config.py.
@@ -59,7 +62,7 @@ for _kind in KINDS.values():
 
 # Every logical axis -> the mesh axis that shards it; None is replicated.
 RULES: dict[str, str | tuple[str, ...] | None] = {
-  "batch": (DATA, FSDP),
+  "batch": BATCH_AXES,
   "embed": FSDP,  # d_model, of a matrix
   "d": None,  # d_model, of what is not worth sharding: activations, scales, biases
   "ffn_groups": TENSOR,
@@ -78,31 +81,59 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
-  """A (data, fsdp, tensor) mesh.
+  """A (slices, data, fsdp, tensor) mesh: the last three are inside a slice.
 
   Args:
-    shape: size of each axis; one of them may be -1, meaning the rest.
+    shape: size of each axis; one of data, fsdp and tensor may be -1, meaning the rest of a slice.
+      `slices` 0 or missing takes the slices that the devices are of. Devices that are of none,
+      such as CPUs, are split evenly, in the order of their processes.
     devices: defaults to all of them.
 
   Raises:
     UserError: if the sizes do not multiply to the number of devices.
   """
-  devices = jax.devices() if devices is None else devices
-  sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
+  slices = _by_slice(jax.devices() if devices is None else devices, int(shape.get(SLICES, 0)))
+  count, inner = len(slices[0]), MESH_AXES[1:]
+  sizes = [int(shape.get(axis, 1)) for axis in inner]
   known = int(np.prod([s for s in sizes if s != -1]))
-  if sizes.count(-1) == 1 and known and len(devices) % known == 0:
-    sizes[sizes.index(-1)] = len(devices) // known
-  if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+  if sizes.count(-1) == 1 and known and count % known == 0:
+    sizes[sizes.index(-1)] = count // known
+  if min(sizes) < 1 or int(np.prod(sizes)) != count:
+    where = f"each of {len(slices)} slices" if len(slices) > 1 else "here"
     raise UserError(
-      f"mesh {dict(zip(MESH_AXES, sizes))} does not use the {len(devices)} devices here; "
+      f"mesh {dict(zip(inner, sizes))} does not use the {count} devices {where}; "
       "the sizes must multiply to that number (one may be -1 for the rest)"
     )
-  auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+  placed = np.stack([_place(sizes, slice_) for slice_ in slices])
+  return Mesh(placed, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def _by_slice(devices, slices: int) -> list[list]:
+  """The devices of each slice. Raises UserError where there are not `slices` (0: any number)."""
+  found = collections.defaultdict(list)
+  if all(device.platform == "tpu" for device in devices):
+    for device in devices:
+      found[device.slice_index].append(device)
+  else:
+    size = max(len(devices) // max(slices, 1), 1)
+    for place, device in enumerate(sorted(devices, key=lambda d: (d.process_index, d.id))):
+      found[place // size].append(device)
+  groups = [found[index] for index in sorted(found)]
+  if slices not in (0, len(groups)) or len(set(map(len, groups))) > 1:
+    raise UserError(
+      f"mesh.slices={slices} does not fit the {len(devices)} devices here, which are of "
+      f"{len(groups)} slices of {' and '.join(str(n) for n in sorted(set(map(len, groups))))}; "
+      "set it to 0, for the slices there are"
+    )
+  return groups
+
+
+def _place(sizes: Sequence[int], devices) -> np.ndarray:
+  """Devices of a slice, so that neighbours on an axis are neighbours in the slice's torus."""
   try:
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices)
-  except NotImplementedError:  # an axis of the slice's torus has to be split between two of ours
-    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(placed, MESH_AXES, axis_types=auto)
+    return mesh_utils.create_device_mesh(sizes, devices)
+  except NotImplementedError:  # an axis of the torus has to be split between two of ours
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def check_model_fits_mesh(config, mesh: Mesh) -> None:
@@ -126,7 +157,7 @@ def check_batch(
     raise UserError(f"{name}={batch_size} and grad_accum={grad_accum} must be at least 1")
   if batch_size % (shards * grad_accum * parts):
     raise UserError(
-      f"{name}={batch_size} is not divisible by {shards} batch shards (mesh data x fsdp)"
+      f"{name}={batch_size} is not divisible by {shards} batch shards (mesh slices x data x fsdp)"
       + (f" x grad_accum={grad_accum}" if grad_accum > 1 else "")
       + (f" x {parts} sizes a step" if parts > 1 else "")
       + f"; use a multiple of {shards * grad_accum * parts}"
@@ -265,13 +296,14 @@ def on_whole_vocabulary(f, execution):
   return jax.shard_map(f, in_specs=whole, out_specs=whole, axis_names={TENSOR}, check_vma=False)
 
 
-def on_each_device(gradient, mesh: Mesh):
+def on_each_device(gradient, mesh: Mesh, dtype_across: str = ""):
   """Runs (params, rows, *frozen) -> (measured, gradients) on every device's shards and rows.
 
   Args:
     gradient: sees a `per_device` program's arrays. What it measures, a tree of scalars, are
       means over its rows; its gradients, to params, are already reduce-scattered where
       parameters are sharded. `frozen` are parameters that have no gradient.
+    dtype_across: in which gradients are summed across slices; "" is their own.
 
   Returns:
     The same function of global arrays: means and gradients, sharded like params.
@@ -281,15 +313,19 @@ def on_each_device(gradient, mesh: Mesh):
 
   def reduce(path, grad):
     axes = logical_axes(path_names(path))
-    over = [a for a in ((DATA,) if "embed" in axes else (DATA, FSDP)) if mesh.shape[a] > 1]
-    if over:
-      grad = _on_tensor_shards(functools.partial(jax.lax.psum, axis_name=over), axes)(grad)
+    inside = [a for a in ((DATA,) if "embed" in axes else (DATA, FSDP)) if mesh.shape[a] > 1]
+    if inside:
+      grad = _on_tensor_shards(functools.partial(jax.lax.psum, axis_name=inside), axes)(grad)
+    if mesh.shape[SLICES] > 1:  # what is summed inside a slice crosses the slower network once
+      across = functools.partial(jax.lax.psum, axis_name=SLICES)
+      part = (grad / shards).astype(dtype_across or grad.dtype)
+      return _on_tensor_shards(across, axes)(part).astype(grad.dtype)
     return grad / shards
 
   def device(params, rows, *frozen):
     measured, grads = gradient(params, rows, *frozen)
     grads = jax.tree_util.tree_map_with_path(reduce, grads)
-    return jax.lax.pmean(measured, (DATA, FSDP)), grads
+    return jax.lax.pmean(measured, BATCH_AXES), grads
 
   def specs(params):
     return jax.tree_util.tree_map_with_path(
@@ -303,9 +339,9 @@ def on_each_device(gradient, mesh: Mesh):
     return jax.shard_map(
       device,
       mesh=mesh,
-      in_specs=(specs(params), PartitionSpec((DATA, FSDP)), *map(specs, frozen)),
+      in_specs=(specs(params), PartitionSpec(BATCH_AXES), *map(specs, frozen)),
       out_specs=(PartitionSpec(), specs(params)),
-      axis_names={DATA, FSDP},
+      axis_names=set(BATCH_AXES),
       check_vma=False,
     )(params, rows, *frozen)
 
@@ -355,6 +391,11 @@ def map_copies(tree, params, copy, other):
   return jax.tree_util.tree_map_with_path(visit, tree)
 
 
+def sizes(mesh: Mesh) -> dict[str, int]:
+  """Of its axes; `slices` only where there are several."""
+  return {axis: int(n) for axis, n in mesh.shape.items() if axis != SLICES or n > 1}
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Sharding of any array of a batch, [B, ...]."""
   return NamedSharding(mesh, spec(("batch",)))
@@ -362,4 +403,4 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_shards(mesh: Mesh | None) -> int:
   """How many ways the batch axis is split."""
-  return 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]
+  return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

@@ -370,7 +370,7 @@ def _say_what_is_trained(config: Config, trainer: Trainer, counts, hosts: Hosts)
   processes = f" of {hosts.count} processes" if hosts.count > 1 else ""
   say(
     f"one universal model, parameters per granularity: {sizes}\n"
-    f"{mesh.size} x {jax.devices()[0].device_kind}{processes}, mesh {dict(mesh.shape)}, "
+    f"{mesh.size} x {jax.devices()[0].device_kind}{processes}, mesh {sharding.sizes(mesh)}, "
     f"{execution.dtype}, remat {execution.remat}, "
     f"{task.examples_per_step:,} {task.examples_unit}/step\n{trainer.budget()}"
   )

@@ -82,7 +82,16 @@ def assert_same_parameters(a, b):
 # ------------------------------------------------------------------ sharding
 
 
-@pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=8)])
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    dict(fsdp=8),
+    dict(data=2, fsdp=2, tensor=2),
+    dict(data=8),
+    dict(slices=2, fsdp=2, tensor=2),
+    dict(slices=2, data=2, fsdp=2),
+  ],
+)
 def test_meshes_agree(single_device, mesh):
   losses, state = run(make_trainer(mesh))
   np.testing.assert_allclose(losses, single_device[0], rtol=2e-5)
@@ -117,6 +126,49 @@ def test_parameters_and_moments_are_sharded():
   for tree in (state.params, state.opt_state[1][0].mu):
     leaf = tree["blocks"]["0"]["ffn"]["in"]
     assert leaf.addressable_shards[0].data.size == leaf.size // 4  # fsdp x tensor
+
+
+def test_gradients_cross_slices_once_in_the_dtype_asked_for():
+  """A sum over slices per parameter, after all others and after micro-batches are added up."""
+  plain, _ = run(make_trainer(dict(fsdp=8)), 3)
+  for dtype in ("", "bfloat16"):
+    changes = {"slice_grad_dtype": dtype, "grad_accum": 2}
+    trainer = make_trainer(dict(slices=2, data=2, fsdp=2), **changes)
+    sums = list(across_slices(trainer.trace(trainer.granularities[0]).jaxpr.jaxpr))
+    gradients = [s for s in sums if s.shape]  # the others are losses
+    assert len(gradients) == len(jax.tree.leaves(trainer.abstract_state.params))
+    assert {s.dtype for s in gradients} == {jnp.dtype(dtype or "float32")}
+    if dtype:  # the other one is among the meshes that agree
+      np.testing.assert_allclose(run(trainer, 3)[0], plain, rtol=2e-3)
+  with pytest.raises(UserError, match="slice_grad_dtype='int8' is not one of"):
+    make_trainer(dict(slices=2, fsdp=4), slice_grad_dtype="int8").execution  # noqa: B018
+
+
+def across_slices(jaxpr, times: int = 1):
+  """Shapes of what is summed over the slices alone; as often as in a loop, were there one."""
+  for eqn in jaxpr.eqns:
+    if "psum" in eqn.primitive.name and eqn.params.get("axes") == ("slices",):
+      yield from times * [v.aval for v in eqn.invars]
+    for value in eqn.params.values():
+      for inner in value if isinstance(value, (tuple, list)) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from across_slices(inner, times * eqn.params.get("length", 1))
+
+
+def test_slices_are_neighbours():
+  """CPUs are of no slice, and are split evenly."""
+  mesh = sharding.make_mesh({"slices": 2, "fsdp": -1})
+  assert sharding.sizes(mesh) == {"slices": 2, "data": 1, "fsdp": 4, "tensor": 1}
+  assert [[d.id for d in s.flat] for s in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+  assert "slices" not in sharding.sizes(sharding.make_mesh({"data": -1}))
+  for shape, words in (
+    ({"slices": 3}, "mesh.slices=3 does not fit the 8 devices here"),
+    ({"slices": 16}, "mesh.slices=16 does not fit"),
+    ({"slices": 2, "fsdp": 8}, "does not use the 4 devices each of 2 slices"),
+  ):
+    with pytest.raises(UserError, match=words):
+      sharding.make_mesh(shape)
 
 
 def dense(index: int, model: MatLMConfig) -> MatLMConfig:

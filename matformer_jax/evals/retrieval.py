@@ -105,16 +105,16 @@ def _nearest(queries_QxF, block_RxF, rows, mesh: Mesh, k: int, metric: str):
     if metric == "l2":
       squares = lambda x: jnp.sum(jnp.square(x), 1)
       dots = 2 * dots - squares(queries_QxF)[:, None] - squares(part_PxF)
-    number = jax.lax.axis_index(sharding.DATA) * here + jnp.arange(here)
+    number = jax.lax.axis_index(sharding.BATCH_AXES) * here + jnp.arange(here)
     scores, places = jax.lax.top_k(jnp.where(number < rows, dots, -jnp.inf), min(k, here))
     return scores, number[places]
 
-  split = PartitionSpec(sharding.DATA)
+  split = sharding.spec(("batch",))
   scores, numbers = jax.shard_map(
     on_device,
     mesh=mesh,
     in_specs=(PartitionSpec(), split),
-    out_specs=(PartitionSpec(None, sharding.DATA),) * 2,
+    out_specs=(PartitionSpec(None, sharding.BATCH_AXES),) * 2,
     check_vma=False,
   )(queries_QxF, block_RxF)
   scores, places = jax.lax.top_k(scores, min(k, scores.shape[1]))

@@ -81,7 +81,7 @@ def make_plan(
     "topology": topology,
     "chips": count,
     "cores": mesh.size,
-    "mesh": {k: int(v) for k, v in mesh.shape.items()},
+    "mesh": sharding.sizes(mesh),
     "batch_size": config.batch_size,
     "tokens_per_step": task.examples_per_step,
     "unit": task.examples_unit,

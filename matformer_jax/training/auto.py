@@ -16,6 +16,7 @@ from matformer_jax.models import attention
 from matformer_jax.tpu import chips
 
 KERNELS = ("auto", "none")
+DTYPES_ACROSS = ("", "float32", "bfloat16")  # of gradients, between slices
 # Layers of which a TPU program with the attention kernel is unrolled: 14% off 850M's step on a
 # v5p, and twice the time to compile, which grows with their number.
 UNROLLED = 32
@@ -46,6 +47,10 @@ def choose_execution(
     layers,
     getattr(config, "logits_gib", 0.0),
   )
+  across = getattr(config, "slice_grad_dtype", "")
+  if across not in DTYPES_ACROSS:
+    raise UserError(f"slice_grad_dtype={across!r} is not one of {DTYPES_ACROSS}")
+  execution = dataclasses.replace(execution, slice_grad_dtype=across)
   if kernels not in KERNELS:
     raise UserError(f"kernels={kernels!r} is not one of {KERNELS}")
   if kernels == "none":

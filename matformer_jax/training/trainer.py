@@ -85,7 +85,9 @@ def make_train_step(
       told = {"layer_indices": rest[0]} if kind.layerwise else {}
       accumulated = functools.partial(_accumulate, functools.partial(on_rows, told), grad_accum)
       if sharded:
-        accumulated = sharding.on_each_device(accumulated, execution.mesh)
+        accumulated = sharding.on_each_device(
+          accumulated, execution.mesh, execution.slice_grad_dtype
+        )
       sub_params, unslice = jax.vjp(
         lambda params: slicing.slice_params(params, model, granularity), params
       )
