@@ -46,13 +46,14 @@ def main(argv) -> None:
     _DECODE_BATCH.value,
     say,
     _TOP.value,
+    _SLICES.value,
   )
   print(json.dumps(plan, indent=1) if _JSON.value else "\n" + plan_tables(plan))
 
 
 def _tune(config, topology: str, say) -> None:
-  for flag in (_MESH, _DECODE_BATCH, _TOP):
-    if flag.value:
+  for flag in (_MESH, _DECODE_BATCH, _TOP, _SLICES):
+    if flag.value != flag.default:
       raise UserError(
         f"--{flag.name}={flag.value} is not for --tune, which searches from the config as it is"
       )
@@ -73,6 +74,12 @@ if __name__ == "__main__":
     "mesh",
     "",
     "Sizes of mesh axes instead of the config's, e.g. fsdp:16,tensor:2; data takes what remains.",
+  )
+  _SLICES = flags.DEFINE_integer(
+    "slices",
+    1,
+    "Slices of that shape that train together, over the data-center network.",
+    lower_bound=1,
   )
   _GRANULARITIES = flags.DEFINE_list(
     "granularities", [], "What to plan, e.g. S,XL; default all trained sizes."

@@ -32,6 +32,7 @@ from matformer_jax.errors import UserError
 MESH_AXES = ("slices", "data", "fsdp", "tensor")
 SLICES, DATA, FSDP, TENSOR = MESH_AXES
 BATCH_AXES = (SLICES, DATA, FSDP)  # that a batch is split over
+INNER_AXES = (DATA, FSDP, TENSOR)  # inside a slice
 
 # The last two names of a leaf's path (or its last) -> its logical axes, outermost first: of the
 # blocks here, of what is around them in each kind's record in config.py.
@@ -93,15 +94,15 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
     UserError: if the sizes do not multiply to the number of devices.
   """
   slices = _by_slice(jax.devices() if devices is None else devices, int(shape.get(SLICES, 0)))
-  count, inner = len(slices[0]), MESH_AXES[1:]
-  sizes = [int(shape.get(axis, 1)) for axis in inner]
+  count = len(slices[0])
+  sizes = [int(shape.get(axis, 1)) for axis in INNER_AXES]
   known = int(np.prod([s for s in sizes if s != -1]))
   if sizes.count(-1) == 1 and known and count % known == 0:
     sizes[sizes.index(-1)] = count // known
   if min(sizes) < 1 or int(np.prod(sizes)) != count:
     where = f"each of {len(slices)} slices" if len(slices) > 1 else "here"
     raise UserError(
-      f"mesh {dict(zip(inner, sizes))} does not use the {count} devices {where}; "
+      f"mesh {dict(zip(INNER_AXES, sizes))} does not use the {count} devices {where}; "
       "the sizes must multiply to that number (one may be -1 for the rest)"
     )
   placed = np.stack([_place(sizes, slice_) for slice_ in slices])
@@ -113,7 +114,7 @@ def _by_slice(devices, slices: int) -> list[list]:
   found = collections.defaultdict(list)
   if all(device.platform == "tpu" for device in devices):
     for device in devices:
-      found[device.slice_index].append(device)
+      found[getattr(device, "slice_index", 0)].append(device)
   else:
     size = max(len(devices) // max(slices, 1), 1)
     for place, device in enumerate(sorted(devices, key=lambda d: (d.process_index, d.id))):
@@ -317,7 +318,9 @@ def on_each_device(gradient, mesh: Mesh, dtype_across: str = ""):
     if inside:
       grad = _on_tensor_shards(functools.partial(jax.lax.psum, axis_name=inside), axes)(grad)
     if mesh.shape[SLICES] > 1:  # what is summed inside a slice crosses the slower network once
-      across = functools.partial(jax.lax.psum, axis_name=SLICES)
+      # Flat: XLA would send the padding of a shard that is narrower than a tile.
+      flat = lambda x: with_layout_constraint(x.reshape(-1), Layout((0,)))
+      across = lambda x: flat(jax.lax.psum(flat(x), SLICES)).reshape(x.shape)
       part = (grad / shards).astype(dtype_across or grad.dtype)
       return _on_tensor_shards(across, axes)(part).astype(grad.dtype)
     return grad / shards

@@ -148,6 +148,31 @@ def test_kills_and_other_numbers_of_processes_change_nothing(one_process, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_slice_that_is_lost_changes_nothing(tmp_path):
+  """Two slices until one is killed, then the one that is left."""
+  changes = dict(data__log_samples=True, mesh__fsdp=2, checkpoint__every=5, eval__every=0)
+  workdir = tmp_path / "run"
+  job = Job(
+    workdir,
+    2,
+    program=helpers.signalled(1, 13, signal.SIGKILL),
+    mesh__slices=2,
+    steps=20,
+    **changes,
+  )
+  assert job.wait()[0] == 42, job.logs()
+  assert "mesh {'slices': 2, 'data': 1, 'fsdp': 2, 'tensor': 1}" in job.log(0)
+  assert checkpoint.steps(workdir)[-1] == 10
+  alone = {"XLA_FLAGS": helpers.xla_flags(2)}
+  for run in (workdir, tmp_path / "alone"):
+    args = train_args(run, steps=20, **ONE_WIDTH, **changes)
+    result = run_program("train", *args, env=alone)
+    assert result.returncode == 0, result.stderr
+  np.testing.assert_allclose(losses(workdir), losses(tmp_path / "alone"), rtol=1e-5)
+  assert samples(workdir) == samples(tmp_path / "alone")
+
+
+@pytest.mark.slow
 def test_every_sample_once_per_epoch(tmp_path):
   """Short epochs, 2 processes."""
   for i in range(10):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from matformer_jax import UserError, sharding
+from matformer_jax import granularity as gran
 from matformer_jax.config import MatLMConfig
-from matformer_jax.models import loss_kernel
+from matformer_jax.models import loss_kernel, matlm
 from matformer_jax.planning import estimate, report, slices
 from matformer_jax.tasks.language import NextToken
 from matformer_jax.tpu import chips, hlo
@@ -229,6 +230,33 @@ def test_a_plan_of_78m_on_a_small_slice():
       assert row["fits"] and 0 < row["hbm_bytes_per_core"] < row["hbm_capacity"] == 16 * 2**30
       assert row["estimated_cycles"] > 0 and 0 < row["mfu"] < 1
       assert row["step_time_s"] >= max(row["bounds"].values())
+
+
+def test_a_plan_of_two_slices():
+  """Each sends the gradients of its own shards, of the sampled size, once a step."""
+  args = (
+    *("--topology=v5e:2x2", "--mesh=fsdp:4", "--granularities=S", "--config.optim.name=adamw"),
+    *("--config.model.num_layers=2", "--config.model.vocab_size=8192"),
+    "--config.batch_size=32",
+  )
+  config = helpers.get_config("78M")
+  config.model.update(num_layers=2, vocab_size=8192)
+  model = MatLMConfig.from_dict(config.model)
+  small = gran.submodel_config(model, gran.parse("S", model))
+  shapes = jax.eval_shape(lambda: matlm.init_params(small, jax.random.key(0)))
+  gradients = sum(
+    4 * leaf.size / (4 if "embed" in sharding.logical_axes(sharding.path_names(path)) else 1)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+  )
+  sent = []
+  for dtype in ("", "bfloat16"):
+    told = plan(*args, "--slices=2", f"--config.slice_grad_dtype={dtype}", env=QUICKLY)
+    assert told["mesh"] == {"slices": 2, "data": 1, "fsdp": 4, "tensor": 1} and told["chips"] == 8
+    row = told["granularities"]["S"]
+    assert row["slice_s"] == pytest.approx(row["slice_wire_bytes"] / 3.125e9)  # of one chip
+    sent.append(row["slice_wire_bytes"])
+  assert "2 slices of v5e:2x2" in report.plan_tables(told)
+  assert sent == pytest.approx([gradients, gradients / 2], rel=3e-3)  # and losses
 
 
 def test_a_plan_of_decoding():

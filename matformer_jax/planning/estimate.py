@@ -226,7 +226,7 @@ def plan_step(
   parts |= {k: used[k] for k in ("temporaries", "code")}
   parts["batch and other"] = used["arguments"] + used["outputs"] - arguments
   own, flops = work(trainer, granularity, traced.jaxpr.jaxpr)
-  timed = timing(text, own, flops, used, tpu)
+  timed = timing(text, own, flops, used, tpu, trainer.mesh.shape[sharding.SLICES])
   useful = trainer.model_flops(granularity)
   return result | {
     "fits": sum(parts.values()) <= capacity,
@@ -242,7 +242,7 @@ def plan_step(
 
 
 def timing(
-  text: str, own: Kernels, flops: float, used: dict[str, int], tpu: chips.Tpu
+  text: str, own: Kernels, flops: float, used: dict[str, int], tpu: chips.Tpu, slices: int = 1
 ) -> dict[str, Any]:
   """Communication and time of one run of a program on one device.
 
@@ -252,6 +252,7 @@ def timing(
     flops: of its matrix products and kernels.
     used: its `memory`.
     tpu: the chip it was compiled for.
+    slices: that run it together.
   """
   collectives = hlo.collectives(text)
   kinds = {kind: [c for c in collectives if c.kind == kind] for kind in hlo.KINDS}
@@ -264,16 +265,22 @@ def timing(
     "memory_s": moved / tpu.core_hbm_bytes_per_s,
     "network_s": wire / (tpu.links * tpu.link_bytes_per_s / tpu.cores_per_chip),
   }
+  crossing = sum(c.wire_bytes(slices) for c in hlo.crossings(text))
+  # Where the rate is not published the estimate is without it.
+  between_s = crossing / tpu.core_dcn_bytes_per_s if tpu.dcn_bytes_per_s else 0.0
   cycles = hlo.estimated_cycles(text)
   busy = cycles / tpu.clock_hz + own.seconds(tpu)
   busy = max(busy, bounds["compute_s"], bounds["memory_s"])
   # Around one ring, both ways: what XLA does not hide behind computation adds to the step.
-  step_time = busy + exposed / tpu.core_ring_bytes_per_s
+  # Slices wait for each other, too, as if nothing hid that.
+  step_time = busy + exposed / tpu.core_ring_bytes_per_s + between_s
   return {
     "collective_bytes": {k: sum(c.bytes * c.times for c in v) for k, v in kinds.items() if v},
     "collective_count": {k: sum(c.arrays * c.times for c in v) for k, v in kinds.items() if v},
     "wire_bytes": int(wire),
     "exposed_wire_bytes": int(exposed),
+    "slice_wire_bytes": int(crossing),
+    "slice_s": between_s,
     "estimated_cycles": cycles,
     "bounds": bounds,
     "step_time_s": step_time,

@@ -22,16 +22,19 @@ from matformer_jax.training import methods, metrics
 from matformer_jax.training.trainer import Trainer
 
 
-def open_trainer(config: Config, topology: str, mesh_sizes: str = "") -> tuple[Trainer, chips.Tpu]:
+def open_trainer(
+  config: Config, topology: str, mesh_sizes: str = "", slices: int = 1
+) -> tuple[Trainer, chips.Tpu]:
   """The trainer of a config on a slice, without its data.
 
   Args:
     mesh_sizes: as `--mesh`; empty takes config.mesh.
+    slices: equal ones that train together.
 
   Raises:
     UserError: for an unknown slice, or sizes that do not divide over it.
   """
-  tpu, devices = topology_devices(topology)
+  tpu, devices = topology_devices(topology, slices)
   mesh = sharding.make_mesh(parse_mesh(mesh_sizes, config.mesh), devices)
   config = cards.with_model_of_init(config)
   task = make_task_without_data(config)
@@ -53,6 +56,7 @@ def make_plan(
   decode_batch: int = 0,
   say=lambda message: None,
   top: int = 0,
+  slices: int = 1,
 ) -> dict[str, Any]:
   """The whole plan, ready for JSON.
 
@@ -64,8 +68,9 @@ def make_plan(
     decode_batch: also plan decoding of this many sequences; 0 does not.
     say: called with progress messages.
     top: how many of each program's dearest operations to name.
+    slices: equal ones that train together.
   """
-  trainer, tpu = open_trainer(config, topology, mesh_sizes)
+  trainer, tpu = open_trainer(config, topology, mesh_sizes, slices)
   mesh, task = trainer.mesh, trainer.task
   model_config = task.model_config
   if decode_batch and not model_config.causal:
@@ -79,6 +84,7 @@ def make_plan(
   flash = attention.runs_kernel(model_config.num_tokens, trainer.execution)
   plan: dict[str, Any] = {
     "topology": topology,
+    "slices": slices,
     "chips": count,
     "cores": mesh.size,
     "mesh": sharding.sizes(mesh),

@@ -28,10 +28,14 @@ def _dearest_tables(name: str, found: dict[str, list[dict[str, Any]]]) -> list[s
   ]
 
 
+def _slices(plan: dict[str, Any]) -> str:
+  return f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
+
+
 def plan_tables(plan: dict[str, Any]) -> str:
   """Tables a person reads."""
   head = (
-    f"{plan['topology']}: {plan['chips']} chips, {plan['cores']} cores, mesh {plan['mesh']}, "
+    f"{_slices(plan)}{plan['topology']}: {plan['chips']} chips, {plan['cores']} cores, mesh {plan['mesh']}, "
     f"{plan['tokens_per_step']:,} {plan['unit']}/step, {plan['dtype']}, remat {plan['remat']}, "
     f"{plan['layers']} layers, {plan['attention']} attention, loss in {plan['loss']}, "
     f"{plan['optimizer']}"
@@ -82,6 +86,21 @@ def plan_tables(plan: dict[str, Any]) -> str:
         ],
       ),
     ]
+    if plan["slices"] > 1:
+      tables_ += [
+        "Between slices, per step and core, over the data-center network",
+        tables.table(
+          ["size", "MiB sent", "ms"],
+          [
+            [
+              name,
+              f"{row['slice_wire_bytes'] / 2**20:,.1f}",
+              ms(row["slice_s"]) if row["slice_s"] else "rate not published",
+            ]
+            for name, row in timed.items()
+          ],
+        ),
+      ]
     mean = {"mean": plan["mean"]} if plan["mean"] else {}
     tables_ += [
       "Time: lower bounds and estimate, ms",
@@ -138,7 +157,7 @@ def plan_tables(plan: dict[str, Any]) -> str:
     "Compute counts executed products, recomputation included, at peak; memory every live "
     "byte written and read once; network all links at once. The estimate adds XLA's cycle "
     "counts, Pallas kernels (attention at peak, the loss at 70 or 85% of it), and what XLA does "
-    "not hide of the communication, around one ring. MFU counts model FLOPs only. Days and "
+    "not hide of the communication, around one ring, and between slices all of it. MFU counts model FLOPs only. Days and "
     "chip-hours are for all steps of the config."
   )
   return "\n\n".join([*tables_, *plan["advice"], note])

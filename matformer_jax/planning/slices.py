@@ -13,8 +13,8 @@ from matformer_jax.errors import UserError
 from matformer_jax.tpu import chips
 
 
-def topology_devices(topology: str) -> tuple[chips.Tpu, list]:
-  """The devices of a slice such as `v5e:4x4`, to compile for.
+def topology_devices(topology: str, slices: int = 1) -> tuple[chips.Tpu, list]:
+  """The devices of a slice such as `v5e:4x4`, or of several, to compile for.
 
   Raises:
     UserError: for an unknown chip or shape, or without the compiler library.
@@ -40,7 +40,10 @@ def topology_devices(topology: str) -> tuple[chips.Tpu, list]:
 
   try:
     devices = topologies.get_topology_desc(
-      platform="tpu", topology_name=topology, chip_config_name=tpu.chip_config
+      platform="tpu",
+      topology_name=topology,
+      chip_config_name=tpu.chip_config,
+      **({"num_slices": slices} if slices > 1 else {}),
     ).devices
   except Exception as e:
     raise UserError(
@@ -54,13 +57,13 @@ def parse_mesh(text: str, default) -> dict[str, int]:
   """`fsdp:16,tensor:2` as sizes; axes not named are 1, and data takes what remains."""
   if not text:
     return dict(default)
-  sizes = {axis: 1 for axis in sharding.MESH_AXES} | {sharding.DATA: -1}
+  sizes = {axis: 1 for axis in sharding.INNER_AXES} | {sharding.DATA: -1}
   for part in text.split(","):
     axis, _, size = part.partition(":")
     if axis not in sizes or not re.fullmatch(r"-1|\d+", size):
       raise UserError(
         f"--mesh={text!r}: {part!r} is not AXIS:SIZE with an axis of "
-        f"{', '.join(sharding.MESH_AXES)}, e.g. fsdp:16,tensor:2"
+        f"{', '.join(sharding.INNER_AXES)}, e.g. fsdp:16,tensor:2"
       )
     sizes[axis] = int(size)
   return sizes

@@ -288,7 +288,7 @@ def in_words(settings: Settings) -> str:
 
 
 def _mesh(settings: Settings) -> str:
-  return "x".join(str(settings[axis]) for axis in sharding.MESH_AXES)
+  return "x".join(str(settings[axis]) for axis in sharding.INNER_AXES)
 
 
 def _outcome(rung: Rung) -> str:

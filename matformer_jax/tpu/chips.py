@@ -19,6 +19,7 @@ class Tpu:
     peak_flops: bf16 FLOP/s per chip.
     hbm_bytes_per_s: per chip.
     links, link_bytes_per_s: inter-chip links of a chip, and one link's rate one way.
+    dcn_bytes_per_s: a chip's share of the data-center network between slices; 0: not published.
     vmem_bytes: on-chip vector memory of a core, of those that run Pallas kernels; else 0.
     multiplies: bf16 multiply-accumulates per cycle and chip; with peak_flops, the clock.
     accelerator_type, chip_config: how the machine is described to the compiler library.
@@ -33,6 +34,7 @@ class Tpu:
   hbm_bytes_per_s: float
   links: int
   link_bytes_per_s: float
+  dcn_bytes_per_s: float
   vmem_bytes: int
   multiplies: int
   accelerator_type: str
@@ -62,6 +64,11 @@ class Tpu:
     return 2 * self.link_bytes_per_s / self.cores_per_chip
 
   @property
+  def core_dcn_bytes_per_s(self) -> float:
+    """Between slices; 0 where it is not published."""
+    return self.dcn_bytes_per_s / self.cores_per_chip
+
+  @property
   def runs_kernels(self) -> bool:
     """Whether Pallas kernels compile for it."""
     return self.vmem_bytes > 0
@@ -89,6 +96,7 @@ TPUS = {
       4,
       82e9,
       0,
+      0,
       4 * 128**2,
       "v3-32",
       "default",
@@ -103,6 +111,7 @@ TPUS = {
       1228e9,
       6,
       50e9,
+      0,
       16 * MIB,
       8 * 128**2,
       "v4-128",
@@ -118,6 +127,7 @@ TPUS = {
       819e9,
       4,
       50e9,
+      3.125e9,
       128 * MIB,
       4 * 128**2,
       "v5litepod-256",
@@ -133,6 +143,7 @@ TPUS = {
       2765e9,
       6,
       100e9,
+      6.25e9,
       64 * MIB,
       8 * 128**2,
       "v5p-128",
@@ -148,6 +159,7 @@ TPUS = {
       1640e9,
       4,
       112e9,
+      12.5e9,
       128 * MIB,
       4 * 256**2,
       "v6e-256",
