@@ -4,7 +4,7 @@
 #   launch/jobset.sh [--dry-run] apply|logs|status|delete -- --config=configs/matlm.py:850M --workdir=/mnt/runs/first
 #
 # Settings, by environment: NAME (matformer), IMAGE, TPU_ACCELERATOR (tpu-v5-lite-podslice),
-# TPU_TOPOLOGY (4x4), HOSTS (4), CHIPS_PER_HOST (4), CLAIM (matformer-runs, a shared volume that
+# TPU_TOPOLOGY (4x4), HOSTS (4, of a slice), CHIPS_PER_HOST (4), SLICES (1), CLAIM (matformer-runs, a shared volume that
 # is mounted at /mnt/runs), MAX_RESTARTS (20).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,6 +28,7 @@ manifest() {
   text=${text//@IMAGE@/$IMAGE}
   text=${text//@TPU_ACCELERATOR@/${TPU_ACCELERATOR:-tpu-v5-lite-podslice}}
   text=${text//@TPU_TOPOLOGY@/${TPU_TOPOLOGY:-4x4}}
+  text=${text//@SLICES@/${SLICES:-1}}
   text=${text//@HOSTS@/${HOSTS:-4}}
   text=${text//@CHIPS_PER_HOST@/${CHIPS_PER_HOST:-4}}
   text=${text//@CLAIM@/${CLAIM:-matformer-runs}}
