@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 from absl import flags
 
 from matformer_jax import cli
 from matformer_jax.errors import UserError
-from matformer_jax.planning import tune
+from matformer_jax.planning import failures, tune
 from matformer_jax.planning.plan import make_plan
 from matformer_jax.planning.report import plan_tables
 from matformer_jax.planning.slices import list_topologies
@@ -48,7 +49,27 @@ def main(argv) -> None:
     _TOP.value,
     _SLICES.value,
   )
-  print(json.dumps(plan, indent=1) if _JSON.value else "\n" + plan_tables(plan))
+  text = plan_tables(plan)
+  if _GOODPUT.value:
+    job, plan["goodput"] = _goodput(plan, config)
+    text += "\n\n" + failures.table(plan["goodput"], job)
+  print(json.dumps(plan, indent=1) if _JSON.value else "\n" + text)
+
+
+def _goodput(plan, config) -> tuple[failures.Job, list[dict[str, Any]]]:
+  """What failures leave of the planned job's time."""
+  if plan["mean"] is None:
+    raise UserError("--goodput needs the step of every size that is sampled, and that they fit")
+  job = failures.Job(
+    chips=plan["chips"],
+    slices=plan["slices"],
+    chip_hours=_CHIP_HOURS.value,
+    save_s=_SAVE_S.value,
+    write_s=_WRITE_S.value,
+    restart_s=_RESTART_S.value,
+    replace_s=_REPLACE_S.value,
+  )
+  return job, failures.rows(job, config.checkpoint.every * plan["mean"]["step_time_s"])
 
 
 def _tune(config, topology: str, say) -> None:
@@ -95,6 +116,29 @@ if __name__ == "__main__":
     False,
     "Search for the fastest mesh, remat, layers, micro-batches and logits memory that fit; prints "
     "what was tried, and the winner as flags. About 10 minutes.",
+  )
+  _GOODPUT = flags.DEFINE_bool(
+    "goodput",
+    False,
+    "Also simulate a month of this job, and of larger and smaller ones, in which machines fail.",
+  )
+  _CHIP_HOURS = flags.DEFINE_float(
+    "chip_hours",
+    round(failures.CHIP_HOURS, -2),
+    "For --goodput: mean time between failures of one chip; the default is that of Llama 3's GPUs.",
+    lower_bound=1.0,
+  )
+  _SAVE_S = flags.DEFINE_float(
+    "save_s", 5.0, "For --goodput: how long a checkpoint stops the steps.", lower_bound=0.1
+  )
+  _WRITE_S = flags.DEFINE_float(
+    "write_s", 60.0, "For --goodput: how long after that it is whole.", lower_bound=0.0
+  )
+  _RESTART_S = flags.DEFINE_float(
+    "restart_s", 300.0, "For --goodput: from a start of the job to its first step.", lower_bound=0.0
+  )
+  _REPLACE_S = flags.DEFINE_float(
+    "replace_s", 600.0, "For --goodput: until a failed machine is there again.", lower_bound=0.0
   )
   _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
   flags.adopt_module_key_flags(cli)
