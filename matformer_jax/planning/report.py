@@ -35,7 +35,8 @@ def _slices(plan: dict[str, Any]) -> str:
 def plan_tables(plan: dict[str, Any]) -> str:
   """Tables a person reads."""
   head = (
-    f"{_slices(plan)}{plan['topology']}: {plan['chips']} chips, {plan['cores']} cores, mesh {plan['mesh']}, "
+    f"{_slices(plan)}{plan['topology']}: {plan['chips']} chips, {plan['cores']} cores, "
+    f"mesh {plan['mesh']}, "
     f"{plan['tokens_per_step']:,} {plan['unit']}/step, {plan['dtype']}, remat {plan['remat']}, "
     f"{plan['layers']} layers, {plan['attention']} attention, loss in {plan['loss']}, "
     f"{plan['optimizer']}"
@@ -157,7 +158,7 @@ def plan_tables(plan: dict[str, Any]) -> str:
     "Compute counts executed products, recomputation included, at peak; memory every live "
     "byte written and read once; network all links at once. The estimate adds XLA's cycle "
     "counts, Pallas kernels (attention at peak, the loss at 70 or 85% of it), and what XLA does "
-    "not hide of the communication, around one ring, and between slices all of it. MFU counts model FLOPs only. Days and "
-    "chip-hours are for all steps of the config."
+    "not hide of the communication, around one ring, and between slices all of it. MFU counts "
+    "model FLOPs only. Days and chip-hours are for all steps of the config."
   )
   return "\n\n".join([*tables_, *plan["advice"], note])
