@@ -169,7 +169,11 @@ def test_a_slice_that_is_lost_changes_nothing(tmp_path):
     result = run_program("train", *args, env=alone)
     assert result.returncode == 0, result.stderr
   np.testing.assert_allclose(losses(workdir), losses(tmp_path / "alone"), rtol=1e-5)
-  assert samples(workdir) == samples(tmp_path / "alone")
+  # As sets: the lost process noted some rows that were read again, in other parts.
+  found, expected = (
+    {step: set(ids) for step, ids in samples(run).items()} for run in (workdir, tmp_path / "alone")
+  )
+  assert found == expected and len(found) == 20
 
 
 @pytest.mark.slow
