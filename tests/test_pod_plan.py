@@ -248,15 +248,12 @@ def test_a_plan_of_two_slices():
     4 * leaf.size / (4 if "embed" in sharding.logical_axes(sharding.path_names(path)) else 1)
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
   )
-  sent = []
-  for dtype in ("", "bfloat16"):
-    told = plan(*args, "--slices=2", f"--config.slice_grad_dtype={dtype}", env=QUICKLY)
-    assert told["mesh"] == {"slices": 2, "data": 1, "fsdp": 4, "tensor": 1} and told["chips"] == 8
-    row = told["granularities"]["S"]
-    assert row["slice_s"] == pytest.approx(row["slice_wire_bytes"] / 3.125e9)  # of one chip
-    sent.append(row["slice_wire_bytes"])
+  told = plan(*args, "--slices=2", "--config.slice_grad_dtype=bfloat16", env=QUICKLY)
+  assert told["mesh"] == {"slices": 2, "data": 1, "fsdp": 4, "tensor": 1} and told["chips"] == 8
+  row = told["granularities"]["S"]
+  assert row["slice_wire_bytes"] == pytest.approx(gradients / 2, rel=3e-3)  # and losses
+  assert row["slice_s"] == pytest.approx(row["slice_wire_bytes"] / 3.125e9)  # of one chip
   assert "2 slices of v5e:2x2" in report.plan_tables(told)
-  assert sent == pytest.approx([gradients, gradients / 2], rel=3e-3)  # and losses
 
 
 def test_a_plan_of_decoding():

@@ -128,9 +128,8 @@ def test_parameters_and_moments_are_sharded():
     assert leaf.addressable_shards[0].data.size == leaf.size // 4  # fsdp x tensor
 
 
-def test_gradients_cross_slices_once_in_the_dtype_asked_for():
+def test_gradients_cross_slices_once_in_the_dtype_asked_for(single_device):
   """A sum over slices per parameter, after all others and after micro-batches are added up."""
-  plain, _ = run(make_trainer(dict(fsdp=8)), 3)
   for dtype in ("", "bfloat16"):
     changes = {"slice_grad_dtype": dtype, "grad_accum": 2}
     trainer = make_trainer(dict(slices=2, data=2, fsdp=2), **changes)
@@ -139,7 +138,7 @@ def test_gradients_cross_slices_once_in_the_dtype_asked_for():
     assert len(gradients) == len(jax.tree.leaves(trainer.abstract_state.params))
     assert {s.dtype for s in gradients} == {jnp.dtype(dtype or "float32")}
     if dtype:  # the other one is among the meshes that agree
-      np.testing.assert_allclose(run(trainer, 3)[0], plain, rtol=2e-3)
+      np.testing.assert_allclose(run(trainer, 2)[0], single_device[0][:2], rtol=2e-3)
   with pytest.raises(UserError, match="slice_grad_dtype='int8' is not one of"):
     make_trainer(dict(slices=2, fsdp=4), slice_grad_dtype="int8").execution  # noqa: B018
 
