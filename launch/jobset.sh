@@ -4,8 +4,8 @@
 #   launch/jobset.sh [--dry-run] apply|logs|status|delete -- --config=configs/matlm.py:850M --workdir=/mnt/runs/first
 #
 # Settings, by environment: NAME (matformer), IMAGE, TPU_ACCELERATOR (tpu-v5-lite-podslice),
-# TPU_TOPOLOGY (4x4), HOSTS (4, of a slice), CHIPS_PER_HOST (4), SLICES (1), CLAIM (matformer-runs, a shared volume that
-# is mounted at /mnt/runs), MAX_RESTARTS (20).
+# TPU_TOPOLOGY (4x4), HOSTS (4, of a slice), CHIPS_PER_HOST (4), SLICES (1), CLAIM
+# (matformer-runs, a shared volume that is mounted at /mnt/runs), MAX_RESTARTS (20).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh

@@ -73,7 +73,7 @@ def _goodput(plan, config) -> tuple[failures.Job, list[dict[str, Any]]]:
 
 
 def _tune(config, topology: str, say) -> None:
-  for flag in (_MESH, _DECODE_BATCH, _TOP, _SLICES):
+  for flag in (_MESH, _DECODE_BATCH, _TOP, _SLICES, _GOODPUT):
     if flag.value != flag.default:
       raise UserError(
         f"--{flag.name}={flag.value} is not for --tune, which searches from the config as it is"

@@ -19,6 +19,7 @@ from matformer_jax.hosts import goodput
 from matformer_jax.hosts.multihost import Hosts
 from matformer_jax.hosts.watchdog import Watchdog
 from matformer_jax.models import loss_kernel, matlm
+from matformer_jax.planning import estimate
 from matformer_jax.tasks.language import NextToken
 from matformer_jax.tpu import chips, hlo
 from matformer_jax.training import metrics, optim
@@ -133,7 +134,9 @@ def test_gradients_cross_slices_once_in_the_dtype_asked_for(single_device):
   for dtype in ("", "bfloat16"):
     changes = {"slice_grad_dtype": dtype, "grad_accum": 2}
     trainer = make_trainer(dict(slices=2, data=2, fsdp=2), **changes)
-    sums = list(across_slices(trainer.trace(trainer.granularities[0]).jaxpr.jaxpr))
+    found = estimate.equations(trainer.trace(trainer.granularities[0]).jaxpr.jaxpr, "psum")
+    across = [(eqn, times) for eqn, times in found if eqn.params["axes"] == ("slices",)]
+    sums = [var.aval for eqn, times in across for _ in range(times) for var in eqn.invars]
     gradients = [s for s in sums if s.shape]  # the others are losses
     assert len(gradients) == len(jax.tree.leaves(trainer.abstract_state.params))
     assert {s.dtype for s in gradients} == {jnp.dtype(dtype or "float32")}
@@ -141,18 +144,6 @@ def test_gradients_cross_slices_once_in_the_dtype_asked_for(single_device):
       np.testing.assert_allclose(run(trainer, 2)[0], single_device[0][:2], rtol=2e-3)
   with pytest.raises(UserError, match="slice_grad_dtype='int8' is not one of"):
     make_trainer(dict(slices=2, fsdp=4), slice_grad_dtype="int8").execution  # noqa: B018
-
-
-def across_slices(jaxpr, times: int = 1):
-  """Shapes of what is summed over the slices alone; as often as in a loop, were there one."""
-  for eqn in jaxpr.eqns:
-    if "psum" in eqn.primitive.name and eqn.params.get("axes") == ("slices",):
-      yield from times * [v.aval for v in eqn.invars]
-    for value in eqn.params.values():
-      for inner in value if isinstance(value, (tuple, list)) else (value,):
-        inner = getattr(inner, "jaxpr", inner)
-        if hasattr(inner, "eqns"):
-          yield from across_slices(inner, times * eqn.params.get("length", 1))
 
 
 def test_slices_are_neighbours():

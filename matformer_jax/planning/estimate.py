@@ -32,7 +32,7 @@ KERNEL_KEPT = ("none", "products")  # remat policies
 
 def matmul_flops(jaxpr) -> float:
   """FLOPs of all matrix products in a jaxpr; loops counted as often as they run."""
-  return sum(times * _product_flops(eqn) for eqn, times in _equations(jaxpr, "dot_general"))
+  return sum(times * _product_flops(eqn) for eqn, times in equations(jaxpr, "dot_general"))
 
 
 def _product_flops(eqn) -> float:
@@ -41,7 +41,7 @@ def _product_flops(eqn) -> float:
   return 2.0 * math.prod(eqn.outvars[0].aval.shape) * depth
 
 
-def _equations(jaxpr, primitive: str, times: int = 1) -> Iterator[tuple[Any, int]]:
+def equations(jaxpr, primitive: str, times: int = 1) -> Iterator[tuple[Any, int]]:
   """(equation, how often it runs) of a primitive, outside of kernels; in every branch."""
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == primitive:
@@ -49,7 +49,7 @@ def _equations(jaxpr, primitive: str, times: int = 1) -> Iterator[tuple[Any, int
     elif eqn.primitive.name != "pallas_call":
       for value in eqn.params.values():
         for inner in _jaxprs(value):
-          yield from _equations(inner, primitive, times * eqn.params.get("length", 1))
+          yield from equations(inner, primitive, times * eqn.params.get("length", 1))
 
 
 def _jaxprs(value) -> list:
@@ -103,7 +103,7 @@ def kernels(trainer: Trainer, granularity: gran.Granularity, jaxpr) -> Kernels:
   """The kernels of a traced step."""
   calls = [
     (eqn.params["cost_estimate"], times)
-    for eqn, times in _equations(jaxpr, "pallas_call")
+    for eqn, times in equations(jaxpr, "pallas_call")
     if eqn.params["cost_estimate"] and "splash" not in str(eqn.params["name"])
   ]
   loss = [(c.flops, c.bytes_accessed) for c, times in calls for _ in range(times)]
@@ -265,7 +265,7 @@ def timing(
     "memory_s": moved / tpu.core_hbm_bytes_per_s,
     "network_s": wire / (tpu.links * tpu.link_bytes_per_s / tpu.cores_per_chip),
   }
-  crossing = sum(c.wire_bytes(slices) for c in hlo.crossings(text))
+  crossing = sum(c.wire_bytes for c in hlo.crossings(text, slices))
   # Where the rate is not published the estimate is without it.
   between_s = crossing / tpu.core_dcn_bytes_per_s if tpu.dcn_bytes_per_s else 0.0
   cycles = hlo.estimated_cycles(text)

@@ -41,7 +41,7 @@ _LOCATION = re.compile(r"(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)")
 _FRAME_AT = re.compile(r"(\d+) \{file_location_id=(\d+)")
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CROSSING = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_CROSSING = re.compile(r' = \((\S+), .* recv\(.*_xla_megascale_transfer_type="(\w+)"')
 _GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\]\s*\{([^}]*)\})")
 
 
@@ -79,34 +79,18 @@ class Collective:
     return once * self.times
 
 
-@dataclasses.dataclass(frozen=True)
-class Crossing:
-  """A collective between slices, over the data-center network.
-
-  Attributes:
-    kind: as XLA names it, e.g. ALL_REDUCE.
-    bytes: that a device gives to it.
-    times: how often it runs in one call of the program.
-  """
-
-  kind: str
-  bytes: int
-  times: int
-
-  def wire_bytes(self, slices: int) -> float:
-    """Bytes that a device sends to other slices in one call, in the ring algorithm."""
-    others = (slices - 1) / slices
-    return self.times * self.bytes * (2 * others if self.kind == "ALL_REDUCE" else others)
-
-
-def crossings(text: str) -> list[Crossing]:
-  """Every collective between slices of a TPU program: a transfer to the host, which has the NIC."""
-  return [
-    Crossing(kind.group(1), _arrays(line.partition(" = ")[2], "", False)[0], times)
-    for _, lines, times, _ in _executed(text, into_fusions=True)
-    for line in lines
-    if " send(" in line and (kind := _CROSSING.search(line))
-  ]
+def crossings(text: str, slices: int) -> list[Collective]:
+  """Every collective between slices of a TPU program: what it receives from the hosts."""
+  found = []
+  for _, lines, times, _ in _executed(text, into_fusions=True):
+    for line in lines:
+      match = _CROSSING.search(line)
+      if match:
+        kind = match.group(2).lower().replace("_", "-")
+        kind = kind if kind in KINDS else "collective-permute"
+        received = _arrays(match.group(1), kind, started=False)
+        found.append(Collective(kind, len(received), sum(received), slices, times, hidden=False))
+  return found
 
 
 def collectives(text: str) -> list[Collective]:
