@@ -62,7 +62,7 @@ def _goodput(plan, config) -> tuple[failures.Job, list[dict[str, Any]]]:
     raise UserError("--goodput needs the step of every size that is sampled, and that they fit")
   job = failures.Job(
     chips=plan["chips"],
-    slices=plan["slices"],
+    slices=_SLICES.value,
     chip_hours=_CHIP_HOURS.value,
     save_s=_SAVE_S.value,
     write_s=_WRITE_S.value,

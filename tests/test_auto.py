@@ -73,7 +73,7 @@ def executed(
   config.update(changes)
   device = types.SimpleNamespace(platform="tpu", device_kind=chip)
   mesh: Any = types.SimpleNamespace(
-    devices=np.array([device], object), shape=dict(data=1, fsdp=1, tensor=1), size=1
+    devices=np.array([device], object), shape=dict(slices=1, data=1, fsdp=1, tensor=1), size=1
   )
   state: Any = types.SimpleNamespace(params={})
   with pytest.MonkeyPatch.context() as patch:

@@ -293,7 +293,7 @@ def test_runs_are_trained_once_and_go_on(smoke, tmp_path, capsys):
 def test_a_run_that_cannot_be_trained_is_named(smoke, tmp_path):
   bad = smoke.universal(smoke.scale.text, MATFORMER, 0).but("text/bad", {"batch_size": 0})
   for jobs in (1, 2):
-    with pytest.raises(UserError, match="text/bad could not be trained.*batch_size"):
+    with pytest.raises(UserError, match="text/(bad|worse) could not be trained.*batch_size"):
       Pool(tmp_path / "runs", jobs).train([bad, bad.but("text/worse", {})][:jobs])
 
 

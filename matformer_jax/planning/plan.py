@@ -84,7 +84,6 @@ def make_plan(
   flash = attention.runs_kernel(model_config.num_tokens, trainer.execution)
   plan: dict[str, Any] = {
     "topology": topology,
-    "slices": slices,
     "chips": count,
     "cores": mesh.size,
     "mesh": sharding.sizes(mesh),

@@ -29,7 +29,8 @@ def _dearest_tables(name: str, found: dict[str, list[dict[str, Any]]]) -> list[s
 
 
 def _slices(plan: dict[str, Any]) -> str:
-  return f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
+  slices = plan["mesh"].get("slices", 1)
+  return f"{slices} slices of " if slices > 1 else ""
 
 
 def plan_tables(plan: dict[str, Any]) -> str:
@@ -87,7 +88,7 @@ def plan_tables(plan: dict[str, Any]) -> str:
         ],
       ),
     ]
-    if plan["slices"] > 1:
+    if _slices(plan):
       tables_ += [
         "Between slices, per step and core, over the data-center network",
         tables.table(
