@@ -53,6 +53,7 @@ def base(task: str, **own) -> ml_collections.ConfigDict:
       replica_check_every=0,
       hang_timeout_s=1800.0,  # exit when nothing finishes for this long; 0 waits for ever
       peer_timeout_s=60.0,  # exit when another host is silent for this long
+      storage_timeout_s=300.0,  # exit when a bucket's workdir cannot be written for this long
       # -1: the remaining devices of a slice; slices=0: as many as the devices are of.
       mesh=dict(slices=0, data=1, fsdp=1, tensor=1),
       slice_grad_dtype="",  # in which gradients cross slices, e.g. bfloat16; "": as computed

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
 
-from matformer_jax import config_files, runtime
+from matformer_jax import config_files, runtime, storage
 from matformer_jax.config_keys import Config
 from matformer_jax.errors import SEED_LIMIT, UserError
 
@@ -159,8 +159,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
       return code
     except UserError as e:
       fail(str(e))
-    except OSError as e:
-      if e.errno not in _DISK_ERRORS:
+    except Exception as e:
+      if storage.is_refusal(e):
+        fail(str(storage.refusal(e)))
+      if not isinstance(e, OSError) or e.errno not in _DISK_ERRORS:
         raise
       fail(
         f"{e.filename or 'file'}: {e.strerror}; free space, or choose a directory "

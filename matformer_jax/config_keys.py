@@ -158,6 +158,7 @@ class Config(_Keys):
   replica_check_every: int
   hang_timeout_s: float
   peer_timeout_s: float
+  storage_timeout_s: float
   mesh: MeshKeys
   model: ModelKeys
   data: DataKeys

@@ -24,7 +24,7 @@ from typing import Any
 from absl import flags
 import tqdm
 
-from matformer_jax import cli, runtime, tables
+from matformer_jax import cli, runtime, storage, tables
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.errors import UserError, did_you_mean, first_line, import_extra
@@ -129,10 +129,10 @@ def _load_with_files(manager: Any, name: str, files: Mapping[str, str]) -> dict[
 class Store:
   """What has been measured, one JSON file per task and size, each with all that it depends on."""
 
-  def __init__(self, directory: pathlib.Path):
+  def __init__(self, directory: storage.Path):
     self._directory = directory
 
-  def _path(self, key: Mapping[str, Any]) -> pathlib.Path:
+  def _path(self, key: Mapping[str, Any]) -> storage.Path:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return self._directory / f"{key['task']}-{digest}.json"
 
@@ -148,7 +148,7 @@ class Store:
     """Keeps a result, and returns it with its key."""
     self._directory.mkdir(parents=True, exist_ok=True)
     found = {"key": dict(key), **result}
-    runtime.replace_file(self._path(key), runtime.to_json(found, 1).encode())
+    storage.replace_file(self._path(key), runtime.to_json(found, 1).encode())
     return found
 
 
@@ -198,8 +198,8 @@ def table(
 
 
 def write_tables(
-  directory: pathlib.Path, header: list[str], cells: list[list[str]], record: Mapping[str, Any]
-) -> list[pathlib.Path]:
+  directory: storage.Path, header: list[str], cells: list[list[str]], record: Mapping[str, Any]
+) -> list[storage.Path]:
   """table.md, table.csv and table.json; the last with what the others round."""
   escaped = [[text.replace("|", "\\|") for text in row] for row in (header, *cells)]
   lines = ["| " + " | ".join(row) + " |" for row in escaped]
@@ -213,7 +213,7 @@ def write_tables(
   }
   directory.mkdir(parents=True, exist_ok=True)
   for name, content in contents.items():
-    runtime.replace_file(directory / name, content.encode())
+    storage.replace_file(directory / name, content.encode())
   return [directory / name for name in contents]
 
 
@@ -272,7 +272,7 @@ def digest(files: Iterable[pathlib.Path]) -> str | None:
 def main(argv) -> None:
   cli.check(argv)
   workdir = cli.required(_WORKDIR)
-  out = pathlib.Path(_OUT.value or os.path.join(workdir, "downstream"))
+  out = storage.path(_OUT.value or storage.path(workdir) / "downstream")
   needed_by = "downstream"
   lm_eval = import_extra("lm_eval", needed_by, "eval")
   tasks = import_extra("lm_eval.tasks", needed_by, "eval")

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-import pathlib
 
 from absl import flags
 import numpy as np
 import tqdm
 
-from matformer_jax import cli, plots, runtime, tables
+from matformer_jax import cli, plots, runtime, storage, tables
 from matformer_jax import granularity as gran
 from matformer_jax.errors import UserError
 from matformer_jax.evals import Result, lm
@@ -207,7 +206,7 @@ def main(argv) -> None:
     plot(model, results, _PLOT.value, baseline)
     print(f"\nwrote {_PLOT.value}")
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(
+    storage.path(_JSON.value).write_text(
       runtime.to_json(as_json(model, results, baseline, _SOURCE.value), 1)
     )
     print(f"wrote {_JSON.value}")

@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 import os
 import pathlib
-import shutil
 import time
 from typing import Any
 
 from absl import flags
 import jax
 
-from matformer_jax import cli, runtime
+from matformer_jax import cli, runtime, storage
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import model_dir
 from matformer_jax.errors import UserError
@@ -64,7 +63,7 @@ def export(
     UserError: for what the format cannot hold, an `out` that is taken, a package that is missing,
       or logits that differ.
   """
-  out = pathlib.Path(out)
+  out = storage.path(out)
   g = gran.full(model.config) if granularity is None else gran.parse(granularity, model.config)
   config = gran.submodel_config(model.config, g)
   _check_free(out, format)
@@ -77,20 +76,11 @@ def export(
       f"{gran.to_text(g, model.config)} as {format}; leave it out"
     )
   params = jax.device_get(slicing.slice_params(model.params, model.config, g))
-  temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
-  out.parent.mkdir(parents=True, exist_ok=True)
-  try:
-    lines = write(model, config, params, temporary, dtype, mixed, check)
-    if out.is_dir():
-      out.rmdir()
-    temporary.rename(out)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.unlink(missing_ok=True)
-  return lines
+  with storage.written_aside(out) as temporary:
+    return write(model, config, params, temporary, dtype, mixed, check)
 
 
-def _check_free(out: pathlib.Path, format: str) -> None:
+def _check_free(out: storage.Path, format: str) -> None:
   if not out.name:
     raise UserError(f"--out={out} must name a new directory")
   if format != "gguf":
@@ -194,7 +184,7 @@ def main(argv) -> None:
   format = cli.required(_FORMAT, f"one of {', '.join(FORMATS)}")
   if _GRANULARITY.value and _BUDGET.value:
     raise UserError("give --granularity or --budget, not both")
-  _check_free(pathlib.Path(out), format)
+  _check_free(storage.path(out), format)
   runtime.enable_compilation_cache()
   started = time.perf_counter()
   model: Any = load(workdir, _STEP.value)

@@ -11,15 +11,13 @@ further (--config.init_from), like any other model.
 from __future__ import annotations
 
 import os
-import pathlib
-import shutil
 import time
 
 from absl import flags
 import jax
 import tqdm
 
-from matformer_jax import cli, models, sharding
+from matformer_jax import cli, models, sharding, storage
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint, model_dir
@@ -51,7 +49,7 @@ def extract(
       that is taken.
     checkpoint.DamagedCheckpoint: (a UserError) if no step's slices verify.
   """
-  workdir, out = pathlib.Path(workdir), pathlib.Path(out)
+  workdir, out = storage.path(workdir), storage.path(out)
   card = cards.read(workdir)
   config = model_config(card)
   g = gran.parse(granularity, config)
@@ -75,22 +73,22 @@ def extract(
   card = card | {
     "model": sub_config.to_dict(),
     "extracted": {
-      "from": str(workdir.resolve()),
+      "from": str(storage.absolute(workdir)),
       "step": number,
       "granularity": gran.to_text(g, config),
     },
   }
 
-  def copy_files(directory: pathlib.Path) -> None:
+  def copy_files(directory: storage.Path) -> None:
     for name in kind_of(card).resolve("objective").files:
       if (workdir / name).exists():
-        shutil.copyfile(workdir / name, directory / name)
+        storage.copy_file(workdir / name, directory / name)
 
   model_dir.write(out, card, params, number, copy_files)
   return sub_config
 
 
-def _read(workdir: pathlib.Path, step: int, config: ModelConfig, g: gran.Granularity):
+def _read(workdir: storage.Path, step: int, config: ModelConfig, g: gran.Granularity):
   """The submodel's parameter tree, read slice by slice."""
   reader = checkpoint.SliceReader(workdir, step, config)
   parts = gran.slices(config, g)

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 import json
 import os
-import pathlib
 import time
 from typing import Any
 
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from matformer_jax import cli, runtime
+from matformer_jax import cli, runtime, storage
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint, model_dir
 from matformer_jax.config import Execution, MatLMConfig
@@ -45,7 +44,7 @@ CALIBRATION_BYTES = 16  # of text read per token that is measured, about four ti
 
 def import_model(
   source: sources.Source,
-  out: pathlib.Path,
+  out: storage.Path,
   config: MatLMConfig,
   calibration: str | None = None,
   tokens: int = 65_536,
@@ -109,7 +108,8 @@ def _card(
   training = get_config("elastify")
   training.model = ModelKeys(config.to_dict())
   kind, colon, path = (calibration or training.data.source).partition(":")
-  path = os.path.abspath(os.path.expanduser(path)) if kind == "text" else path
+  if kind == "text" and not storage.is_bucket(path):
+    path = os.path.abspath(os.path.expanduser(path))
   training.data.source = f"{kind}{colon}{path}"  # from wherever the model is measured
   return {
     "format": checkpoint.FORMAT,
@@ -154,7 +154,7 @@ def _numbers(flag: flags.FlagHolder[list[str]]) -> Sequence[Fraction]:
 def main(argv) -> None:
   cli.check(argv)
   path = cli.required(_FROM, sources.WHAT_TO_GIVE)
-  out = pathlib.Path(cli.required(_OUT))
+  out = storage.path(cli.required(_OUT))
   if (_CALIBRATION.value or "").startswith("tokens:"):
     raise UserError(
       f"--calibration={_CALIBRATION.value}: text is needed, for the source's own tokenizer; give "

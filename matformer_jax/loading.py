@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
 import os
-import pathlib
 import time
 from typing import Any, TypeVar, overload
 
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from matformer_jax import granularity as gran
-from matformer_jax import models, tables
+from matformer_jax import models, storage, tables
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import (
@@ -92,12 +91,12 @@ class Model:
   config: ModelConfig
   step: int
   card: dict[str, Any]
-  workdir: pathlib.Path
+  workdir: storage.Path
   execution: Execution
 
   @classmethod
   def read_extras(
-    cls, workdir: pathlib.Path, card: Mapping[str, Any], config: ModelConfig
+    cls, workdir: storage.Path, card: Mapping[str, Any], config: ModelConfig
   ) -> dict[str, Any]:
     """What a kind of model has beside its weights: values of the fields that it adds."""
     return {}
@@ -351,10 +350,10 @@ class LanguageModel(Model):
 def load(workdir: str | os.PathLike, step: int | None = None, kind: type[M] = Model) -> M:
   """Loads a trained model: a LanguageModel or a VisionModel.
 
-  Reads local files only; unpickles nothing.
+  Reads files of this machine, or of a bucket; unpickles nothing.
 
   Args:
-    workdir: directory of a training run.
+    workdir: directory of a training run; gs:// too.
     step: which checkpoint; default the newest that verifies.
     kind: of model that is wanted.
 
@@ -363,7 +362,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, kind: type[M] = Mo
     checkpoint.DamagedCheckpoint: (a UserError) if `step` fails verification,
       naming the leaf.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = storage.path(workdir)
   card = cards.read(workdir)
   config = model_config(card)
   loaded = kind_of(config).resolve("loaded")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import io
 import os
 from typing import Any
+
+from matformer_jax import storage
 
 
 @contextlib.contextmanager
@@ -24,7 +27,9 @@ def figure(path: str | os.PathLike, size: tuple[float, float] = (7, 4.5)) -> Ite
   try:
     yield axes
     axes.grid(alpha=0.3)
-    fig.savefig(path, dpi=140)
+    image = io.BytesIO()
+    fig.savefig(image, dpi=140, format="png")
+    storage.path(path).write_bytes(image.getvalue())
   finally:
     plt.close(fig)
 

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import tqdm
 
-from matformer_jax import cli, plots, runtime, sharding, tables
+from matformer_jax import cli, plots, runtime, sharding, storage, tables
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.data import image_sources
@@ -137,8 +137,8 @@ def embed_corpus(
       for file, array in zip(files, embedder.embed(source.part(rows), granularity, bar)):
         buffer = io.BytesIO()
         np.save(buffer, array)
-        runtime.replace_file(file, buffer.getvalue())
-  runtime.replace_file(path / MANIFEST, json.dumps(facts, indent=1).encode())
+        storage.replace_file(file, buffer.getvalue())
+  storage.replace_file(path / MANIFEST, json.dumps(facts, indent=1).encode())
   labels = [np.load(path / f"labels-{i:05d}.npy")[:, 0] for i in range(len(chunks))]
   return Corpus(path, len(chunks), np.concatenate(labels))
 
@@ -292,7 +292,8 @@ def main(argv) -> None:
   if _MAX_QUERIES.value:
     queries = queries.part(range(min(_MAX_QUERIES.value, queries.size)))
   embedder = Embedder(model, _BATCH_SIZE.value, _WORKERS.value)
-  root = pathlib.Path(_OUT.value or model.workdir / "retrieval")
+  staging = storage.Staging(storage.path(_OUT.value or model.workdir / "retrieval"))
+  root = staging.local
   text = lambda g: gran.to_text(g, config)
   corpus = embed_corpus(embedder, corpus_images, full, root)
   options = ks, _METRIC.value, _BACKEND.value
@@ -347,7 +348,8 @@ def main(argv) -> None:
     f"{model.workdir.name}: retrieval with elastic query encoders",
     root / "retrieval.png",
   )
-  print(f"wrote {root / 'retrieval.csv'}, retrieval.json, retrieval.png")
+  staging.sync()
+  print(f"wrote {staging.directory / 'retrieval.csv'}, retrieval.json, retrieval.png")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import glob
 import json
 import math
 import os
-import pathlib
 import platform
 import sys
 from typing import Any
@@ -59,13 +58,6 @@ def compile_fast() -> None:
   here: for programs that run only a few times. Must come before JAX's first use."""
   flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-
-
-def replace_file(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file atomically."""
-  temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-  temporary.write_bytes(content)
-  temporary.rename(path)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 import tqdm
 
-from matformer_jax import cli, plots, runtime, tables
+from matformer_jax import cli, plots, runtime, storage, tables
 from matformer_jax import granularity as gran
 from matformer_jax.config import Execution, MatLMConfig
 from matformer_jax.errors import UserError
@@ -416,7 +416,7 @@ def main(argv) -> None:
   workdir = cli.required(_WORKDIR)
   if _SOURCE.value and not _OUT.value:
     raise UserError("--source needs --out, since WORKDIR/search is for the training data")
-  out = pathlib.Path(_OUT.value or pathlib.Path(workdir) / "search")
+  out = storage.path(_OUT.value or storage.path(workdir) / "search")
   runtime.enable_compilation_cache()
   model = load(workdir, _STEP.value, LanguageModel)
   config = model.config
@@ -438,32 +438,32 @@ def main(argv) -> None:
     np.stack([rows[c.granularity] for c in found]),
     bits_per_nat(batches),
   )
-  out.mkdir(parents=True, exist_ok=True)
   flat = as_rows(config, scored)
-  with open(out / "search.csv", "w", newline="") as f:
-    writer = csv.DictWriter(f, flat[0].keys())
-    writer.writeheader()
-    writer.writerows(flat)
-  (out / "search.json").write_text(
-    runtime.to_json(
-      {
-        "workdir": str(model.workdir),
-        "step": model.step,
-        "source": _SOURCE.value or model.card["config"]["data"]["source"],
-        "tokens": tokens,
-        "rows": flat,
-        **({"nas": architectures.to_json()} if architectures else {}),
-      },
-      indent=1,
+  with storage.local_directory(out) as files:
+    with open(files / "search.csv", "w", newline="") as f:
+      writer = csv.DictWriter(f, flat[0].keys())
+      writer.writeheader()
+      writer.writerows(flat)
+    (files / "search.json").write_text(
+      runtime.to_json(
+        {
+          "workdir": str(model.workdir),
+          "step": model.step,
+          "source": _SOURCE.value or model.card["config"]["data"]["source"],
+          "tokens": tokens,
+          "rows": flat,
+          **({"nas": architectures.to_json()} if architectures else {}),
+        },
+        indent=1,
+      )
     )
-  )
-  plot(
-    config,
-    scored,
-    f"{len(distinct)} submodels of {model.workdir.name}, step {model.step:,}, "
-    f"{tokens:,} tokens each",
-    out / "search.png",
-  )
+    plot(
+      config,
+      scored,
+      f"{len(distinct)} submodels of {model.workdir.name}, step {model.step:,}, "
+      f"{tokens:,} tokens each",
+      files / "search.png",
+    )
   print(
     f"{model.workdir}, step {model.step:,}: {len(distinct)} submodels, {tokens:,} validation "
     f"tokens each{f' of {_SOURCE.value}' if _SOURCE.value else ''}\n"

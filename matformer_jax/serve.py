@@ -12,11 +12,10 @@ SIGTERM and Ctrl-C let what is running finish, and end with exit code 0.
 from __future__ import annotations
 
 import os
-import pathlib
 
 from absl import flags
 
-from matformer_jax import cli, runtime
+from matformer_jax import cli, runtime, storage
 from matformer_jax.errors import UserError, import_extra
 from matformer_jax.loading import LanguageModel, load
 
@@ -43,7 +42,7 @@ def main(argv) -> None:
   if not key.isprintable() or not key.isascii():
     raise UserError(f"the key in {KEY_VARIABLE} or --api_key must be printable ASCII")
   settings = api.Settings(
-    name=_NAME.value or pathlib.Path(workdir).resolve().name.replace(":", "-"),
+    name=_NAME.value or storage.absolute(storage.path(workdir)).name.replace(":", "-"),
     api_key=key,
     local_only=local,
     max_body=_MAX_BODY.value,

@@ -7,22 +7,20 @@ and Open MPI's mpirun the processes find each other; elsewhere start one per mac
 with --coordinator, --num_processes and --process_id.
 
 Exit codes: 0 done; 1 an error to fix first (config, data, divergence, a workdir in use); 143
-stopped by SIGTERM, 130 by Ctrl-C; 42 lost a peer, hung or a hardware fault: run the same
-command again.
+stopped by SIGTERM, 130 by Ctrl-C; 42 lost a peer or the workdir's bucket, hung or a hardware
+fault: run the same command again.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import pathlib
-import shutil
 
 from absl import flags
 import jax
 from jax.sharding import Mesh
 
-from matformer_jax import cli, models, runtime, sharding, tables
+from matformer_jax import cli, models, runtime, sharding, storage, tables
 from matformer_jax import granularity as gran
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
@@ -77,7 +75,7 @@ def train(
     UserError: for a mistake in the config, corpus or workdir, divergence, a workdir that
       another training is using, or one whose checkpoints cannot be restored.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = storage.path(workdir)
   stop = StopSignal(hosts)
   runtime.enable_compilation_cache()
   _check_config(config)
@@ -88,7 +86,7 @@ def train(
   if not workdir.exists():
     cards.with_model_of_init(config)  # a mistake there leaves no directory behind
   workdir.mkdir(parents=True, exist_ok=True)
-  with lock.hold(workdir, hosts):
+  with lock.hold(workdir, hosts, lost_s=config.storage_timeout_s):
     if start_over:
       _start_over(config, workdir, hosts)
     return _train(config, workdir, hosts, stop, profile, start_over)
@@ -96,7 +94,7 @@ def train(
 
 def _train(
   config: Config,
-  workdir: pathlib.Path,
+  workdir: storage.Path,
   hosts: Hosts,
   stop: StopSignal,
   profile: range,
@@ -139,8 +137,9 @@ def _train(
     say(f"nothing to do: {workdir} is at step {start:,} of {config.steps:,}")
     writer.close()
     return 0
+  staging = storage.Staging(workdir)
   log = metrics.RunLog(
-    workdir=workdir if hosts.first else None,
+    staging=staging if hosts.first else None,
     step=start,
     total_steps=config.steps,
     every=config.log_every,
@@ -165,8 +164,9 @@ def _train(
     log=log,
     ledger=ledger,
     watchdog=Watchdog(config.hang_timeout_s, hosts),
-    profile=StepProfile(profile, workdir),
-    samples=SampleLog(workdir, start, trainer, hosts) if config.data.log_samples else None,
+    staging=staging,
+    profile=StepProfile(profile, staging.local),
+    samples=SampleLog(staging, start, trainer, hosts) if config.data.log_samples else None,
     state=state,
     start=start,
     skipped=skipped,
@@ -178,10 +178,14 @@ def _train(
   except Exception as e:
     if not multihost.is_failure_of_peers(e):
       writer.wait()  # for what is being saved
+      log.close()
+      if not storage.is_refusal(e):
+        staging.sync()
     raise
   ledger.enter("checkpoint")
   writer.close()
   log.close()
+  staging.sync()
   ledger.save()
   say(ledger.report())
   if loop.stopped:
@@ -194,7 +198,7 @@ def _train(
 # ------------------------------------------------------------------ setting up
 
 
-def _task_on_mesh(config: Config, workdir: pathlib.Path | None) -> tuple[Task, Mesh]:
+def _task_on_mesh(config: Config, workdir: storage.Path | None) -> tuple[Task, Mesh]:
   """The task with its data, and the mesh. Raises UserError where they do not go together."""
   mesh = sharding.make_mesh(config.mesh)
   task = make_task(config, workdir)
@@ -205,7 +209,7 @@ def _task_on_mesh(config: Config, workdir: pathlib.Path | None) -> tuple[Task, M
   return task, mesh
 
 
-def _start_from(config: Config, workdir: pathlib.Path, old_card) -> Config:
+def _start_from(config: Config, workdir: storage.Path, old_card) -> Config:
   """The config with its model taken from `init_from`, where given."""
   made = next((how for how in ("extracted", "imported") if old_card and how in old_card), None)
   if made:
@@ -216,15 +220,15 @@ def _start_from(config: Config, workdir: pathlib.Path, old_card) -> Config:
   return cards.with_model_of_init(config, old_card)
 
 
-def _copy_files(config: Config, workdir: pathlib.Path, old_card) -> None:
+def _copy_files(config: Config, workdir: storage.Path, old_card) -> None:
   """Takes over what `init_from` holds beside its weights, such as a tokenizer."""
   if config.get("init_from") and cards.keeps_head(config) and not config.data.get("tokenizer"):
     for name in kind_of(config).resolve("objective").files:
-      source = pathlib.Path(config.init_from) / name
+      source = storage.path(config.init_from) / name
       if old_card is None:  # what is there is of an attempt that failed, perhaps with another model
         (workdir / name).unlink(missing_ok=True)
       if source.exists() and not (workdir / name).exists():
-        shutil.copyfile(source, workdir / name)
+        storage.copy_file(source, workdir / name)
 
 
 def _check_tokenizer(config: Config, card) -> None:
@@ -240,7 +244,7 @@ def _check_tokenizer(config: Config, card) -> None:
     )
 
 
-def _start_over(config: Config, workdir: pathlib.Path, hosts: Hosts) -> None:
+def _start_over(config: Config, workdir: storage.Path, hosts: Hosts) -> None:
   """Moves what a run has written out of the way, once; nothing is deleted.
 
   A job that is restarted repeats its command, flags included, and must resume what it began.
@@ -263,7 +267,7 @@ def _start_over(config: Config, workdir: pathlib.Path, hosts: Hosts) -> None:
 
 
 def _initial_state(
-  config, workdir: pathlib.Path, trainer: Trainer, hosts: Hosts, old_card
+  config, workdir: storage.Path, trainer: Trainer, hosts: Hosts, old_card
 ) -> tuple[TrainState, int, int]:
   """(state, steps done, updates skipped) of the newest checkpoint, or of a fresh start."""
   abstract = trainer.abstract_state
@@ -307,7 +311,7 @@ def _initial_state(
   return state, 0, 0
 
 
-def _owes_evaluation(config: Config, workdir: pathlib.Path, start: int, hosts: Hosts) -> bool:
+def _owes_evaluation(config: Config, workdir: storage.Path, start: int, hosts: Hosts) -> bool:
   """Whether the run was stopped after step `start` and before its evaluation."""
   if not start or not evaluates_after(config, start):
     return False
@@ -315,7 +319,7 @@ def _owes_evaluation(config: Config, workdir: pathlib.Path, start: int, hosts: H
   return not hosts.gather(any(row.get("step") == start for row in rows))[0]
 
 
-def _recover_tokenizer(workdir: pathlib.Path, card) -> None:
+def _recover_tokenizer(workdir: storage.Path, card) -> None:
   """Moves a damaged tokenizer's files out of the way; it is remade, or taken from its source."""
   wanted = card and card["identity"].get("tokenizer")
   if not wanted or not find_tokenizer(workdir):
@@ -330,13 +334,13 @@ def _recover_tokenizer(workdir: pathlib.Path, card) -> None:
         checkpoint.set_aside(path)
 
 
-def _check_shared(workdir: pathlib.Path, hosts: Hosts) -> None:
+def _check_shared(workdir: storage.Path, hosts: Hosts) -> None:
   """Raises UserError unless all hosts see the same workdir."""
   if hosts.count == 1:
     return
   token = workdir / f".shared-{hosts.gather(os.getpid())[0]}"
   if hosts.first:
-    token.touch()
+    storage.replace_file(token, b"")
   hosts.barrier()
   seen = hosts.gather(token.exists())
   if hosts.first:

@@ -1,13 +1,15 @@
 """Fixtures that tests share: one tiny model of each kind, trained by the real command."""
 
 import pathlib
+import re
 
+from buckets import BUCKET, Gcs
 from helpers import digits_args, run_program, train_args  # sets the environment: before JAX
 import jax
 import llama_files
 import pytest
 
-from matformer_jax import runtime
+from matformer_jax import runtime, storage
 from matformer_jax.config import MatLMConfig
 
 runtime.enable_compilation_cache()
@@ -54,3 +56,21 @@ def small_params(small):
 def lively_params(small_params):
   """Larger weights: at initialisation a model with tied embeddings repeats its last token."""
   return {**small_params, "blocks": jax.tree.map(lambda x: 4 * x, small_params["blocks"])}
+
+
+@pytest.fixture(scope="session")
+def gcs():
+  """A GCS server, started."""
+  server = Gcs()
+  server.start()
+  yield server
+  server.stop()
+
+
+@pytest.fixture
+def bucket(gcs, monkeypatch, request):
+  """A directory of its own in a bucket, which this process can reach."""
+  for name, value in gcs.env.items():
+    monkeypatch.setenv(name, value)
+  yield storage.path(f"gs://{BUCKET}/" + re.sub(r"\W+", "_", request.node.name))
+  gcs.fail_every, gcs.stall = 0, lambda method, path: None

@@ -36,7 +36,15 @@ class Job:
   """`count` processes that train the tiny row (or another: `make_args`) together."""
 
   def __init__(
-    self, workdir, count: int, program=None, per_process=None, make_args=train_args, **overrides
+    self,
+    workdir,
+    count: int,
+    program=None,
+    per_process=None,
+    make_args=train_args,
+    logs=None,
+    env=None,
+    **overrides,
   ):
     overrides = {
       "peer_timeout_s": float(PEER_TIMEOUT),
@@ -44,7 +52,7 @@ class Job:
       **ONE_WIDTH,
       **overrides,
     }
-    self._logs = workdir.parent / f"logs-{time.time_ns()}"
+    self._logs = (logs or workdir.parent) / f"logs-{time.time_ns()}"
     self._logs.mkdir()
     port = free_port()
     self.processes = []
@@ -57,7 +65,11 @@ class Job:
       with open(self._logs / str(i), "w") as log:
         self.processes.append(
           subprocess.Popen(
-            command, cwd=ROOT, env=environment(count), stdout=log, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=environment(count) | (env or {}),
+            stdout=log,
+            stderr=subprocess.STDOUT,
           )
         )
 
@@ -335,16 +347,19 @@ def test_a_flipped_bit_in_one_replica_is_caught(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_four_processes_restores_in_two_and_in_one(tmp_path):
+@pytest.mark.parametrize("place", ["here", "bucket"])
+def test_a_checkpoint_of_four_processes_restores_in_two_and_in_one(place, tmp_path, request):
   """Checksums of what four wrote are compared while restoring."""
-  workdir = tmp_path / "run"
-  job = Job(workdir, 4, steps=2, eval__every=0, eval__batches=1)
+  workdir, env = tmp_path / "run", {}
+  if place == "bucket":
+    workdir, env = request.getfixturevalue("bucket"), request.getfixturevalue("gcs").env
+  job = Job(workdir, 4, logs=tmp_path, env=env, steps=2, eval__every=0, eval__batches=1)
   assert job.wait() == [0] * 4, job.logs()
   found = []
-  for count in (2, 1):
+  for count in (2, 1) if place == "here" else (2,):
     out = tmp_path / str(count)
     out.mkdir()
-    job = Job(workdir, count, program=[WORKER, "dump", out])
+    job = Job(workdir, count, logs=tmp_path, env=env, program=[WORKER, "dump", out])
     assert job.wait() == [0] * count, job.logs()
     leaves = {}
     for path in sorted(out.iterdir()):
@@ -352,4 +367,4 @@ def test_a_checkpoint_of_four_processes_restores_in_two_and_in_one(tmp_path):
         assert key not in leaves or leaves[key].tobytes() == value.tobytes()
         leaves[key] = value
     found.append({key: value.tobytes() for key, value in leaves.items()})
-  assert found[0] == found[1] and len(found[0]) > 60
+  assert all(f == found[0] for f in found) and len(found[0]) > 60

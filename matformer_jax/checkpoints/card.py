@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from matformer_jax import granularity as gran
-from matformer_jax import runtime
+from matformer_jax import storage
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import kind_of, model_config
 from matformer_jax.config_keys import Config, ModelKeys
@@ -117,7 +117,7 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
   Raises:
     UserError: if the directory holds neither.
   """
-  path = pathlib.Path(workdir) / CARD_FILE
+  path = storage.path(workdir) / CARD_FILE
   try:
     card = json.loads(path.read_bytes())
     if not {"model", "identity", "config"} <= card.keys():
@@ -138,7 +138,7 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
   )
 
 
-def read_existing(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_existing(workdir: storage.Path) -> dict[str, Any] | None:
   """The card of a run to resume; None in a fresh directory."""
   try:
     return read(workdir)
@@ -148,19 +148,19 @@ def read_existing(workdir: pathlib.Path) -> dict[str, Any] | None:
     return None
 
 
-def write(workdir: pathlib.Path, card: dict[str, Any]) -> None:
+def write(workdir: storage.Path, card: dict[str, Any]) -> None:
   """Writes config.json atomically."""
-  runtime.replace_file(workdir / CARD_FILE, json.dumps(card, indent=1).encode())
+  storage.replace_file(workdir / CARD_FILE, json.dumps(card, indent=1).encode())
 
 
-def check_model(workdir: pathlib.Path, old_card, config: Config) -> None:
+def check_model(workdir: storage.Path, old_card, config: Config) -> None:
   """Compares what is known before any data is read, so that a wrong workdir fails fast."""
   _raise_if_different(
     workdir, {"model": _model(old_card)}, {"model": _as_json(model_config(config).to_dict())}
   )
 
 
-def check_same_run(workdir: pathlib.Path, old_card, new_card) -> None:
+def check_same_run(workdir: storage.Path, old_card, new_card) -> None:
   """Raises UserError where a resumed run would not be the same; notes other changes."""
   new_card = _as_json(new_card)
   # Runs made before there was a choice of methods sampled.

@@ -29,15 +29,17 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 import tensorstore
 
+from matformer_jax import storage
 from matformer_jax.checkpoints import checksums, manifest
 from matformer_jax.config import ModelConfig, Span, model_config
 from matformer_jax.errors import UserError, first_line
 from matformer_jax.hosts.multihost import Hosts
-from matformer_jax.runtime import replace_file, warn
+from matformer_jax.runtime import warn
 from matformer_jax.sharding import logical_axes, path_names
 
 STEPS_DIR = "checkpoints"
 DAMAGED_DIR = "checkpoints_damaged"
+_COMMITTED = "commit_success.txt"  # in a bucket, where nothing can be renamed: written last
 FORMAT = checksums.FORMAT
 MIN_CHUNK_BYTES = 2**20  # on disk; smaller ones cost more in files than they save in reading
 
@@ -85,10 +87,27 @@ def _seal(meta: Mapping[str, Any]) -> str:
 
 def steps(workdir: str | os.PathLike) -> list[int]:
   """Numbers of the step directories under `workdir`, oldest first, damaged or not."""
-  root = pathlib.Path(workdir) / STEPS_DIR
+  return sorted(int(p.name) for p in _step_directories(workdir) if _is_committed(p))
+
+
+def _step_directories(workdir: str | os.PathLike) -> list[storage.Path]:
+  root = storage.path(workdir) / STEPS_DIR
   if not root.is_dir():
     return []
-  return sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal() and p.is_dir())
+  return [p for p in root.iterdir() if p.name.isdecimal() and p.is_dir()]
+
+
+def _is_committed(step: storage.Path) -> bool:
+  """Whether a step was written to its end, as far as its directory's name does not say it."""
+  return not storage.is_bucket(step) or (step / _COMMITTED).exists()
+
+
+def _half_written(workdir: str | os.PathLike) -> list[storage.Path]:
+  """What a save that was cut off has left."""
+  root = storage.path(workdir) / STEPS_DIR
+  if storage.is_bucket(root):
+    return [p for p in _step_directories(workdir) if not _is_committed(p)]
+  return [p for p in root.iterdir() if ".orbax-checkpoint-tmp" in p.name] if root.is_dir() else []
 
 
 def read_meta(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
@@ -97,7 +116,7 @@ def read_meta(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
   Raises:
     DamagedCheckpoint: if it is missing, unreadable, or its seal does not match.
   """
-  path = pathlib.Path(workdir) / STEPS_DIR / str(step) / "meta" / "metadata"
+  path = storage.path(workdir) / STEPS_DIR / str(step) / "meta" / "metadata"
   try:
     meta = json.loads(path.read_bytes())
     if meta["seal"] != _seal(meta) or meta["step"] != step:
@@ -123,7 +142,7 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
     DamagedCheckpoint: naming the leaf that cannot be read or fails its checksum.
     UserError: where the file system refuses to read, which says nothing of the checkpoint.
   """
-  where = f"checkpoint {pathlib.Path(workdir) / STEPS_DIR / str(step)}"
+  where = f"checkpoint {storage.path(workdir) / STEPS_DIR / str(step)}"
   meta = read_meta(workdir, step)
   for name, abstract in items.items():
     if name not in meta["manifest"]:
@@ -165,12 +184,22 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
   return {name: restored[name] for name in items}, meta, restored["data"]
 
 
-def _for_tensorstore(directory: str | os.PathLike) -> pathlib.Path:
+def _for_tensorstore(directory: str | os.PathLike) -> storage.Path:
   """The absolute path of a directory, by a name that tensorstore does not change.
 
   It reads a backslash as a slash, so such a directory is named by its file descriptor.
+
+  Raises:
+    UserError: for a bucket in which checkpoints cannot be.
   """
-  path = pathlib.Path(directory).absolute()
+  path = storage.path(directory)
+  if storage.is_bucket(path):
+    if not os.fspath(path).startswith("gs://"):
+      raise UserError(
+        f"{path}: checkpoints can be in gs:// or on a file system; Orbax does not write to s3://"
+      )
+    return path
+  path = path.absolute()
   return pathlib.Path(f"/proc/self/fd/{_descriptor(path)}") if "\\" in str(path) else path
 
 
@@ -209,11 +238,10 @@ def restore_newest(
     NothingRestored: if there are steps and none can be restored; nothing is moved then.
     UserError: as `restore` for what is no damage.
   """
-  root = pathlib.Path(workdir) / STEPS_DIR
+  root = storage.path(workdir) / STEPS_DIR
   if repair and hosts.first:
-    for leftover in root.iterdir() if root.is_dir() else ():
-      if ".orbax-checkpoint-tmp" in leftover.name:
-        warn(f"half-written {leftover} set aside as {set_aside(leftover)}")
+    for leftover in _half_written(workdir):
+      warn(f"half-written {leftover} set aside as {set_aside(leftover)}")
   problems: dict[int, str] = {}
   for step in reversed(hosts.gather(steps(workdir))[0]):
     restored, problem = None, None
@@ -243,7 +271,7 @@ class SliceReader:
 
   def __init__(self, workdir: str | os.PathLike, step: int, config: ModelConfig):
     self._meta = read_meta(workdir, step)
-    self._where = f"checkpoint {pathlib.Path(workdir) / STEPS_DIR / str(step)}"
+    self._where = f"checkpoint {storage.path(workdir) / STEPS_DIR / str(step)}"
     self._path = _for_tensorstore(workdir) / STEPS_DIR / str(step) / "params"
     self._config = config
 
@@ -273,8 +301,7 @@ class SliceReader:
       "driver": "zarr",
       "kvstore": {
         "driver": "ocdbt",
-        # Not as a URL, in which some characters of a path would mean something else.
-        "base": {"driver": "file", "path": f"{self._path}/"},
+        "base": _kvstore(self._path),
         "path": ".".join(names),
       },
     }
@@ -294,15 +321,23 @@ class SliceReader:
     return part
 
 
-def set_aside(path: pathlib.Path) -> pathlib.Path:
+def _kvstore(directory: storage.Path) -> dict[str, Any]:
+  """A directory for tensorstore; not as a URL, in which some characters mean something else."""
+  if not storage.is_bucket(directory):
+    return {"driver": "file", "path": f"{directory}/"}
+  bucket, _, path = os.fspath(directory).removeprefix("gs://").partition("/")
+  return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+
+
+def set_aside(path: storage.Path) -> storage.Path:
   """Moves a damaged file or step out of the way, into the run's checkpoints_damaged/."""
   run = path.parent.parent if path.parent.name == STEPS_DIR else path.parent
   target = _unused(run / DAMAGED_DIR / path.name)
-  path.rename(target)
+  storage.move(path, target)
   return target
 
 
-def set_run_aside(workdir: pathlib.Path, but: str) -> pathlib.Path | None:
+def set_run_aside(workdir: storage.Path, but: str) -> storage.Path | None:
   """Moves all of a run, `but` one file, into its checkpoints_damaged/run; None: there is none."""
   found = [path for path in workdir.iterdir() if path.name not in (but, DAMAGED_DIR)]
   if not found:
@@ -310,11 +345,11 @@ def set_run_aside(workdir: pathlib.Path, but: str) -> pathlib.Path | None:
   target = _unused(workdir / DAMAGED_DIR / "run")
   target.mkdir()
   for path in found:
-    path.rename(target / path.name)
+    storage.move(path, target / path.name)
   return target
 
 
-def _unused(path: pathlib.Path) -> pathlib.Path:
+def _unused(path: storage.Path) -> storage.Path:
   """`path`, or the first of `path.1`, `path.2`, ... that is not taken; in a directory that is."""
   path.parent.mkdir(exist_ok=True)
   target, n = path, 1
@@ -390,7 +425,7 @@ class Writer:
     self._root = _for_tensorstore(workdir) / STEPS_DIR
     self._card = dict(card)
     self._config = model_config(card)
-    self._best_file = pathlib.Path(workdir) / BEST_FILE
+    self._best_file = storage.path(workdir) / BEST_FILE
     self._metric = self._read_metrics(workdir)
     try:
       self._manager = ocp.CheckpointManager(
@@ -465,7 +500,7 @@ class Writer:
     self._metric[step] = metric
     if jax.process_index() == 0:
       rows = {str(step): value for step, value in sorted(self._metric.items())}
-      replace_file(self._best_file, json.dumps(rows).encode())
+      storage.replace_file(self._best_file, json.dumps(rows).encode())
 
   def _read_metrics(self, workdir: str | os.PathLike) -> dict[int, float]:
     """By step; of checkpoints of earlier versions from their meta."""

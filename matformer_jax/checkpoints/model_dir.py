@@ -4,46 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import os
-import pathlib
-import shutil
 from typing import Any
 
+from matformer_jax import storage
 from matformer_jax.checkpoints import card as cards
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.errors import UserError
 
 
-def check_free(out: pathlib.Path) -> None:
+def check_free(out: storage.Path) -> None:
   """Raises UserError where a new model directory cannot go."""
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"--out={out} exists already and is not empty; give a new directory")
 
 
 def write(
-  out: pathlib.Path,
+  out: storage.Path,
   card: Mapping[str, Any],
   params,
   step: int,
-  add_files: Callable[[pathlib.Path], None],
+  add_files: Callable[[storage.Path], None],
 ) -> None:
   """Writes card, weights and checksums; aside first, so that a kill leaves nothing that looks
-  like a model.
+  like a model. In a bucket, which cannot rename, the card and the commit marker come last.
 
   Args:
     out: a directory that does not exist yet, or is empty.
     add_files: writes what else belongs to the model, such as a tokenizer, into a directory.
   """
   check_free(out)
-  temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
-  temporary.mkdir(parents=True)
+  in_place = storage.is_bucket(out)
+  directory = out if in_place else out.with_name(f"{out.name}.tmp{os.getpid()}")
+  directory.mkdir(parents=True, exist_ok=in_place)
   try:
-    add_files(temporary)
-    cards.write(temporary, dict(card))
-    writer = checkpoint.Writer(temporary, keep_last=1, keep_best=0, card=card)
+    add_files(directory)
+    writer = checkpoint.Writer(directory, keep_last=1, keep_best=0, card=card)
     writer.save(step, params, None, {"step": step})
     writer.close()
-    if out.exists():
-      out.rmdir()
-    temporary.rename(out)
+    cards.write(directory, dict(card))
+    if not in_place:
+      if out.exists():
+        out.rmdir()
+      storage.move(directory, out)
   finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+    if not in_place:
+      storage.remove(directory)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
-import pathlib
 import sys
 from typing import Any
 
@@ -18,6 +17,7 @@ from absl import flags
 import grain
 import numpy as np
 
+from matformer_jax import storage
 from matformer_jax.data import store
 from matformer_jax.data.augment import Transform
 from matformer_jax.data.image_sources import CorruptImage, Images
@@ -49,8 +49,10 @@ class _Reader:
   def tokens(self, ids: Sequence[int]) -> np.ndarray:
     """int32 [len(ids), T+1]."""
     length = self._seq_len
-    windows = [self._tokens[i * length : i * length + length + 1] for i in ids]
-    return np.stack(windows).astype(np.int32)
+    slices = [slice(i * length, i * length + length + 1) for i in ids]
+    tokens = self._tokens
+    read = tokens.read(slices) if isinstance(tokens, store.Tokens) else [tokens[s] for s in slices]
+    return np.stack(read).astype(np.int32)
 
   def segments(self, ids: Sequence[int]) -> dict[str, np.ndarray]:
     """{"segments": int32 [len(ids), T]}, or {} where documents are not separated."""
@@ -160,7 +162,7 @@ class Corrupt:
     workdir: gets skipped_images.txt, a line per image; None writes no file.
   """
 
-  def __init__(self, policy: str, workdir: pathlib.Path | None = None):
+  def __init__(self, policy: str, workdir: storage.Path | None = None):
     if policy not in POLICIES:
       raise UserError(f"data.corrupt={policy!r} is not one of {POLICIES}")
     self._policy = policy
@@ -176,9 +178,11 @@ class Corrupt:
       return
     self.skipped.add(message)
     print(f"warning: skipped: {message}; {len(self.skipped)} so far", file=sys.stderr, flush=True)
-    if self._path and not (self._path.exists() and message in self._path.read_text()):
-      with open(self._path, "a") as f:
-        f.write(message + "\n")
+    if self._path is None:
+      return
+    before = self._path.read_text() if self._path.exists() else ""
+    if message not in before:
+      self._path.write_text(before + message + "\n")
 
 
 class ImageBatches:

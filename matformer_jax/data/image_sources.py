@@ -13,7 +13,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import pathlib
 import struct
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
+from matformer_jax import storage
 from matformer_jax.data import tfds_source
 from matformer_jax.errors import UserError, import_extra
 
@@ -211,7 +211,7 @@ IDX_FILES = {"train": "train", "validation": "t10k", "test": "t10k"}
 def _idx(source: str, rest: str, split: str) -> Images:
   _one_of(source, split, tuple(IDX_FILES))
   images, labels = (
-    _read_idx(pathlib.Path(rest), f"{IDX_FILES[split]}-{part}-ubyte")
+    _read_idx(storage.path(rest), f"{IDX_FILES[split]}-{part}-ubyte")
     for part in ("images-idx3", "labels-idx1")
   )
   if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
@@ -219,11 +219,11 @@ def _idx(source: str, rest: str, split: str) -> Images:
       f"data.source={source!r}: {split} has images {images.shape} and labels "
       f"{labels.shape}, which do not belong together"
     )
-  classes = _read_idx(pathlib.Path(rest), "train-labels-idx1-ubyte").max() + 1
+  classes = _read_idx(storage.path(rest), "train-labels-idx1-ubyte").max() + 1
   return _Arrays(images, labels, f"{source} {split}").open([str(i) for i in range(classes)])
 
 
-def _read_idx(directory: pathlib.Path, stem: str) -> np.ndarray:
+def _read_idx(directory: storage.Path, stem: str) -> np.ndarray:
   """An array from a file of LeCun's IDX format: 0, 0, type (8: uint8), rank, sizes, data."""
   found = [p for p in (directory / stem, directory / f"{stem}.gz") if p.exists()]
   if not found:
@@ -245,30 +245,28 @@ def _read_idx(directory: pathlib.Path, stem: str) -> np.ndarray:
 class _Files:
   """Image files below a directory."""
 
-  root: pathlib.Path
+  root: storage.Path
   files: tuple[str, ...]
   labels: tuple[tuple[int, ...], ...]
 
   def __call__(self, index):
-    return Example(self.root / self.files[index], self.labels[index])
+    path = self.root / self.files[index]
+    return Example(path.read_bytes() if storage.is_bucket(path) else path, self.labels[index])
 
   def where(self, index):
     return str(self.root / self.files[index])
 
 
 def _folder(source: str, rest: str, split: str) -> Images:
-  root = pathlib.Path(os.path.expanduser(rest))
+  root = storage.path(rest)
   splits = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
   _one_of(source, split, tuple(splits))
   root, train = root / split, root / "train"
   class_names = tuple(
     sorted(p.name for p in (train if train.is_dir() else root).iterdir() if p.is_dir())
   )
-  files = sorted(
-    str(p.relative_to(root))
-    for p in root.rglob("*")
-    if p.suffix.lower() in SUFFIXES and p.is_file()
-  )
+  found = {str(p.relative_to(root)): n for p, n in storage.sizes(root).items()}
+  files = [name for name in found if pathlib.PurePath(name).suffix.lower() in SUFFIXES]
   labels: list[tuple[int, ...]] = []
   answers = root.parent / f"{split}_labels.json"  # {file: [class names]}, as ImageNet ReaL has
   known = json.loads(answers.read_text()) if answers.exists() else {}
@@ -282,7 +280,7 @@ def _folder(source: str, rest: str, split: str) -> Images:
     raise UserError(
       f"data.source={source!r}: {root} holds no {', '.join(SUFFIXES)} file in a directory per class"
     )
-  sizes = [(f, (root / f).stat().st_size) for f in files]
+  sizes = [(name, found[name]) for name in files]
   fingerprint = hashlib.sha256(json.dumps([sizes, labels, class_names]).encode()).hexdigest()[:20]
   reader = _Files(root, tuple(files), tuple(labels))
   return Images(

@@ -13,6 +13,7 @@ spread over the corpus unless --tokenizer names one.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ import time
 
 from absl import flags
 
-from matformer_jax import cli, runtime, tables
+from matformer_jax import cli, runtime, storage, tables
 from matformer_jax.data import store, text_sources
 from matformer_jax.data.tokenizer import (
   Tokenizer,
@@ -30,6 +31,7 @@ from matformer_jax.data.tokenizer import (
   train_tokenizer,
 )
 from matformer_jax.errors import UserError
+from matformer_jax.hosts import lock
 
 JOB_FILE = "prepare.json"
 C4_BYTES = 305e9  # of text in c4/en, by its dataset card
@@ -60,7 +62,7 @@ class Job:
 def prepare(
   corpus: text_sources.Corpus,
   job: Job,
-  out: pathlib.Path,
+  out: storage.Path,
   workers: int,
   given_tokenizer: str,
   vocab_size: int,
@@ -73,7 +75,7 @@ def prepare(
     UserError: if `out` holds another job or is being written, or the corpus is empty.
   """
   out.mkdir(parents=True, exist_ok=True)
-  with text_sources.locked(out.absolute(), wait=False):
+  with _held(out):
     _check_same_job(out, job)
     store.Split(job.validation_fraction, corpus.num_documents).say(job.source)
     if (out / store.MANIFEST).exists():
@@ -98,10 +100,17 @@ def prepare(
     return store.open_store(out)
 
 
-def _check_same_job(out: pathlib.Path, job: Job) -> None:
+def _held(out: storage.Path) -> contextlib.AbstractContextManager[None]:
+  """One process prepares at a time."""
+  if isinstance(out, pathlib.Path):
+    return text_sources.locked(out.absolute(), wait=False)
+  return lock.hold(out, flag="--out")
+
+
+def _check_same_job(out: storage.Path, job: Job) -> None:
   path = out / JOB_FILE
   if not path.exists():
-    if any(out.iterdir()):
+    if any(p.name != lock.LOCK_FILE for p in out.iterdir()):
       raise UserError(f"--out={out} is not empty and was not made by this program; use another")
     store.write_json(path, dataclasses.asdict(job))
     return
@@ -114,7 +123,7 @@ def _check_same_job(out: pathlib.Path, job: Job) -> None:
       )
 
 
-def _parts_before(out: pathlib.Path) -> int:
+def _parts_before(out: storage.Path) -> int:
   """In how many parts a job that was interrupted is done; 0 for a new one."""
   path = out / JOB_FILE
   return json.loads(path.read_text())["parts"] if path.exists() else 0
@@ -122,7 +131,7 @@ def _parts_before(out: pathlib.Path) -> int:
 
 def _tokenizer(
   corpus: text_sources.Corpus,
-  out: pathlib.Path,
+  out: storage.Path,
   given: str,
   vocab_size: int,
   tokenizer_type: str,
@@ -150,7 +159,7 @@ def _tokenizer(
 # ----------------------------------------------------------------- the workers
 
 
-def _run(job: Job, out: pathlib.Path, todo: list[int], workers: int, expected: int) -> int:
+def _run(job: Job, out: storage.Path, todo: list[int], workers: int, expected: int) -> int:
   """Does the parts of `todo`; returns bytes of text."""
   context = multiprocessing.get_context("spawn")
   counter = context.Value("q", 0)
@@ -182,7 +191,7 @@ def _start_worker(counter) -> None:
   _COUNTER = counter
 
 
-def _do_part(job: Job, out: pathlib.Path, index: int) -> None:
+def _do_part(job: Job, out: storage.Path, index: int) -> None:
   corpus = text_sources.open_corpus(job.source, job.data_dir or None)
   tokenizer = open_tokenizer(out)
   pending = 0
@@ -206,7 +215,7 @@ def _do_part(job: Job, out: pathlib.Path, index: int) -> None:
 
 def main(argv) -> None:
   cli.check(argv)
-  out = pathlib.Path(cli.required(_OUT))
+  out = storage.path(cli.required(_OUT))
   if _VERIFY.value:
     store.open_store(out, verify=True)
     print(f"{out}: every checksum is right")

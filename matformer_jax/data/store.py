@@ -14,6 +14,7 @@ any process; `finish` joins them.
 from __future__ import annotations
 
 import bisect
+import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
@@ -21,14 +22,13 @@ import hashlib
 import itertools
 import json
 import os
-import pathlib
 import sys
 from typing import Any
 
 import numpy as np
 import tqdm
 
-from matformer_jax import runtime
+from matformer_jax import runtime, storage
 from matformer_jax.data.tokenizer import Tokenizer
 from matformer_jax.errors import UserError
 
@@ -49,7 +49,7 @@ class Tokens(Sequence):
     dtype: of the ids.
   """
 
-  def __init__(self, shards: Sequence[np.ndarray], dtype):
+  def __init__(self, shards: Sequence[np.ndarray | _Ranges], dtype):
     self.dtype = np.dtype(dtype)
     self._shards = [s for s in shards if len(s)]
     self._ends = list(itertools.accumulate(len(s) for s in self._shards))
@@ -62,18 +62,66 @@ class Tokens(Sequence):
       index = range(len(self))[index]
       return self[index : index + 1][0]
     start, stop, step = index.indices(len(self))
-    first = bisect.bisect_right(self._ends, start)
-    pieces = []
-    for i in range(first, len(self._shards)):
-      offset = self._ends[i] - len(self._shards[i])
-      if offset >= stop:
-        break
-      pieces.append(self._shards[i][max(start - offset, 0) : stop - offset])
-    whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.zeros(0, self.dtype)])
-    return whole[::step]
+    return self.read([slice(start, stop)])[0][::step]
+
+  def read(self, slices: Sequence[slice]) -> list[np.ndarray]:
+    """Several slices, of step 1; those of a bucket's shard are fetched at the same time."""
+    wanted = collections.defaultdict(list)
+    for n, s in enumerate(slices):
+      start, stop, _ = s.indices(len(self))
+      for i in range(bisect.bisect_right(self._ends, start), len(self._shards)):
+        offset = self._ends[i] - len(self._shards[i])
+        if offset >= stop:
+          break
+        wanted[i].append((n, slice(max(start - offset, 0), stop - offset)))
+    pieces: list[list[np.ndarray]] = [[] for _ in slices]
+    for i in sorted(wanted):
+      numbers, parts = zip(*wanted[i])
+      for n, piece in zip(numbers, _read_slices(self._shards[i], parts)):
+        pieces[n].append(piece)
+    return [
+      found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, self.dtype)])
+      for found in pieces
+    ]
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     return np.asarray(self[:], dtype)
+
+
+class _Ranges(Sequence):
+  """A file of a bucket as a read-only array [length]: of its bytes only what is asked for."""
+
+  def __init__(self, path: storage.Path, dtype: np.dtype, length: int):
+    self._path, self._dtype, self._length = path, dtype, length
+    self._whole = np.zeros(0, dtype) if not length else None
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    return self.read([index])[0]
+
+  def read(self, slices: Sequence[slice]) -> list[np.ndarray]:
+    """Several slices, fetched at the same time."""
+    if self._whole is not None:
+      return [self._whole[s] for s in slices]
+    size = self._dtype.itemsize
+    places = [s.indices(self._length)[:2] for s in slices]
+    ranges = [(start * size, max(stop, start) * size) for start, stop in places]
+    contents = iter(storage.read_ranges(self._path, [r for r in ranges if r[0] < r[1]]))
+    return [
+      np.frombuffer(next(contents) if start < stop else b"", self._dtype) for start, stop in ranges
+    ]
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    """All of it, kept from then on: NumPy asks for it, to search."""
+    if self._whole is None:
+      self._whole = self[:]
+    return np.asarray(self._whole, dtype)
+
+
+def _read_slices(array: np.ndarray | _Ranges, slices: Sequence[slice]) -> list[np.ndarray]:
+  return array.read(slices) if isinstance(array, _Ranges) else [array[s] for s in slices]
 
 
 class Documents:
@@ -122,7 +170,7 @@ class TokenStore:
   tokens: dict[str, Tokens]
   documents: dict[str, Documents]
   manifest: dict[str, Any]
-  path: pathlib.Path
+  path: storage.Path
 
   @property
   def fingerprint(self) -> str:
@@ -141,12 +189,12 @@ def open_store(path: str | os.PathLike, verify: bool | None = None) -> TokenStor
 
   Args:
     verify: read every shard and compare its checksum; None does where all are at most
-      VERIFIED_BYTES. Sizes are always compared.
+      VERIFIED_BYTES, and on this machine. Sizes are always compared.
 
   Raises:
     UserError: naming the damaged or missing file.
   """
-  path = pathlib.Path(path)
+  path = storage.path(path)
   try:
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["version"] != STORE_VERSION:
@@ -157,13 +205,15 @@ def open_store(path: str | os.PathLike, verify: bool | None = None) -> TokenStor
       )
     dtype = np.dtype(manifest["dtype"])
     size = sum(s["tokens"] for split in SPLITS for s in manifest["shards"][split]) * dtype.itemsize
-    verify = size <= VERIFIED_BYTES if verify is None else verify
+    if verify is None:
+      verify = size <= VERIFIED_BYTES and not storage.is_bucket(path)
     tokens, documents = {}, {}
     for split in SPLITS:
       shards, starts, first = [], [], 0
       for shard in manifest["shards"][split]:
         shards.append(_read(path, shard, dtype, shard["tokens"], verify))
-        starts.append((first, _read(path, shard["starts"], _START, shard["documents"], verify)))
+        places = _read(path, shard["starts"], _START, shard["documents"], verify)
+        starts.append((first, places[:]))  # of a bucket, all of them: they are searched
         first += shard["tokens"]
       tokens[split], documents[split] = Tokens(shards, dtype), Documents(starts)
   except (OSError, ValueError, KeyError, TypeError) as e:
@@ -174,17 +224,20 @@ def open_store(path: str | os.PathLike, verify: bool | None = None) -> TokenStor
 
 
 def _read(
-  path: pathlib.Path, entry: dict[str, Any], dtype: np.dtype, length: int, verify: bool
-) -> np.ndarray:
+  path: storage.Path, entry: dict[str, Any], dtype: np.dtype, length: int, verify: bool
+) -> Any:
   """A file of the store as an array [length]; its size is checked, its content if `verify`."""
   file = path / entry["file"]
-  if file.stat().st_size != length * dtype.itemsize:
+  size = storage.size(file)
+  if size != length * dtype.itemsize:
     raise UserError(
-      f"token store file {file} has {file.stat().st_size} bytes, its manifest says "
+      f"token store file {file} has {size} bytes, its manifest says "
       f"{length * dtype.itemsize}; prepare it again"
     )
   if verify and _sha256(file) != entry["sha256"]:
     raise UserError(f"token store file {file} fails its checksum; prepare it again")
+  if storage.is_bucket(file):
+    return _Ranges(file, dtype, length)
   return np.memmap(file, dtype, "r", shape=(length,)) if length else np.zeros(0, dtype)
 
 
@@ -265,7 +318,7 @@ def cut(text: str) -> Iterator[str]:
 
 
 def write_part(
-  path: pathlib.Path,
+  path: storage.Path,
   index: int,
   documents: Iterable[tuple[int, str]],
   tokenizer: Tokenizer,
@@ -317,9 +370,9 @@ def _pieces(documents: Iterable[tuple[int, str]], split: Split) -> Iterator[_Pie
 class _Shard:
   """A shard being written: its tokens, and where its documents begin."""
 
-  def __init__(self, path: pathlib.Path, name: str):
+  def __init__(self, path: storage.Path, name: str):
     self._files = {key: f"{name}{end}" for key, end in (("ids", ".bin"), ("starts", _STARTS_END))}
-    self._out = {key: open(path / file, "wb") for key, file in self._files.items()}
+    self._out = {key: (path / file).open("wb") for key, file in self._files.items()}
     self._sums = {key: hashlib.sha256() for key in self._files}
     self._counts = {"documents": 0, "bytes": 0, "tokens": 0}
 
@@ -351,7 +404,7 @@ class _Shard:
 
 
 def finish(
-  path: pathlib.Path, parts: int, source: str, tokenizer: Tokenizer, validation_fraction: float
+  path: storage.Path, parts: int, source: str, tokenizer: Tokenizer, validation_fraction: float
 ) -> None:
   """Joins `parts` written parts: writes the manifest.
 
@@ -381,7 +434,7 @@ def finish(
     _part_file(path, i).unlink()
 
 
-def written_parts(path: pathlib.Path, parts: int) -> list[int]:
+def written_parts(path: storage.Path, parts: int) -> list[int]:
   """Which parts are already whole."""
   return [i for i in range(parts) if _part_file(path, i).exists()]
 
@@ -391,15 +444,17 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
   return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: storage.Path, value: Any) -> None:
   """Writes a file atomically."""
-  runtime.replace_file(path, json.dumps(value, indent=1).encode())
+  storage.replace_file(path, json.dumps(value, indent=1).encode())
 
 
-def _part_file(path: pathlib.Path, index: int) -> pathlib.Path:
+def _part_file(path: storage.Path, index: int) -> storage.Path:
   return path / f"part-{index:05d}.json"
 
 
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, "rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
+def _sha256(path: storage.Path) -> str:
+  found = hashlib.sha256()
+  for block in storage.blocks(path):
+    found.update(block)
+  return found.hexdigest()

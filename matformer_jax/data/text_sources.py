@@ -8,11 +8,10 @@ made by prepare.py and named as `tokens:DIR`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import fcntl
-import glob
 import hashlib
 import itertools
 import json
@@ -26,7 +25,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from matformer_jax import runtime
+from matformer_jax import runtime, storage
 from matformer_jax.data import store, tfds_source
 from matformer_jax.data.tokenizer import (
   DamagedTokenizer,
@@ -128,13 +127,9 @@ def open_corpus(source: str, data_dir: str | None = None, key: str = "data.sourc
   kind, _, rest = source.partition(":")
   if source == "stdlib":
     root, files = library_files()
-    return _file_corpus(source, files, root)
+    return _file_corpus(source, {path: storage.version(path) for path in files}, root)
   if kind == "text" and rest:
-    files = sorted(
-      pathlib.Path(p)
-      for p in glob.glob(os.path.expanduser(rest), recursive=True)
-      if os.path.isfile(p)
-    )
+    files = storage.matching(rest)
     if not files:
       raise UserError(
         f"{key}={source!r}: no file matches {rest!r}; quote the pattern, and "
@@ -156,11 +151,12 @@ def library_files() -> tuple[pathlib.Path, list[pathlib.Path]]:
   return root, sorted(p for p in root.rglob("*.py") if not _NOT_LIBRARY & inside(p))
 
 
-def _file_corpus(name: str, files: list[pathlib.Path], root: pathlib.Path) -> Corpus:
-  stats = [
-    (str(p.relative_to(root)) if p.is_absolute() else str(p), s.st_size, s.st_mtime_ns)
-    for p, s in ((p, p.stat()) for p in files)
-  ]
+def _file_corpus(
+  name: str, files: Mapping[storage.Path, tuple[int, Any]], root: pathlib.Path
+) -> Corpus:
+  """Files, with the size and version of each; named from `root`, where they are below it."""
+  inside = lambda p: str(p.relative_to(root)) if p.is_relative_to(root) else str(p)
+  stats = [(inside(p), *version) for p, version in files.items()]
   size = sum(s for _, s, _ in stats)
   if size == 0:
     raise UserError(f"data.source={name!r}: the {len(files)} matching files are empty")
@@ -172,7 +168,8 @@ def _file_corpus(name: str, files: list[pathlib.Path], root: pathlib.Path) -> Co
     for number, (path, start) in enumerate(zip(files, starts)):
       if start * count // size == index:
         # Undecodable bytes (some test data in real corpora) become U+FFFD.
-        yield number, path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_bytes().decode("utf-8", "replace")
+        yield number, text.replace("\r\n", "\n").replace("\r", "\n")
 
   return Corpus(name, json.dumps(stats), part, len(files), size)
 
@@ -268,7 +265,7 @@ def get_tokenizer(
     runtime.say(f"training a {model_type} tokenizer of {vocab_size:,} pieces on {corpus.name}")
     tokenizer = train_tokenizer(corpus.pieces(), vocab_size, model_type, sample_bytes)
     runtime.say(f"tokenizer trained in {time.perf_counter() - started:.1f} s")
-    runtime.replace_file(path, tokenizer.model)
+    storage.replace_file(path, tokenizer.model)
   return tokenizer
 
 

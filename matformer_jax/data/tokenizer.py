@@ -17,14 +17,13 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import re
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
-from matformer_jax import runtime
+from matformer_jax import storage
 from matformer_jax.errors import UserError, first_line, import_extra
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -120,14 +119,14 @@ class Tokenizer(abc.ABC):
 
   def save(self, directory: str | os.PathLike) -> None:
     """Writes the files where they are not there already; removes those of another tokenizer."""
-    directory, files = pathlib.Path(directory), self.files()
+    directory, files = storage.path(directory), self.files()
     for name in TOKENIZER_FILES:
       if name not in files:
         (directory / name).unlink(missing_ok=True)
     for name, content in reversed(files.items()):  # what it is found by comes last
       path = directory / name
       if not path.exists() or path.read_bytes() != content:
-        runtime.replace_file(path, content)
+        storage.replace_file(path, content)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -346,9 +345,9 @@ class HuggingFaceTokenizer(Tokenizer):
     return self._hf.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-def find_tokenizer(directory: str | os.PathLike) -> pathlib.Path | None:
+def find_tokenizer(directory: str | os.PathLike) -> storage.Path | None:
   """The file in `directory` that defines a tokenizer; None where there is none."""
-  paths = (pathlib.Path(directory, name) for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE))
+  paths = (storage.path(directory) / name for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE))
   return next((path for path in paths if path.exists()), None)
 
 
@@ -364,7 +363,7 @@ def open_tokenizer(path: str | os.PathLike, eos_id: int | None = None) -> Tokeni
     DamagedTokenizer: (a UserError) if the file is not a whole tokenizer.
     UserError: if it is missing, or a package is.
   """
-  file = pathlib.Path(path)
+  file = storage.path(path)
   if file.is_dir():
     found = find_tokenizer(file)
     if found is None:
@@ -376,7 +375,8 @@ def open_tokenizer(path: str | os.PathLike, eos_id: int | None = None) -> Tokeni
   try:
     content = file.read_bytes()
   except OSError as e:
-    raise UserError(f"tokenizer {os.fspath(path)!r}: {e.strerror}; {_WHAT_TO_GIVE}") from e
+    why = e.strerror or f"{type(e).__name__}: {e}"
+    raise UserError(f"tokenizer {os.fspath(path)!r}: {why}; {_WHAT_TO_GIVE}") from e
   config = _read_config(file.with_name(CONFIG_FILE))
   template = file.with_name(CHAT_TEMPLATE_FILE)
   if template.exists():
@@ -392,7 +392,7 @@ _WHAT_TO_GIVE = (
 )
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
+def _read_config(path: storage.Path) -> dict[str, Any]:
   """tokenizer_config.json; {} where there is none."""
   try:
     config = json.loads(path.read_bytes())

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
-import pathlib
 import time
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import tqdm
 
 from matformer_jax import granularity as gran
-from matformer_jax import runtime, tables
+from matformer_jax import runtime, storage, tables
 from matformer_jax.config import Execution, MatLMConfig, ModelConfig
 from matformer_jax.decoding.decode import Decoder
 from matformer_jax.errors import UserError
@@ -91,7 +90,7 @@ def read(workdir, config: ModelConfig) -> Profile | None:
   Raises:
     UserError: if the file does not fit the model or cannot be read.
   """
-  path = pathlib.Path(workdir) / PROFILE_FILE
+  path = storage.path(workdir) / PROFILE_FILE
   if not path.exists():
     return None
   try:

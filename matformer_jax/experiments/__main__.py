@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from matformer_jax import cli, runtime, tables
+from matformer_jax import cli, runtime, storage, tables
 from matformer_jax.errors import UserError, did_you_mean
 from matformer_jax.experiments import (
   architectures,
@@ -83,6 +83,8 @@ EXPERIMENTS = {
 def main(argv) -> None:
   cli.check(argv)
   chosen = _chosen(_EXPERIMENT.value)
+  if storage.is_bucket(_OUT.value):
+    raise UserError(f"--out={_OUT.value}: experiments are kept on this machine; give a directory")
   root = pathlib.Path(_OUT.value).expanduser().absolute()
   if _LIST.value:
     print(_listing())

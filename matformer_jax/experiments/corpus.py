@@ -14,7 +14,7 @@ import importlib.metadata
 import pathlib
 import zlib
 
-from matformer_jax import runtime
+from matformer_jax import runtime, storage
 from matformer_jax.data import text_sources
 from matformer_jax.errors import UserError
 
@@ -52,7 +52,7 @@ def write(directory: pathlib.Path, limit: int = 0) -> str:
   total = sum(int(row.split("\t")[1]) for row in rows)
   if len(rows) < 20:
     raise UserError(f"only {len(rows)} installed packages have sources to read as text; need 20")
-  runtime.replace_file(directory / DONE, "".join(rows).encode())
+  storage.replace_file(directory / DONE, "".join(rows).encode())
   runtime.say(f"{directory}: {total / 1e6:.1f} MB of text from {len(rows)} installed packages")
   return source
 

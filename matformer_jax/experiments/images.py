@@ -12,7 +12,7 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from matformer_jax import runtime
+from matformer_jax import runtime, storage
 
 # No two that look alike in some font, and none that is another one turned or scaled.
 CHARACTERS = "ABDEFGHJKLMNPQRTUVWXYZabdefghijkmnqrtuy123456789"
@@ -89,4 +89,4 @@ def _distorted(glyph: Image.Image, rng: np.random.Generator) -> np.ndarray:
 def _write_idx(path: pathlib.Path, array: np.ndarray) -> None:
   """The format of MNIST: a magic number, the shape, then the bytes."""
   header = bytes([0, 0, 8, array.ndim]) + np.asarray(array.shape, ">u4").tobytes()
-  runtime.replace_file(path, header + array.tobytes())
+  storage.replace_file(path, header + array.tobytes())

@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from matformer_jax import granularity as gran
-from matformer_jax import runtime, search
+from matformer_jax import runtime, search, storage
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.evals import lm
 from matformer_jax.experiments import claims
@@ -108,7 +108,7 @@ class Lab:
     say(f"measuring {name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     found = measure()
-    runtime.replace_file(path, runtime.to_json({"of": seals, "measured": found}, indent=1).encode())
+    storage.replace_file(path, runtime.to_json({"of": seals, "measured": found}, indent=1).encode())
     return found
 
   def _seal(self, run: Run) -> str:

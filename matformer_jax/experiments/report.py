@@ -10,7 +10,7 @@ import html
 import pathlib
 from typing import Any
 
-from matformer_jax import runtime
+from matformer_jax import storage
 from matformer_jax.experiments.lab import Finding
 
 _STYLE = """
@@ -57,8 +57,8 @@ def write(
   """
   for section in sections:
     write_csv(root / f"{section.name}.csv", section.finding.rows)
-  runtime.replace_file(root / "report.md", _markdown(title, facts, sections).encode())
-  runtime.replace_file(root / "report.html", _html(root, title, facts, sections).encode())
+  storage.replace_file(root / "report.md", _markdown(title, facts, sections).encode())
+  storage.replace_file(root / "report.html", _html(root, title, facts, sections).encode())
 
 
 def _markdown(title: str, facts: Sequence[str], sections: Sequence[Section]) -> str:

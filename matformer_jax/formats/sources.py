@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  teaches NumPy bfloat16, in which safetensors returns arrays
 import numpy as np
 
+from matformer_jax import storage
 from matformer_jax.data.tokenizer import Tokenizer, open_tokenizer
 from matformer_jax.errors import UserError, import_extra
 from matformer_jax.formats import gguf_vocab
@@ -46,10 +47,12 @@ class Source:
 def open_source(path: str | os.PathLike) -> Source:
   """A directory with `config.json` and `*.safetensors`, or a `.gguf` file.
 
+  Of a bucket it is copied to this machine first: libraries read these formats from files.
+
   Raises:
     UserError: for anything else, or what is damaged or incomplete.
   """
-  path = pathlib.Path(path).expanduser()
+  path = storage.local_copy(storage.path(path))
   if path.is_dir():
     return _open_directory(path)
   if path.is_file() and path.suffix == ".gguf":

@@ -10,7 +10,7 @@ import os
 import pathlib
 import time
 
-from matformer_jax import runtime, tables
+from matformer_jax import storage, tables
 
 # What a run's time is spent on. `step` is goodput; `lost` are steps done, but not saved,
 # before a restart; `down` is the time between a process's last word and the next one's start.
@@ -40,7 +40,7 @@ class Ledger:
 
   def __init__(
     self,
-    path: pathlib.Path | None,
+    path: storage.Path | None,
     steps_lost_s: float = 0.0,
     clock: Callable[[], float] = time.time,
     started: float | None = None,
@@ -80,7 +80,7 @@ class Ledger:
     if self._path is not None:
       attempts = self._earlier + [_Attempt(self._started, self._since, self._seconds)]
       account = json.dumps([dataclasses.asdict(a) for a in attempts], indent=1)
-      runtime.replace_file(self._path, account.encode())
+      storage.replace_file(self._path, account.encode())
 
   def totals(self) -> dict[str, float]:
     """Seconds by phase since the first attempt started; their sum is the wall-clock."""
@@ -110,7 +110,7 @@ def total_seconds(attempts: Sequence[_Attempt]) -> dict[str, float]:
   return totals
 
 
-def _read(path: pathlib.Path) -> list[_Attempt]:
+def _read(path: storage.Path) -> list[_Attempt]:
   try:
     return [
       _Attempt(**{**a, "seconds": dict.fromkeys(PHASES, 0.0) | a["seconds"]})

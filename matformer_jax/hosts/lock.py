@@ -1,8 +1,10 @@
 """One run to a workdir: the file that says who trains there, and how to tell whether it still does.
 
 The file is made with O_EXCL, moved away with rename and refreshed in place, which holds on
-network file systems without flock. A holder on this machine is looked up by its process id; one
-elsewhere shows in its beat, which is watched for a change: no two clocks are compared.
+network file systems without flock. A bucket has the first of these alone; there who takes over
+looks again after a while, and a holder that finds another's lock leaves. A holder on this machine
+is looked up by its process id; one elsewhere shows in its beat, which is watched for a change: no
+two clocks are compared.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import dataclasses
 import datetime
 import fcntl
 import json
+import math
 import os
 import pathlib
 import socket
@@ -20,12 +23,15 @@ import threading
 import time
 import uuid
 
+from matformer_jax import storage
 from matformer_jax.errors import UserError
-from matformer_jax.hosts.multihost import EXIT_ERROR, Hosts, Rounds
+from matformer_jax.hosts.multihost import EXIT_ERROR, EXIT_RETRY, Hosts, Rounds
 from matformer_jax.runtime import say, say_here
 
 LOCK_FILE = "train.lock"
 BEAT_S = 10.0  # between two signs of life of a holder
+LOST_S = 300.0  # without a beat that got through to a bucket, after which a job leaves
+SETTLE_S = 2.0  # after which two who took over a bucket's lock at once see which of them has it
 STALE_S = 60.0  # without one, after which a holder on another machine is taken for dead
 
 
@@ -47,7 +53,12 @@ class _Holder:
 
 @contextlib.contextmanager
 def hold(
-  workdir: pathlib.Path, hosts: Hosts = Hosts(), beat_s: float = BEAT_S, stale_s: float = STALE_S
+  workdir: storage.Path,
+  hosts: Hosts = Hosts(),
+  beat_s: float = BEAT_S,
+  stale_s: float = STALE_S,
+  flag: str = "--workdir",
+  lost_s: float = LOST_S,
 ) -> Iterator[None]:
   """Holds `workdir` for one job: its process 0 takes the lock, the others wait for that.
 
@@ -56,12 +67,16 @@ def hold(
     hosts: the job. It leaves with EXIT_ERROR if another job takes the lock over.
     beat_s: seconds between beats.
     stale_s: seconds without a beat, after which a holder on another machine counts as dead.
+    flag: that gave `workdir`, for errors.
+    lost_s: seconds in which a bucket takes no beat, after which the job leaves with EXIT_RETRY: a
+      save may wait for it much longer, and the lock may be another's by then.
 
   Raises:
     UserError: naming the host, process id and start of another job that is alive.
     OSError: if the lock cannot be written.
   """
-  lock = _Lock(workdir / LOCK_FILE, hosts, beat_s, stale_s)
+  kind = _ObjectLock if storage.is_bucket(workdir) else _Lock
+  lock = kind(workdir / LOCK_FILE, hosts, beat_s, stale_s, flag, lost_s)
   hosts.before_leaving.append(lock.release)
   failed = False
   try:
@@ -79,8 +94,19 @@ def hold(
 
 
 class _Lock:
-  def __init__(self, path: pathlib.Path, hosts: Hosts, beat_s: float, stale_s: float):
-    self._path, self._hosts = path, hosts
+  """In a file of a file system."""
+
+  def __init__(
+    self,
+    path: storage.Path,
+    hosts: Hosts,
+    beat_s: float,
+    stale_s: float,
+    flag: str,
+    lost_s: float = math.inf,
+  ):
+    self._path, self._hosts, self._flag = path, hosts, flag
+    self._lost_s = lost_s if storage.is_bucket(path) else math.inf
     self._beat_s, self._stale_s = beat_s, stale_s
     pid = os.getpid()
     self._me = _Holder(
@@ -98,7 +124,7 @@ class _Lock:
 
   def release(self) -> None:
     self._released.set()
-    with contextlib.suppress(OSError):
+    with _failures_ignored():
       if _holder(self._read()) == self._me:
         self._path.unlink()
 
@@ -113,20 +139,25 @@ class _Lock:
         return  # given back meanwhile
     if alive:
       raise self._refusal(holder)
+    if self._remove(found):
+      say(f"note: took over {self._path} of {holder or 'an unknown process'}, which is gone")
+
+  def _remove(self, found: bytes) -> bool:
+    """Takes the lock `found` away; returns whether this process did, and not a faster one."""
     with self._alone():
       if self._read() != found:
-        return  # another process was faster: look again
+        return False
       aside = self._path.with_name(f".{LOCK_FILE}.{self._me.token}")
       try:
         self._path.rename(aside)
         moved = aside.read_bytes()
         aside.unlink()
       except FileNotFoundError:
-        return
+        return False
       if moved != found:  # only where the file system has no locks
         self._create(moved)
         raise self._refusal(_holder(moved))
-    say(f"note: took over {self._path} of {holder or 'an unknown process'}, which is gone")
+    return True
 
   @contextlib.contextmanager
   def _alone(self):
@@ -156,22 +187,31 @@ class _Lock:
 
   def _refusal(self, holder: _Holder | None) -> UserError:
     return UserError(
-      f"--workdir={self._path.parent} is in use by another training: {holder or 'unknown'}; stop "
-      f"that one or choose another --workdir (remove {self._path} if you know that it is gone)"
+      f"{self._flag}={self._path.parent} is in use by another job: {holder or 'unknown'}; stop "
+      f"that one or choose another {self._flag} (remove {self._path} if you know that it is gone)"
     )
 
   def _keep(self) -> None:
     """Beats, until released; a job whose lock is another's by now must not write there."""
+    last = time.monotonic()
     while not self._released.wait(self._beat_s):
-      with contextlib.suppress(OSError):  # a full disk, say: the next beat may get through
+      with _failures_ignored():  # a full disk, say: the next beat may get through
         other = self._beat()
+        last = time.monotonic()
         if other is not None and not self._released.is_set():
           why = (
-            f"another training took over --workdir={self._path.parent}: {other}; it saw no sign "
+            f"another job took over {self._flag}={self._path.parent}: {other}; it saw no sign "
             f"of life of this one for {self._stale_s:g} s. Nothing that was saved is lost"
           )
           say_here(f"error: {why}")
           self._hosts.leave(EXIT_ERROR, why)
+      if time.monotonic() - last > self._lost_s and not self._released.is_set():
+        why = (
+          f"{self._path.parent} could not be written for {self._lost_s:g} s; what was saved before "
+          "is intact: run the same command again once it can be reached"
+        )
+        say_here(f"error: {why}")
+        self._hosts.leave(EXIT_RETRY, why)
 
   def _beat(self) -> _Holder | None:
     """Shows that this process lives; returns who else holds the lock."""
@@ -194,19 +234,55 @@ class _Lock:
 
   def _create(self, content: bytes | None = None) -> bool:
     """Whether the lock is made, with `content` or this process's own; False if there is one."""
-    try:
-      file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-      return False
-    with open(file, "wb", buffering=0) as f:
-      f.write(content or self._content())
-    return True
+    return storage.create_file(self._path, content or self._content())
 
   def _read(self) -> bytes | None:
     try:
       return self._path.read_bytes()
     except FileNotFoundError:
       return None
+
+
+class _ObjectLock(_Lock):
+  """In an object of a bucket, which can be made where there is none, and written over."""
+
+  def _remove(self, found: bytes) -> bool:
+    if self._read() != found:
+      return False
+    storage.replace_file(self._path, self._content())
+    time.sleep(SETTLE_S)
+    if (now := _holder(self._read())) != self._me:
+      raise self._refusal(now)
+    return True
+
+  def _create(self, content: bytes | None = None) -> bool:
+    return _holder(self._read()) == self._me or super()._create(content)
+
+  def _beat(self) -> _Holder | None:
+    self._beats += 1
+    found = self._read()
+    if found is None:  # removed by hand
+      if not self._released.is_set():
+        self._create()
+      return None
+    holder = _holder(found)
+    if holder != self._me:
+      return holder
+    if not self._released.is_set():
+      storage.replace_file(self._path, self._content())
+    return None
+
+
+@contextlib.contextmanager
+def _failures_ignored() -> Iterator[None]:
+  """Of the file system, or the bucket."""
+  try:
+    yield
+  except OSError:
+    pass
+  except Exception as e:
+    if not storage.is_refusal(e):
+      raise
 
 
 def _holder(content: bytes | None) -> _Holder | None:

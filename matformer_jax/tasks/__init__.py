@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
-import pathlib
 from typing import Any, Protocol
 
 import jax
 
 from matformer_jax import granularity as gran
+from matformer_jax import storage
 from matformer_jax.config import Execution, ModelConfig, kind_of
 from matformer_jax.config_keys import Config
 from matformer_jax.evals import Result
@@ -126,7 +126,7 @@ class Task(Protocol):
     """JSON that must not change in the course of a run."""
     ...
 
-  def save_files(self, workdir: pathlib.Path) -> None:
+  def save_files(self, workdir: storage.Path) -> None:
     """Writes what a checkpoint needs beside the weights, such as a tokenizer."""
     ...
 
@@ -139,7 +139,7 @@ def sample_size(eval_config, batches: int | None, batch_size: int | None) -> tup
   return batches * batch_size, batch_size
 
 
-def make_task(config: Config, workdir: pathlib.Path | None = None) -> Task:
+def make_task(config: Config, workdir: storage.Path | None = None) -> Task:
   """The task named by `config.task`, with its data. Raises UserError for an unknown one."""
   return kind_of(config).resolve("task")(config, workdir)
 

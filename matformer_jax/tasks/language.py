@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 
+from matformer_jax import storage
 from matformer_jax.config import MatLMConfig
 from matformer_jax.config_keys import Config
 from matformer_jax.data import text_sources
@@ -117,7 +117,7 @@ class NextToken:
 class LanguageModeling(NextToken):
   """Next-token prediction on a corpus: a tokenizer, a token store, batches by step."""
 
-  def __init__(self, config: Config, workdir: pathlib.Path | None = None):
+  def __init__(self, config: Config, workdir: storage.Path | None = None):
     super().__init__(
       MatLMConfig.from_dict(config.model), config.batch_size, config.z_loss, _attend(config)
     )

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from matformer_jax import granularity as gran
+from matformer_jax import storage
 from matformer_jax.checkpoints import checkpoint, replicas
 from matformer_jax.config_keys import Config
 from matformer_jax.data.prefetch import Prefetcher
@@ -64,6 +65,7 @@ class Loop:
   log: metrics.RunLog
   ledger: goodput.Ledger
   watchdog: Watchdog
+  staging: storage.Staging
   profile: StepProfile
   samples: SampleLog | None
   state: TrainState
@@ -206,6 +208,7 @@ class Loop:
       return
     self.log.flush()
     with self.ledger.phase("checkpoint"):
+      self.staging.sync()  # so that the records of all that is saved are there
       self._check_replicas()  # so that no checkpoint holds a flipped bit
       self.writer.save(
         step,
@@ -299,9 +302,9 @@ class StepProfile:
 class SampleLog:
   """samples-<process>.jsonl: which samples every step trained on, as this process read them."""
 
-  def __init__(self, workdir: pathlib.Path, start: int, trainer: Trainer, hosts: Hosts):
+  def __init__(self, staging: storage.Staging, start: int, trainer: Trainer, hosts: Hosts):
     self._trainer, self._rows = trainer, trainer.local_rows()
-    self._file = metrics.JsonLines(workdir / f"samples-{hosts.index}.jsonl", start)
+    self._file = metrics.JsonLines(staging.fetch(f"samples-{hosts.index}.jsonl"), start)
 
   def write(self, step: int) -> None:
     ids = {rows.start: self._trainer.task.sample_ids(step - 1, rows) for rows in self._rows}

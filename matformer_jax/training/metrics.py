@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import tensorboardX
 
+from matformer_jax import storage
 from matformer_jax.evals import Result
 from matformer_jax.runtime import to_json
 from matformer_jax.tpu.chips import PEAK_FLOPS
@@ -27,8 +28,9 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
   """The complete objects of a .jsonl file; a line cut by a kill is left out."""
   rows = []
-  if os.path.exists(path):
-    for line in pathlib.Path(path).read_text().splitlines():
+  path = storage.path(path)
+  if path.exists():
+    for line in path.read_text().splitlines():
       try:
         row = json.loads(line)
       except ValueError:
@@ -102,8 +104,8 @@ class RunLog:
     lost_s: seconds of steps that an earlier process did and this one repeats.
 
   Args:
-    workdir: gets metrics.jsonl, eval.jsonl and tensorboard/; None, in processes other
-      than the first, records nothing.
+    staging: of the workdir, which gets metrics.jsonl, eval.jsonl and tensorboard/; None, in
+      processes other than the first, records nothing.
     step: steps already done.
     total_steps: of the whole run.
     every: steps between progress lines and TensorBoard points.
@@ -115,7 +117,7 @@ class RunLog:
 
   def __init__(
     self,
-    workdir: pathlib.Path | None,
+    staging: storage.Staging | None,
     step: int,
     total_steps: int,
     every: int,
@@ -126,11 +128,12 @@ class RunLog:
     flops: Mapping[str, float],
     peak_flops: float | None,
   ):
-    self._recording, self.lost_s = workdir is not None, 0.0
-    if self._recording:
-      self._steps = JsonLines(workdir / "metrics.jsonl", step)
-      self._evals = JsonLines(workdir / "eval.jsonl", step)
-      self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+    self._recording, self.lost_s = staging is not None, 0.0
+    if staging is not None:
+      self._steps = JsonLines(staging.fetch("metrics.jsonl"), step)
+      self._evals = JsonLines(staging.fetch("eval.jsonl"), step)
+      board = staging.local / "tensorboard"
+      self._board = tensorboardX.SummaryWriter(str(board), purge_step=step + 1)
       self.lost_s = sum(row.get("step_time_s", 0.0) for row in self._steps.dropped)
     self._total, self._every = total_steps, every
     self._examples, self._unit, self._rate = examples_per_step, unit, rate
