@@ -75,7 +75,7 @@ def train(
     UserError: for a mistake in the config, corpus or workdir, divergence, a workdir that
       another training is using, or one whose checkpoints cannot be restored.
   """
-  workdir = storage.path(workdir)
+  workdir = checkpoint.check_place(workdir)
   stop = StopSignal(hosts)
   runtime.enable_compilation_cache()
   _check_config(config)

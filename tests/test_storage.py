@@ -11,13 +11,15 @@ import time
 from buckets import BUCKET
 import helpers
 from helpers import TWO_WIDTHS, run_program, train_args
+import moto.server
 import numpy as np
 import pytest
+from tfds_files import write_tfds
 
 import matformer_jax
 from matformer_jax import storage
 from matformer_jax.checkpoints import checkpoint
-from matformer_jax.data import store
+from matformer_jax.data import store, text_sources
 from matformer_jax.errors import UserError
 from matformer_jax.hosts import lock
 
@@ -40,10 +42,35 @@ def test_a_missing_package_is_named(monkeypatch):
     storage.path("gs://bucket/x")
 
 
-@pytest.fixture(params=["here", "bucket"])
+@pytest.fixture(scope="module")
+def s3():
+  """A server of S3 in this process; settings for its clients."""
+  server = moto.server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+  server.start()
+  url = "http://{}:{}".format(*server.get_host_and_port())
+  yield {
+    "AWS_ENDPOINT_URL": url,
+    "AWS_ACCESS_KEY_ID": "x",
+    "AWS_SECRET_ACCESS_KEY": "x",
+    "AWS_DEFAULT_REGION": "us-east-1",
+  }
+  server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3, monkeypatch):
+  """A bucket of S3 of its own."""
+  for name, value in s3.items():
+    monkeypatch.setenv(name, value)
+  name = f"bucket-{time.time_ns()}"
+  storage.path(f"s3://{name}").mkdir()
+  return storage.path(f"s3://{name}/deep")
+
+
+@pytest.fixture(params=["here", "bucket", "s3_bucket"])
 def directory(request, tmp_path):
-  """A directory of this machine, and one of a bucket."""
-  return tmp_path if request.param == "here" else request.getfixturevalue("bucket")
+  """A directory of this machine, and one of a bucket of each kind."""
+  return tmp_path if request.param == "here" else request.getfixturevalue(request.param)
 
 
 def test_files(directory):
@@ -138,15 +165,45 @@ def test_tokens_are_read_by_range(bucket, gcs):
     storage.replace_file(bucket / f"{i}.bin", shard.tobytes())
     arrays.append(store._Ranges(bucket / f"{i}.bin", shard.dtype, len(shard)))
   there, here = store.Tokens(arrays, np.uint16), store.Tokens(shards, np.uint16)
+  at_once, most = [], []
+
+  def stall(method, path):
+    at_once.append(path)
+    most.append(len(at_once))
+    time.sleep(0.2)
+    at_once.pop()
+
+  gcs.stall = stall
   slices = [slice(3, 9), slice(990, 1010), slice(1400, 1500), slice(5, 5), slice(1490, 1600)]
   for a, b in zip(there.read(slices), here.read(slices), strict=True):
     np.testing.assert_array_equal(a, b)
+  assert max(most) > 1  # windows of a batch are not waited for one by one
+  gcs.stall = lambda method, path: None
   assert there[1234] == 1234
   np.testing.assert_array_equal(there[10:1200:7], here[10:1200:7])
   places = np.array([0, 10, 500], np.uint64)
   storage.replace_file(bucket / "starts.bin", places.tobytes())
   documents = store.Documents([(0, store._Ranges(bucket / "starts.bin", places.dtype, 3))])
   np.testing.assert_array_equal(documents.starts(5, 600), [10, 500])
+
+
+def test_a_tfds_dataset_in_a_bucket(bucket, tmp_path):
+  import tensorflow_datasets as tfds
+
+  rows = [{"text": f"document {i}".encode()} for i in range(20)]
+  features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+  write_tfds(tmp_path, "notes", features, "train", "tfrecord", rows)
+  for file in storage.files(tmp_path):
+    storage.replace_file(bucket / file.relative_to(tmp_path), file.read_bytes())
+  corpora = [text_sources.open_corpus("tfds:notes/plain:text", str(d)) for d in (tmp_path, bucket)]
+  here, there = (list(c.part(0, 1)) for c in corpora)
+  assert here == there and len(here) == 20
+
+
+def test_checkpoints_are_not_in_s3(s3, s3_bucket):
+  result = run_program("train", *train_args(s3_bucket), env=s3)
+  assert result.returncode == 1 and "Traceback" not in result.stderr
+  assert f"{s3_bucket}: checkpoints can be in gs:// or on a file system" in result.stderr
 
 
 # -------------------------------------------------------------------- programs

@@ -184,6 +184,16 @@ def restore(workdir: str | os.PathLike, step: int, items: Mapping[str, Any]):
   return {name: restored[name] for name in items}, meta, restored["data"]
 
 
+def check_place(workdir: str | os.PathLike) -> storage.Path:
+  """The path of a directory. Raises UserError where checkpoints cannot be in it."""
+  path = storage.path(workdir)
+  if storage.is_bucket(path) and not os.fspath(path).startswith("gs://"):
+    raise UserError(
+      f"{path}: checkpoints can be in gs:// or on a file system; Orbax does not write to s3://"
+    )
+  return path
+
+
 def _for_tensorstore(directory: str | os.PathLike) -> storage.Path:
   """The absolute path of a directory, by a name that tensorstore does not change.
 
@@ -192,12 +202,8 @@ def _for_tensorstore(directory: str | os.PathLike) -> storage.Path:
   Raises:
     UserError: for a bucket in which checkpoints cannot be.
   """
-  path = storage.path(directory)
+  path = check_place(directory)
   if storage.is_bucket(path):
-    if not os.fspath(path).startswith("gs://"):
-      raise UserError(
-        f"{path}: checkpoints can be in gs:// or on a file system; Orbax does not write to s3://"
-      )
     return path
   path = path.absolute()
   return pathlib.Path(f"/proc/self/fd/{_descriptor(path)}") if "\\" in str(path) else path

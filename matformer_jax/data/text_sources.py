@@ -22,7 +22,6 @@ import sysconfig
 import time
 from typing import Any
 
-import grain
 import numpy as np
 
 from matformer_jax import runtime, storage
@@ -197,9 +196,8 @@ def _tfds_corpus(source: str, rest: str, data_dir: str | None) -> Corpus:
     paths = list(split.filepaths)
     firsts = list(itertools.accumulate(split.shard_lengths, initial=0))
     for i in share(paths, index, count):
-      records = grain.experimental.TFRecordIterDataset(os.fspath(paths[i]))
-      decoded = records.map(builder.info.features.deserialize_example_np)
-      yield from enumerate(decoded, firsts[i])
+      records = tfds_source.tfrecords(paths[i])
+      yield from enumerate(map(builder.info.features.deserialize_example_np, records), firsts[i])
 
   is_array_record = tfds_source.file_format(builder) == "array_record"
   examples: Any = from_array_record if is_array_record else from_tfrecord

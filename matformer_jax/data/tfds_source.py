@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import functools
 import json
 import os
 import struct
 from typing import Any
 
+from matformer_jax import storage
 from matformer_jax.errors import UserError
 
 
@@ -83,25 +84,44 @@ def random_access(builder, split: str, undecoded: str) -> Callable[[int], dict[s
   return lambda index: decode(records[index])
 
 
+def tfrecords(path: str | os.PathLike) -> Iterator[bytes]:
+  """The records of a TFRecord file, in order."""
+  with storage.path(path).open("rb") as file:
+    while length := _next_length(file):
+      yield file.read(length + 4)[:-4]
+
+
 class _TFRecords:
   """Records of TFRecord files by number. Files are walked once, length by length."""
 
   def __init__(self, paths):
-    self._files = [open(path, "rb") for path in paths]
-    self._places = [
-      (i, offset, length) for i, file in enumerate(self._files) for offset, length in _lengths(file)
-    ]
+    self._paths = [storage.path(path) for path in paths]
+    self._open = {path: open(path, "rb") for path in self._paths if not storage.is_bucket(path)}
+    self._places = []
+    for path in self._paths:
+      with path.open("rb") as file:
+        self._places += [(path, offset, length) for offset, length in _lengths(file)]
 
   def __getitem__(self, index: int) -> bytes:
-    file, offset, length = self._places[index]
-    return os.pread(self._files[file].fileno(), length, offset)
+    path, offset, length = self._places[index]
+    if path in self._open:
+      return os.pread(self._open[path].fileno(), length, offset)
+    return storage.read_range(path, offset, offset + length)
 
 
 def _lengths(file):
-  """(offset, length) of each record: uint64 length, uint32 checksum, data, uint32 checksum."""
-  while header := file.read(12):
-    if len(header) < 12:
-      raise UserError(f"{file.name} ends within a record; prepare the dataset again")
-    (length,) = struct.unpack_from("<Q", header)
+  """(offset, length) of each record."""
+  while length := _next_length(file):
     yield file.tell(), length
     file.seek(length + 4, os.SEEK_CUR)
+
+
+def _next_length(file) -> int | None:
+  """Of the record that begins here; None at the end.
+
+  A record is uint64 length, uint32 checksum, data, uint32 checksum.
+  """
+  header = file.read(12)
+  if header and len(header) < 12:
+    raise UserError(f"{file.name} ends within a record; prepare the dataset again")
+  return struct.unpack_from("<Q", header)[0] if header else None
