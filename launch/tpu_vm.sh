@@ -6,7 +6,7 @@
 #   launch/tpu_vm.sh all -- ...          ensure, run, delete
 #
 # Settings, by environment: TPU_NAME, ZONE, PROJECT, ACCELERATOR_TYPE (v5litepod-16), RUNTIME
-# (v2-alpha-tpuv5-lite), SPOT=1 for preemptible capacity.
+# (v2-alpha-tpuv5-lite), SPOT=1 for preemptible capacity; TRAIN_ENV, more variables for training.
 #
 #   ensure   creates the slice unless it is ready; one that was preempted is deleted first;
 #            then copies this checkout to all workers and installs it
@@ -69,7 +69,7 @@ ensure() {
 train() {
   [ ${#train_args[@]} -gt 0 ] || fail "no arguments for training; see $0 --help"
   # exec: the signals of a dying connection reach Python, which saves.
-  on_all "cd matformer_jax && exec ../.venv/bin/python -u -m matformer_jax.train ${train_args[*]@Q} > >(tee -a ~/train.log) 2>&1"
+  on_all "cd matformer_jax && exec ${TRAIN_ENV:+env $TRAIN_ENV }../.venv/bin/python -u -m matformer_jax.train ${train_args[*]@Q} > >(tee -a ~/train.log) 2>&1"
 }
 
 case "$action" in

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ SETTINGS = {
 
 # Logs its arguments; answers `describe` with the next of its states, `ssh` with the next code.
 STUB = """#!/usr/bin/env bash
+exec 9>"$STUB_DIR/lock"; flock 9  # several may be called at the same time
 printf '%s\\n' "$(basename "$0") ${*@Q}" >> "$STUB_DIR/calls"
 next() {
   local file="$STUB_DIR/$1" first
@@ -119,6 +121,10 @@ DRY_RUNS = {
   ),
   "jobset.sh": (["apply"], ["kubectl' 'apply'", "kind: JobSet", "registry/matformer:1"]),
   "xpk.sh": (["create"], ["xpk' 'workload' 'create'", "--tpu-type=", "exec python"]),
+  "slices.sh": (
+    ["run"],
+    ["'describe' 'pod-0'", "'ssh' 'pod-0'", "'ssh' 'pod-1'", "MEGASCALE_NUM_SLICES=2"],
+  ),
   "babysit.sh": (["--tpu=pod"], ["tpu-vm' 'create' 'pod'", "matformer_jax.train"]),
 }
 
@@ -187,6 +193,38 @@ def test_a_queued_resource_through_suspension(cloud):
     "describe",
     "ssh",
   ]
+
+
+def test_slices_go_on_without_a_lost_one(cloud):
+  """Two are ready; one is lost; the other goes on alone, once asked to."""
+  ready = ["READY", "READY"]
+  cloud.answers(states=[*ready, "10.0.0.2", "READY", "PREEMPTED", "READY", "PREEMPTED", "10.0.0.2"])
+  (cloud.root / "codes").write_text("42\n42\n0\n")
+  flags = ["--tpu=pod", "--slices=2", "--elastic", "--backoff=0"]
+  result = cloud.run("babysit.sh", *flags, *TRAIN)
+  assert result.returncode == 0, result.stderr
+  assert "going on with 1 of 2 slices" in result.stderr
+  training = [c for c in cloud.calls() if "matformer_jax.train" in c]
+  found = [re.search(r"NUM_SLICES=(\d) MEGASCALE_SLICE_ID=(\d)", c).groups() for c in training]
+  assert sorted(found[:2]) == [("2", "0"), ("2", "1")] and found[2:] == [("1", "0")]
+  assert all("10.0.0.2" in call for call in training)
+  assert not any("create" in call or "delete" in call for call in cloud.calls())
+
+
+def test_slices_are_all_made_again_unless_elastic(cloud):
+  cloud.answers(states=["READY", "READY", "10.0.0.2"])
+  (cloud.root / "codes").write_text("42\n255\n0\n0\n")
+  result = cloud.run("babysit.sh", "--tpu=pod", "--slices=2", "--backoff=0", *TRAIN)
+  assert result.returncode == 0, result.stderr
+  assert "ended with 42; restart 1" in result.stderr
+  training = [c for c in cloud.calls() if "matformer_jax.train" in c]
+  assert len(training) == 4 and all("NUM_SLICES=2" in call for call in training)
+
+
+def test_an_error_in_one_slice_is_no_reason_to_restart(cloud):
+  (cloud.root / "codes").write_text("42\n1\n")
+  result = cloud.run("slices.sh", "run", *TRAIN)
+  assert result.returncode == 1
 
 
 @pytest.mark.parametrize("code,restarts", [(0, 0), (1, 0), (137, 0), (42, 2), (143, 2)])
@@ -376,6 +414,9 @@ def test_sky_and_docker():
   [
     ("tpu_vm.sh", ["fly"], "unknown action 'fly'"),
     ("babysit.sh", [], "no command"),
+    ("babysit.sh", ["--elastic", "--", "true"], "--elastic needs --slices=N"),
+    ("babysit.sh", ["--slices=2", "--", "true"], "--slices=2 needs --tpu=NAME"),
+    ("babysit.sh", ["--slices=two", "--", "true"], "is not a number of slices"),
     ("local_multiprocess.sh", ["two"], "number of processes"),
     ("xpk.sh", ["create"], "no arguments"),
   ],

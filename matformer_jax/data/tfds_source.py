@@ -87,7 +87,7 @@ def random_access(builder, split: str, undecoded: str) -> Callable[[int], dict[s
 def tfrecords(path: str | os.PathLike) -> Iterator[bytes]:
   """The records of a TFRecord file, in order."""
   with storage.path(path).open("rb") as file:
-    while length := _next_length(file):
+    while (length := _next_length(file)) is not None:
       yield file.read(length + 4)[:-4]
 
 
@@ -111,7 +111,7 @@ class _TFRecords:
 
 def _lengths(file):
   """(offset, length) of each record."""
-  while length := _next_length(file):
+  while (length := _next_length(file)) is not None:
     yield file.tell(), length
     file.seek(length + 4, os.SEEK_CUR)
 
