@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import shutil
+import tarfile
 import warnings
 
 import helpers
@@ -17,6 +18,7 @@ from test_train import MODEL, make_trainer
 import matformer_jax
 from matformer_jax import UserError, sharding
 from matformer_jax.checkpoints import checkpoint, checksums, manifest
+from matformer_jax.extract import extract
 
 # Where a step is damaged, Orbax leaves its other reads unfinished.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -425,3 +427,28 @@ def test_card_holds_everything(tiny_run):
   assert card["config"]["optim"]["peak_lr"] == helpers.get_config("tiny").optim.peak_lr
   assert matformer_jax.model_config(card) == matformer_jax.load(tiny_run).config
   assert os.path.exists(tiny_run / "tokenizer.model")
+
+
+def test_a_run_that_an_old_orbax_saved(tmp_path):
+  """0.11.25 wrote no commit markers. The run is loaded, extracted from, and saved to again.
+
+  The files are those of two steps of `tiny` with d_model=8, num_heads=2, ffn_ratios=(2.0,4.0) and
+  head_ratios=(0.5,1.0).
+  """
+  with tarfile.open(helpers.ROOT / "tests" / "data" / "orbax_0.11.25.tar.gz") as archive:
+    archive.extractall(tmp_path, filter="data")
+  workdir = tmp_path / "run"
+  model = matformer_jax.load(workdir)
+  assert model.step == 2 and set(model.card["model"]["ffn_ratios"]) == {2.0, 4.0}
+  extract(workdir, "G1", tmp_path / "small")
+  small = matformer_jax.load(tmp_path / "small")
+  tokens = np.arange(16)
+  np.testing.assert_allclose(small.logits(tokens), model.logits(tokens, "G1"), rtol=1e-4, atol=1e-5)
+  writer = checkpoint.Writer(workdir, keep_last=2, keep_best=0, card=model.card)
+  writer.save(4, model.params, None, {"step": 4})
+  writer.close()
+  assert checkpoint.steps(workdir) == [2, 4]
+  again = matformer_jax.load(workdir)
+  assert again.step == 4
+  for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):
+    np.testing.assert_array_equal(a, b)
