@@ -308,6 +308,16 @@ def is_refusal(e: BaseException) -> bool:
   return type(e).__module__.partition(".")[0] in _MODULES
 
 
+@contextlib.contextmanager
+def refusals_ignored() -> Iterator[None]:
+  """Goes on after what a bucket refused."""
+  try:
+    yield
+  except Exception as e:
+    if not is_refusal(e):
+      raise
+
+
 def refusal(e: BaseException) -> UserError:
   """What a bucket refused, as the user's matter."""
   return UserError(

@@ -165,7 +165,7 @@ def _train(
     ledger=ledger,
     watchdog=Watchdog(config.hang_timeout_s, hosts),
     staging=staging,
-    profile=StepProfile(profile, staging.local),
+    profile=StepProfile(profile, staging),
     samples=SampleLog(staging, start, trainer, hosts) if config.data.log_samples else None,
     state=state,
     start=start,
@@ -179,7 +179,7 @@ def _train(
     if not multihost.is_failure_of_peers(e):
       writer.wait()  # for what is being saved
       log.close()
-      if not storage.is_refusal(e):
+      with storage.refusals_ignored():  # which may be what has failed
         staging.sync()
     raise
   ledger.enter("checkpoint")

@@ -27,12 +27,13 @@ class Gcs:
   Attributes:
     env: for programs that shall use it.
     fail_every: of that many requests one is answered with 429, 500 or 503 in turn; 0: none.
-    refusing: answers nothing but 503.
+    refusing: the one status that all requests get, if any.
     stall: called before each request with its method and path.
   """
 
   def __init__(self):
-    self.fail_every, self.requests, self.refusing = 0, 0, False
+    self.fail_every, self.requests = 0, 0
+    self.refusing: int | None = None
     self.stall = lambda method, path: None
     self._lock, self._codes = threading.RLock(), itertools.cycle(FAULTS)
     self._objects = gcp_storage_emulator.storage.Storage(use_memory_fs=True)
@@ -66,7 +67,7 @@ class Gcs:
     """The status that a request gets instead of its answer."""
     self.requests += 1
     if self.refusing:
-      return 503
+      return self.refusing
     return next(self._codes) if self.fail_every and self.requests % self.fail_every == 0 else None
 
   @contextlib.contextmanager

@@ -369,17 +369,18 @@ def test_a_stall(gcs, bucket, straight):
   assert checksums(bucket) == checksums(straight)
 
 
-def test_a_server_that_dies_in_a_save(gcs, bucket, straight):
+@pytest.mark.parametrize("status", [503, 403])
+def test_a_bucket_that_refuses_in_a_save(status, gcs, bucket, straight):
   """A clear error in bounded time; what was saved before is intact, and training goes on."""
 
   def die(method, path):
     if "checkpoints%2F8%2F" in path or "checkpoints/8/" in path:
-      gcs.refusing = True
+      gcs.refusing = status
 
   gcs.stall = die
   changes = SHORT | dict(storage_timeout_s=20.0)
   result = run_program("train", *train_args(bucket, **changes), env=gcs.env)
-  gcs.stall, gcs.refusing = lambda method, path: None, False
+  gcs.stall, gcs.refusing = lambda method, path: None, None
   assert result.returncode in (1, 42), result.stderr[-2000:]
   assert "Traceback" not in result.stderr and "intact" in result.stderr
   assert checkpoint.steps(bucket) == [4]

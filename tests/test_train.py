@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matformer_jax import UserError, sharding
+from matformer_jax import UserError, sharding, storage
 from matformer_jax import granularity as gran
 from matformer_jax import train as train_program
 from matformer_jax.config import MatLMConfig
@@ -387,7 +387,8 @@ def run_loop(
     ),
     ledger=goodput.Ledger(None),
     watchdog=Watchdog(0, hosts),
-    profile=StepProfile(range(0), workdir),
+    staging=storage.Staging(workdir),
+    profile=StepProfile(range(0), storage.Staging(workdir)),
     samples=None,
     state=TrainState({}, {}),
     start=0,

@@ -377,16 +377,23 @@ _FILE_SYSTEM_ERRORS = tuple(
     *("EEXIST", "EISDIR", "ENAMETOOLONG", "EMFILE", "ENFILE", "ESTALE", "ENODEV", "ENXIO"),
   )
 )
+# What tensorstore says of a bucket.
+_BUCKET_ERRORS = (
+  *("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+  "RESOURCE_EXHAUSTED",
+)
 
 
 _MISSING = tuple(os.strerror(number) for number in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR))
 
 
 def _file_system_reason(e: BaseException) -> str | None:
-  """What the file system refused, where that is what an exception is about; else None."""
+  """What the file system, or bucket, refused, where an exception is about that; else None."""
   if isinstance(e, jax.errors.JaxRuntimeError):
     return None  # a collective that failed may quote anything
-  return next((words for words in _FILE_SYSTEM_ERRORS if words in str(e)), None)
+  if storage.is_refusal(e):
+    return f"{type(e).__name__}: {first_line(e)}"
+  return next((words for words in _FILE_SYSTEM_ERRORS + _BUCKET_ERRORS if words in str(e)), None)
 
 
 # ------------------------------------------------------------------- writing

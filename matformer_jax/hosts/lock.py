@@ -124,7 +124,7 @@ class _Lock:
 
   def release(self) -> None:
     self._released.set()
-    with _failures_ignored():
+    with contextlib.suppress(OSError), storage.refusals_ignored():
       if _holder(self._read()) == self._me:
         self._path.unlink()
 
@@ -195,7 +195,10 @@ class _Lock:
     """Beats, until released; a job whose lock is another's by now must not write there."""
     last = time.monotonic()
     while not self._released.wait(self._beat_s):
-      with _failures_ignored():  # a full disk, say: the next beat may get through
+      with (
+        contextlib.suppress(OSError),
+        storage.refusals_ignored(),
+      ):  # a full disk, say: the next beat may get through
         other = self._beat()
         last = time.monotonic()
         if other is not None and not self._released.is_set():
@@ -271,18 +274,6 @@ class _ObjectLock(_Lock):
     if not self._released.is_set():
       storage.replace_file(self._path, self._content())
     return None
-
-
-@contextlib.contextmanager
-def _failures_ignored() -> Iterator[None]:
-  """Of the file system, or the bucket."""
-  try:
-    yield
-  except OSError:
-    pass
-  except Exception as e:
-    if not storage.is_refusal(e):
-      raise
 
 
 def _holder(content: bytes | None) -> _Holder | None:

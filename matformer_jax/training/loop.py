@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 import contextlib
 import dataclasses
-import pathlib
 import signal
 import time
 from typing import Any
@@ -271,17 +270,20 @@ class StopSignal:
       self._hosts.leave(self.exit_code, why)  # compile threads cannot be interrupted
 
 
+PROFILE_DIR = "profile"
+
+
 class StepProfile:
   """Traces a range of steps with JAX's profiler."""
 
-  def __init__(self, steps: range, workdir: pathlib.Path):
-    self._steps, self._path = steps, workdir / "profile"
+  def __init__(self, steps: range, staging: storage.Staging):
+    self._steps, self._staging = steps, staging
     self._traced: list[int] = []  # while a trace is being taken
 
   def before(self, step: int) -> None:
     if step in self._steps:
       if not self._traced:
-        jax.profiler.start_trace(str(self._path))
+        jax.profiler.start_trace(str(self._staging.local / PROFILE_DIR))
       self._traced.append(step)
 
   def after(self, step: int) -> None:
@@ -293,8 +295,9 @@ class StepProfile:
     if self._traced:
       jax.profiler.stop_trace()
       say(
-        f"wrote a profile of steps {self._traced[0]} to {self._traced[-1]} to {self._path}; view "
-        "it with TensorBoard's profile plug-in or xprof"
+        f"wrote a profile of steps {self._traced[0]} to {self._traced[-1]} to "
+        f"{self._staging.directory / PROFILE_DIR}; view it with TensorBoard's profile plug-in or "
+        "xprof"
       )
       self._traced.clear()
 
