@@ -18,6 +18,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import traceback
 from typing import Any
 
 # TensorFlow, where it is installed, would reach gs:// by itself, with other errors and settings.
@@ -305,7 +306,14 @@ _MODULES = ("gcsfs", "google", "aiohttp", "s3fs", "botocore", "aiobotocore", "ur
 
 def is_refusal(e: BaseException) -> bool:
   """Whether an exception is a bucket's, or of the way there."""
-  return type(e).__module__.partition(".")[0] in _MODULES
+  package = lambda name: name.partition(".")[0]
+  if package(type(e).__module__) in _MODULES:
+    return True
+  # Some are told as Python's own errors, such as `OSError: Forbidden`.
+  frames = (frame for frame, _ in traceback.walk_tb(e.__traceback__))
+  return isinstance(e, OSError) and any(
+    package(frame.f_globals.get("__name__", "")) in _MODULES for frame in frames
+  )
 
 
 @contextlib.contextmanager
