@@ -174,7 +174,7 @@ def mistakes() -> dict[tuple[str, ...], str]:
     env=helpers.PROGRAM_ENV,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=helpers.BACKSTOP_S,
   )
   assert result.returncode == 0, result.stderr
   lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('"')]
@@ -224,7 +224,7 @@ def check(argv: list[str], cwd: pathlib.Path, **env: str) -> None:
     env={**helpers.PROGRAM_ENV, **env},
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=helpers.BACKSTOP_S,
   )
   assert result.returncode == 0, result.stdout + result.stderr
 
@@ -257,7 +257,7 @@ def test_the_example_runs(tmp_path):
     env={**helpers.PROGRAM_ENV, "PYTHONPATH": os.fspath(ROOT)},
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=helpers.BACKSTOP_S,
   )
   assert result.returncode == 0, result.stderr
   universal, extracted = re.search(r"universal (\S+), extracted (\S+)", result.stdout).groups()

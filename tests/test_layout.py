@@ -8,7 +8,7 @@ PACKAGE = ROOT / "matformer_jax"
 
 # Lowest first. A module imports from its own layer and those below.
 LAYERS = (
-  ("errors", "runtime", "tables", "plots"),
+  ("errors", "runtime", "storage", "tables", "plots"),
   ("config", "config_keys", "config_files", "cli", "tpu"),
   ("sharding", "granularity"),
   ("data", "formats", "hosts"),
