@@ -20,6 +20,7 @@ import optax
 from matformer_jax import cli, models, storage, tables
 from matformer_jax.checkpoints import checkpoint
 from matformer_jax.config import model_config
+from matformer_jax.errors import UserError
 
 
 def random_like(shapes):
@@ -34,6 +35,8 @@ def main(argv) -> None:
   cli.check(argv)
   config = cli.read_config(_CONFIG)
   workdir = storage.path(cli.required(_WORKDIR))
+  if workdir.exists() and any(workdir.iterdir()):
+    raise UserError(f"--workdir={workdir} is not empty, and would be removed; give a new one")
   model = model_config(config)
   shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
   print("making the state", flush=True)

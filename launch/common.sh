@@ -25,6 +25,11 @@ run() {
   fi
 }
 
+# replace COMMAND...: as run, in place of this script.
+replace() {
+  if [ "$DRY_RUN" = 1 ]; then run "$@"; else exec "$@"; fi
+}
+
 # parse_action [--dry-run] ACTION [-- TRAIN_ARGS...]: sets action, train_args and DRY_RUN.
 parse_action() {
   action='' train_args=()

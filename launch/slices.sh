@@ -37,12 +37,18 @@ on_each() {
   [ "$failed" = 0 ]
 }
 
-# keep_ready: leaves in `nodes` those that are ready.
+# keep_ready: leaves in `nodes` those that are ready, and on which this checkout is installed.
 keep_ready() {
   local node state ready=()
   for node in "${nodes[@]}"; do
     state=$("${describe[@]}" "$node" "${where[@]}" '--format=value(state)' 2>/dev/null || echo ABSENT)
-    if [ "$state" = READY ]; then ready+=("$node"); else say "$node is $state"; fi
+    if [ "$state" != READY ]; then
+      say "$node is $state"
+    elif TPU_NAME=$node launch/tpu_vm.sh ready; then
+      ready+=("$node")
+    else
+      say "$node is being installed"
+    fi
   done
   nodes=("${ready[@]}")
 }

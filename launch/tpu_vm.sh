@@ -40,12 +40,14 @@ delete() { run "${tpus[@]}" delete "${where[@]}" --quiet; }
 
 copy() {
   run mkdir -p build
-  run git archive --format=tar.gz --output=build/matformer_jax.tar.gz HEAD
+  # Several slices may be made at the same time (slices.sh), from one name.
+  run git archive --format=tar.gz "--output=build/$TPU_NAME.tar.gz" HEAD
+  run mv "build/$TPU_NAME.tar.gz" build/matformer_jax.tar.gz
   run "${tpus[@]}" scp build/matformer_jax.tar.gz "$TPU_NAME:" "${where[@]:1}" --worker=all
 }
 
 install() {
-  on_all "mkdir -p matformer_jax && tar -xzf matformer_jax.tar.gz -C matformer_jax && python3 -m venv .venv && .venv/bin/pip install -q './matformer_jax[tpu,gcs]'"
+  on_all "mkdir -p matformer_jax && tar -xzf matformer_jax.tar.gz -C matformer_jax && python3 -m venv .venv && .venv/bin/pip install -q './matformer_jax[tpu,gcs]' && touch .installed"
 }
 
 ensure() {
@@ -66,17 +68,21 @@ ensure() {
   install
 }
 
+# ready: whether training can be started on all workers.
+ready() { on_all "test -e .installed"; }
+
 train() {
   [ ${#train_args[@]} -gt 0 ] || fail "no arguments for training; see $0 --help"
   # exec: the signals of a dying connection reach Python, which saves.
-  on_all "cd matformer_jax && exec ${TRAIN_ENV:+env $TRAIN_ENV }../.venv/bin/python -u -m matformer_jax.train ${train_args[*]@Q} > >(tee -a ~/train.log) 2>&1"
+  # exec here, so that a signal to this script ends the connection.
+  replace "${tpus[@]}" ssh "${where[@]}" --worker=all "--command=cd matformer_jax && exec ${TRAIN_ENV:+env $TRAIN_ENV }../.venv/bin/python -u -m matformer_jax.train ${train_args[*]@Q} > >(tee -a ~/train.log) 2>&1"
 }
 
 case "$action" in
-  create | delete | copy | install | ensure) "$action" ;;
+  create | delete | copy | install | ensure | ready) "$action" ;;
   run) train ;;
   logs) run "${tpus[@]}" ssh "${where[@]}" --worker=0 '--command=tail -n 100 -F train.log' ;;
   status) run "${tpus[@]}" describe "${where[@]}" '--format=value(state)' ;;
-  all) ensure; train; delete ;;
+  all) ensure; (train); delete ;;
   *) fail "unknown action '$action'; see $0 --help" ;;
 esac

@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import pathlib
 import tempfile
 from typing import Any
@@ -65,7 +64,7 @@ def local_data(directory: str | None, task: str) -> dict[str, str]:
   """
   if not directory:
     return {}
-  if not os.path.isdir(directory):
+  if not storage.local(directory, "--data").is_dir():
     raise UserError(f"--data={directory}: no such directory; give one with TASK/SPLIT.jsonl")
   folder = pathlib.Path(directory, task)
   if not folder.is_dir():
@@ -294,7 +293,9 @@ def main(argv) -> None:
     "checkpoint": checkpoint.read_meta(model.workdir, model.step)["seal"],
     "num_fewshot": _NUM_FEWSHOT.value,
     "limit": _LIMIT.value,
-    "include_path": digest(f for d in _INCLUDE_PATH.value for f in pathlib.Path(d).rglob("*.yaml")),
+    "include_path": digest(
+      f for d in _INCLUDE_PATH.value for f in storage.local(d, "--include_path").rglob("*.yaml")
+    ),
     "dtype": _DTYPE.value,
     "max_length": _MAX_LENGTH.value,
     "lm_eval": lm_eval.__version__,

@@ -49,7 +49,7 @@ def extract(
       that is taken.
     checkpoint.DamagedCheckpoint: (a UserError) if no step's slices verify.
   """
-  workdir, out = storage.path(workdir), storage.path(out)
+  workdir, out = storage.path(workdir), checkpoint.check_place(out)
   card = cards.read(workdir)
   config = model_config(card)
   g = gran.parse(granularity, config)

@@ -154,7 +154,7 @@ def _numbers(flag: flags.FlagHolder[list[str]]) -> Sequence[Fraction]:
 def main(argv) -> None:
   cli.check(argv)
   path = cli.required(_FROM, sources.WHAT_TO_GIVE)
-  out = storage.path(cli.required(_OUT))
+  out = checkpoint.check_place(cli.required(_OUT))
   if (_CALIBRATION.value or "").startswith("tokens:"):
     raise UserError(
       f"--calibration={_CALIBRATION.value}: text is needed, for the source's own tokenizer; give "

@@ -28,7 +28,7 @@ def figure(path: str | os.PathLike, size: tuple[float, float] = (7, 4.5)) -> Ite
     yield axes
     axes.grid(alpha=0.3)
     image = io.BytesIO()
-    fig.savefig(image, dpi=140, format="png")
+    fig.savefig(image, dpi=140, format=os.path.splitext(path)[1][1:] or "png")
     storage.path(path).write_bytes(image.getvalue())
   finally:
     plt.close(fig)

@@ -59,6 +59,13 @@ def path(text: str | os.PathLike) -> Path:
   return epath.Path(text)
 
 
+def local(text: str | os.PathLike, name: str) -> pathlib.Path:
+  """A path of this machine, with ~ expanded. Raises UserError for one of a bucket."""
+  if is_bucket(text):
+    raise UserError(f"{name}={os.fspath(text)} must be of this machine, and not in a bucket")
+  return pathlib.Path(text).expanduser()
+
+
 def is_bucket(path: str | os.PathLike) -> bool:
   """Whether a path is in a bucket."""
   return os.fspath(path).partition("://")[0] in SCHEMES
@@ -301,19 +308,40 @@ _COPIES: list[tempfile.TemporaryDirectory] = []
 
 # ---------------------------------------------------------------------- errors
 
-_MODULES = ("gcsfs", "google", "aiohttp", "s3fs", "botocore", "aiobotocore", "urllib3", "requests")
+_CLIENTS = ("gcsfs", "s3fs", "google.auth", "google.api_core", "google.cloud")
+_TRANSPORTS = ("aiohttp", "botocore", "aiobotocore", "requests", "urllib3")
 
 
 def is_refusal(e: BaseException) -> bool:
-  """Whether an exception is a bucket's, or of the way there."""
-  package = lambda name: name.partition(".")[0]
-  if package(type(e).__module__) in _MODULES:
+  """Whether an exception is a bucket's, or of the way there; a file that is missing is none.
+
+  Clients let errors of the network through, and tell some of a bucket as Python's own, such as
+  `OSError: Forbidden`.
+  """
+  if isinstance(e, FileNotFoundError | FileExistsError):
+    return False
+  of = lambda module, packages: any(f"{module}.".startswith(f"{p}.") for p in packages)
+  if of(type(e).__module__, _CLIENTS):
     return True
-  # Some are told as Python's own errors, such as `OSError: Forbidden`.
   frames = (frame for frame, _ in traceback.walk_tb(e.__traceback__))
-  return isinstance(e, OSError) and any(
-    package(frame.f_globals.get("__name__", "")) in _MODULES for frame in frames
+  return (isinstance(e, OSError) or of(type(e).__module__, _TRANSPORTS)) and any(
+    of(frame.f_globals.get("__name__", ""), _CLIENTS) for frame in frames
   )
+
+
+def is_outage(e: BaseException | None) -> bool:
+  """Whether what has failed may work later: a bucket that is down or busy, or the way there."""
+  while e is not None:
+    if any(words in str(e) for words in ("UNAVAILABLE", "DEADLINE_EXCEEDED")):
+      return True
+    if is_refusal(e):
+      code = getattr(e, "code", None)
+      if isinstance(code, int):
+        return code in (408, 429) or code >= 500
+      transport = type(e).__module__.partition(".")[0] in _TRANSPORTS
+      return transport or isinstance(e, TimeoutError | ConnectionError)
+    e = e.__cause__
+  return False
 
 
 @contextlib.contextmanager

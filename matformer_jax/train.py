@@ -87,9 +87,16 @@ def train(
     cards.with_model_of_init(config)  # a mistake there leaves no directory behind
   workdir.mkdir(parents=True, exist_ok=True)
   with lock.hold(workdir, hosts, lost_s=config.storage_timeout_s):
-    if start_over:
-      _start_over(config, workdir, hosts)
-    return _train(config, workdir, hosts, stop, profile, start_over)
+    try:
+      if start_over:
+        _start_over(config, workdir, hosts)
+      return _train(config, workdir, hosts, stop, profile, start_over)
+    except Exception as e:
+      if storage.is_outage(e):
+        why = f"{storage.refusal(e) if storage.is_refusal(e) else e}"
+        runtime.say_here(f"error: {why}")
+        hosts.leave(multihost.EXIT_RETRY, why)
+      raise
 
 
 def _train(

@@ -181,8 +181,14 @@ class Corrupt:
     if self._path is None:
       return
     before = self._path.read_text() if self._path.exists() else ""
-    if message not in before:
-      self._path.write_text(before + message + "\n")
+    if message in before:
+      return
+    if not storage.is_bucket(self._path):
+      with open(self._path, "a") as f:
+        f.write(message + "\n")
+      return
+    with storage.refusals_ignored():  # too many a second, say: it has been printed
+      storage.replace_file(self._path, f"{before}{message}\n".encode())
 
 
 class ImageBatches:

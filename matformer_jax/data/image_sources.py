@@ -266,7 +266,7 @@ def _folder(source: str, rest: str, split: str) -> Images:
     sorted(p.name for p in (train if train.is_dir() else root).iterdir() if p.is_dir())
   )
   found = {str(p.relative_to(root)): n for p, n in storage.sizes(root).items()}
-  files = [name for name in found if pathlib.PurePath(name).suffix.lower() in SUFFIXES]
+  files = sorted(name for name in found if pathlib.PurePath(name).suffix.lower() in SUFFIXES)
   labels: list[tuple[int, ...]] = []
   answers = root.parent / f"{split}_labels.json"  # {file: [class names]}, as ImageNet ReaL has
   known = json.loads(answers.read_text()) if answers.exists() else {}

@@ -217,7 +217,7 @@ def open_store(path: str | os.PathLike, verify: bool | None = None) -> TokenStor
         first += shard["tokens"]
       tokens[split], documents[split] = Tokens(shards, dtype), Documents(starts)
   except (OSError, ValueError, KeyError, TypeError) as e:
-    if isinstance(e, UserError):
+    if isinstance(e, UserError) or storage.is_refusal(e):
       raise
     raise UserError(f"token store {path} is incomplete ({e}); prepare it again") from e
   return TokenStore(tokens, documents, manifest, path)

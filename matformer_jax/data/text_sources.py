@@ -302,7 +302,8 @@ def get_store(
 
 
 def _cache(cache_dir: str | None) -> pathlib.Path:
-  path = pathlib.Path(cache_dir or os.path.join(runtime.cache_dir(), "data"))
+  default = os.path.join(runtime.cache_dir(), "data")
+  path = storage.local(cache_dir or default, "data.cache_dir")
   path.mkdir(parents=True, exist_ok=True)
   return path
 

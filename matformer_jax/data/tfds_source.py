@@ -88,7 +88,10 @@ def tfrecords(path: str | os.PathLike) -> Iterator[bytes]:
   """The records of a TFRecord file, in order."""
   with storage.path(path).open("rb") as file:
     while (length := _next_length(file)) is not None:
-      yield file.read(length + 4)[:-4]
+      record = file.read(length + 4)
+      if len(record) < length + 4:
+        raise _cut_off(file)
+      yield record[:-4]
 
 
 class _TFRecords:
@@ -123,5 +126,9 @@ def _next_length(file) -> int | None:
   """
   header = file.read(12)
   if header and len(header) < 12:
-    raise UserError(f"{file.name} ends within a record; prepare the dataset again")
+    raise _cut_off(file)
   return struct.unpack_from("<Q", header)[0] if header else None
+
+
+def _cut_off(file) -> UserError:
+  return UserError(f"{file.name} ends within a record; prepare the dataset again")

@@ -83,9 +83,7 @@ EXPERIMENTS = {
 def main(argv) -> None:
   cli.check(argv)
   chosen = _chosen(_EXPERIMENT.value)
-  if storage.is_bucket(_OUT.value):
-    raise UserError(f"--out={_OUT.value}: experiments are kept on this machine; give a directory")
-  root = pathlib.Path(_OUT.value).expanduser().absolute()
+  root = storage.local(_OUT.value, "--out").absolute()
   if _LIST.value:
     print(_listing())
     if _SCALE.value != "paper":

@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import flags
 
-from matformer_jax import cli, plots, runtime, tables
+from matformer_jax import cli, plots, runtime, storage, tables
 from matformer_jax.errors import UserError
 from matformer_jax.experiments import commands
 from matformer_jax.formats import sources
@@ -117,7 +117,7 @@ def minutes(workdir: pathlib.Path) -> dict[str, float]:
 
 def main(argv) -> None:
   cli.check(argv)
-  root = pathlib.Path(cli.required(_WORKDIR))
+  root = storage.local(cli.required(_WORKDIR), "--workdir")
   config = cli.read_config(_CONFIG)
   dense = cli.required(_FROM, sources.WHAT_TO_GIVE)
   if config.distill.teacher == "none":

@@ -259,7 +259,8 @@ class _ObjectLock(_Lock):
     return True
 
   def _create(self, content: bytes | None = None) -> bool:
-    return _holder(self._read()) == self._me or super()._create(content)
+    # The answer to a request that was carried out may be lost; a second one finds its own lock.
+    return super()._create(content) or _holder(self._read()) == self._me
 
   def _beat(self) -> _Holder | None:
     self._beats += 1
