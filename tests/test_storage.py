@@ -273,6 +273,7 @@ def faulty_run(gcs) -> str:
   return workdir
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_same_run(bucket, straight, faulty_run):
   workdir = storage.path(faulty_run)
   assert checksums(workdir) == checksums(straight)
@@ -283,6 +284,7 @@ def test_a_run_in_a_bucket_is_the_same_run(bucket, straight, faulty_run):
   assert storage.files(workdir / "tensorboard")
 
 
+@pytest.mark.slow
 def test_it_is_read_where_it_is(gcs, bucket, straight, faulty_run, tmp_path):
   def run(module, *args):
     result = run_program(module, *args, env=gcs.env)
@@ -313,6 +315,7 @@ def test_it_is_read_where_it_is(gcs, bucket, straight, faulty_run, tmp_path):
   assert (bucket / "hf" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_corpus_in_a_bucket(gcs, bucket, tmp_path):
   """Prepared from there to there; the same tokens as on this machine, and trained on."""
   library = pathlib.Path(sysconfig.get_paths()["stdlib"])
@@ -398,6 +401,7 @@ def test_a_stall(gcs, bucket, straight):
   assert checksums(bucket) == checksums(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [503, 403])
 def test_a_bucket_that_refuses_in_a_save(status, gcs, bucket, straight):
   """A clear error in bounded time; what was saved before is intact, and training goes on."""
