@@ -12,7 +12,6 @@ each query is given the class of its nearest neighbours (Section 4.2.2, Figure 5
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-import csv
 import dataclasses
 import hashlib
 import io
@@ -325,10 +324,7 @@ def main(argv) -> None:
   flat = [dataclasses.asdict(r) for r in rows]
   for row in flat:
     row.update({f"{k}-nn": share for k, share in row.pop("accuracy").items()})
-  with open(root / "retrieval.csv", "w", newline="") as f:
-    writer = csv.DictWriter(f, flat[0].keys())
-    writer.writeheader()
-    writer.writerows(flat)
+  tables.write_csv(root / "retrieval.csv", flat)
   (root / "retrieval.json").write_text(
     runtime.to_json(
       {

@@ -15,7 +15,6 @@ errors. Writes search.csv, search.json and search.png.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import csv
 import dataclasses
 import functools
 import math
@@ -440,10 +439,7 @@ def main(argv) -> None:
   )
   flat = as_rows(config, scored)
   with storage.local_directory(out) as files:
-    with open(files / "search.csv", "w", newline="") as f:
-      writer = csv.DictWriter(f, flat[0].keys())
-      writer.writeheader()
-      writer.writerows(flat)
+    tables.write_csv(files / "search.csv", flat)
     (files / "search.json").write_text(
       runtime.to_json(
         {

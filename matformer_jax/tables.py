@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import csv
+import os
+from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -26,3 +29,12 @@ def si(value: float, unit: str = "") -> str:
       digits = 2 if abs(scaled) < 10 else 1 if abs(scaled) < 100 else 0
       return f"{scaled:.{digits}f}{letter}{unit}"
   return f"{value:g}{unit}"
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+  """A file of rows, which may lack some of the columns."""
+  columns = dict.fromkeys(key for row in rows for key in row)
+  with open(path, "w", newline="") as f:
+    writer = csv.DictWriter(f, list(columns))
+    writer.writeheader()
+    writer.writerows(rows)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
-import csv
+from collections.abc import Sequence
 import dataclasses
 import html
 import pathlib
-from typing import Any
 
-from matformer_jax import storage
+from matformer_jax import storage, tables
 from matformer_jax.experiments.lab import Finding
 
 _STYLE = """
@@ -38,15 +36,6 @@ class Section:
   finding: Finding
 
 
-def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Rows that may lack some of the columns."""
-  columns = dict.fromkeys(key for row in rows for key in row)
-  with open(path, "w", newline="") as f:
-    writer = csv.DictWriter(f, list(columns))
-    writer.writeheader()
-    writer.writerows(rows)
-
-
 def write(
   root: pathlib.Path, title: str, facts: Sequence[str], sections: Sequence[Section]
 ) -> None:
@@ -56,7 +45,7 @@ def write(
     facts: what was run, where, and how long it took: a line each.
   """
   for section in sections:
-    write_csv(root / f"{section.name}.csv", section.finding.rows)
+    tables.write_csv(root / f"{section.name}.csv", section.finding.rows)
   storage.replace_file(root / "report.md", _markdown(title, facts, sections).encode())
   storage.replace_file(root / "report.html", _html(root, title, facts, sections).encode())
 
