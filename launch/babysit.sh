@@ -75,11 +75,7 @@ while true; do
   fi
   "${command[@]}" &
   child=$!
-  while true; do
-    code=0
-    wait "$child" || code=$?
-    kill -0 "$child" 2>/dev/null || break # else a signal interrupted the wait
-  done
+  await "$child" || code=$?
   child=''
   if [ -n "$tpu" ] && [ "$code" = 255 ]; then
     code=42 # the connection broke: the node is probably gone

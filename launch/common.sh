@@ -52,4 +52,21 @@ need() {
   done
 }
 
+# need_node: sets `location`, gcloud's flags of where TPUs are; fails unless TPU_NAME and ZONE are set.
+need_node() {
+  need TPU_NAME ZONE
+  location=("--zone=$ZONE")
+  [ -z "${PROJECT:-}" ] || location+=("--project=$PROJECT")
+}
+
+# await PID: waits for a child until it has ended, through signals; returns its exit code.
+await() {
+  local code
+  while true; do
+    code=0
+    wait "$1" || code=$?
+    kill -0 "$1" 2>/dev/null || return "$code" # else a signal interrupted the wait
+  done
+}
+
 is_retryable() { [[ " $RETRYABLE " == *" $1 "* ]]; }

@@ -46,11 +46,8 @@ done
 
 code=0
 for pid in "${pids[@]}"; do
-  while true; do
-    this=0
-    wait "$pid" || this=$?
-    kill -0 "$pid" 2>/dev/null || break # else a signal interrupted the wait
-  done
+  this=0
+  await "$pid" || this=$?
   [ "$code" != 0 ] || code=$this
 done
 exit "$code"

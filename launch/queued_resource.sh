@@ -16,9 +16,8 @@ source launch/common.sh
 
 parse_action "$@"
 export DRY_RUN
-need TPU_NAME ZONE
-where=("$TPU_NAME" "--zone=$ZONE")
-[ -z "${PROJECT:-}" ] || where+=("--project=$PROJECT")
+need_node
+where=("$TPU_NAME" "${location[@]}")
 queue=(gcloud compute tpus queued-resources)
 
 state() {

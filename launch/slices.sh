@@ -17,11 +17,9 @@ source launch/common.sh
 
 parse_action "$@"
 export DRY_RUN
-need TPU_NAME ZONE
+need_node
 maker=tpu_vm.sh
 [ "${QUEUED:-0}" != 1 ] || maker=queued_resource.sh
-where=("--zone=$ZONE")
-[ -z "${PROJECT:-}" ] || where+=("--project=$PROJECT")
 describe=(gcloud compute tpus tpu-vm describe)
 nodes=()
 for ((i = 0; i < ${SLICES:-2}; i++)); do nodes+=("$TPU_NAME-$i"); done
@@ -41,7 +39,7 @@ on_each() {
 keep_ready() {
   local node state ready=()
   for node in "${nodes[@]}"; do
-    state=$("${describe[@]}" "$node" "${where[@]}" '--format=value(state)' 2>/dev/null || echo ABSENT)
+    state=$("${describe[@]}" "$node" "${location[@]}" '--format=value(state)' 2>/dev/null || echo ABSENT)
     if [ "$state" != READY ]; then
       say "$node is $state"
     elif TPU_NAME=$node launch/tpu_vm.sh ready; then
@@ -70,23 +68,20 @@ train() {
   [ ${#train_args[@]} -gt 0 ] || fail "no arguments for training; see $0 --help"
   if [ "${ELASTIC:-0}" = 1 ] && [ "$DRY_RUN" = 0 ]; then keep_ready; fi
   [ ${#nodes[@]} -gt 0 ] || fail "no slice of $TPU_NAME is ready; run $0 ensure"
-  local address="(the address of ${nodes[0]})" pids=() code=0 one i
-  local ask=("${describe[@]}" "${nodes[0]}" "${where[@]}" '--format=value(networkEndpoints[0].ipAddress)')
+  local address="(the address of ${nodes[0]})" code=0 one i
+  local ask=("${describe[@]}" "${nodes[0]}" "${location[@]}" '--format=value(networkEndpoints[0].ipAddress)')
   if [ "$DRY_RUN" = 1 ]; then run "${ask[@]}"; else address=$("${ask[@]}"); fi
+  pids=()
+  trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
   for i in "${!nodes[@]}"; do
     # What JAX and libtpu would find in the metadata of slices that were made together.
     TRAIN_ENV="MEGASCALE_COORDINATOR_ADDRESS=${address@Q} MEGASCALE_NUM_SLICES=${#nodes[@]} MEGASCALE_SLICE_ID=$i" \
       TPU_NAME=${nodes[$i]} launch/tpu_vm.sh run -- "${train_args[@]}" &
     pids+=($!)
-    # shellcheck disable=SC2064  # these processes
-    trap "kill -TERM ${pids[*]} 2>/dev/null || true" TERM INT
   done
   for i in "${!pids[@]}"; do
-    while true; do
-      one=0
-      wait "${pids[$i]}" || one=$?
-      kill -0 "${pids[$i]}" 2>/dev/null || break # else a signal interrupted the wait
-    done
+    one=0
+    await "${pids[$i]}" || one=$?
     [ "$one" != 255 ] || one=42 # the connection broke: the slice is probably gone
     # An error to fix first outweighs what a restart may mend.
     if [ "$code" = 0 ] || { is_retryable "$code" && [ "$one" != 0 ]; }; then code=$one; fi

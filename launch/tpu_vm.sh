@@ -18,11 +18,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
 
 parse_action "$@"
-need TPU_NAME ZONE
+need_node
 ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v5litepod-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
-where=("$TPU_NAME" "--zone=$ZONE")
-[ -z "${PROJECT:-}" ] || where+=("--project=$PROJECT")
+where=("$TPU_NAME" "${location[@]}")
 tpus=(gcloud compute tpus tpu-vm)
 
 on_all() { run "${tpus[@]}" ssh "${where[@]}" --worker=all "--command=$1"; }
@@ -43,7 +42,7 @@ copy() {
   # Several slices may be made at the same time (slices.sh), from one name.
   run git archive --format=tar.gz "--output=build/$TPU_NAME.tar.gz" HEAD
   run mv "build/$TPU_NAME.tar.gz" build/matformer_jax.tar.gz
-  run "${tpus[@]}" scp build/matformer_jax.tar.gz "$TPU_NAME:" "${where[@]:1}" --worker=all
+  run "${tpus[@]}" scp build/matformer_jax.tar.gz "$TPU_NAME:" "${location[@]}" --worker=all
 }
 
 install() {

@@ -170,8 +170,7 @@ _WRITERS: dict[tuple[type, str], Callable[..., list[str]]] = {
 
 
 def _size(path: pathlib.Path) -> str:
-  files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-  return f"{sum(file.stat().st_size for file in files):,} bytes"
+  return f"{sum(storage.sizes(path).values()):,} bytes"
 
 
 # ------------------------------------------------------------------------ program

@@ -159,17 +159,18 @@ def copy_file(source: Path, target: Path) -> None:
 # ----------------------------------------------------------------- directories
 
 
-def sizes(directory: Path) -> dict[Path, int]:
-  """Bytes of all files under a directory, in any depth, sorted; {} for one that is not there."""
-  if isinstance(directory, epath.Path):
-    found = _filesystem(directory).find(os.fspath(directory), detail=True)
-    return {_in_bucket(directory, name): int(found[name]["size"]) for name in sorted(found)}
-  return {p: p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+def sizes(path: Path) -> dict[Path, int]:
+  """Bytes of a file, or of all files under a directory, in any depth, sorted; {} of nothing."""
+  if isinstance(path, epath.Path):
+    found = _filesystem(path).find(os.fspath(path), detail=True)
+    return {_in_bucket(path, name): int(found[name]["size"]) for name in sorted(found)}
+  found = [path] if path.is_file() else sorted(path.rglob("*"))
+  return {p: p.stat().st_size for p in found if p.is_file()}
 
 
-def files(directory: Path) -> list[Path]:
-  """All files under a directory, in any depth, sorted."""
-  return list(sizes(directory))
+def files(path: Path) -> list[Path]:
+  """A file, or all files under a directory, in any depth, sorted."""
+  return list(sizes(path))
 
 
 def matching(pattern: str) -> dict[Path, tuple[int, Any]]:
@@ -199,7 +200,7 @@ def move(source: Path, target: Path) -> None:
     source.rename(target)
     return
   filesystem = _filesystem(source)
-  found = files(source) if filesystem.isdir(os.fspath(source)) else [source]
+  found = files(source)
   for file in found:
     inside = os.fspath(file)[len(os.fspath(source)) :]
     filesystem.copy(os.fspath(file), os.fspath(target) + inside)
@@ -274,7 +275,7 @@ def written_aside(out: Path) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory(prefix="matformer-") as parent:
       temporary = pathlib.Path(parent) / out.name
       yield temporary
-      for file in [temporary] if temporary.is_file() else files(temporary):
+      for file in files(temporary):
         copy_file(file, out / file.relative_to(temporary))
     return
   out.parent.mkdir(parents=True, exist_ok=True)

@@ -107,6 +107,8 @@ def test_directories(directory):
   assert (directory / "three" / "deep" / "y.txt").read_text() == "one/deep/y.txt"
   storage.move(directory / "two.txt", directory / "three" / "two.txt")
   assert len(storage.files(directory)) == 3
+  assert storage.sizes(directory / "three" / "two.txt") == {directory / "three" / "two.txt": 7}
+  assert storage.local_copy(directory / "three" / "two.txt").read_text() == "two.txt"
   copy = storage.local_copy(directory / "three")
   assert (copy / "deep" / "y.txt").read_text() == "one/deep/y.txt"
   storage.remove(directory / "three")

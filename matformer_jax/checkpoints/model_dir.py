@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-import os
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 from typing import Any
 
 from matformer_jax import storage
@@ -33,19 +33,20 @@ def write(
     add_files: writes what else belongs to the model, such as a tokenizer, into a directory.
   """
   check_free(out)
-  in_place = storage.is_bucket(out)
-  directory = out if in_place else out.with_name(f"{out.name}.tmp{os.getpid()}")
-  directory.mkdir(parents=True, exist_ok=in_place)
-  try:
+  with _new_directory(out) as directory:
     add_files(directory)
     writer = checkpoint.Writer(directory, keep_last=1, keep_best=0, card=card)
     writer.save(step, params, None, {"step": step})
     writer.close()
     cards.write(directory, dict(card))
-    if not in_place:
-      if out.exists():
-        out.rmdir()
-      storage.move(directory, out)
-  finally:
-    if not in_place:
-      storage.remove(directory)
+
+
+@contextlib.contextmanager
+def _new_directory(out: storage.Path) -> Iterator[storage.Path]:
+  """Where to write what becomes `out`: in a bucket `out` itself, so that weights are sent once."""
+  if storage.is_bucket(out):
+    yield out
+    return
+  with storage.written_aside(out) as temporary:
+    temporary.mkdir()
+    yield temporary

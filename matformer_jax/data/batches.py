@@ -50,9 +50,7 @@ class _Reader:
     """int32 [len(ids), T+1]."""
     length = self._seq_len
     slices = [slice(i * length, i * length + length + 1) for i in ids]
-    tokens = self._tokens
-    read = tokens.read(slices) if isinstance(tokens, store.Tokens) else [tokens[s] for s in slices]
-    return np.stack(read).astype(np.int32)
+    return np.stack(store.read_slices(self._tokens, slices)).astype(np.int32)
 
   def segments(self, ids: Sequence[int]) -> dict[str, np.ndarray]:
     """{"segments": int32 [len(ids), T]}, or {} where documents are not separated."""

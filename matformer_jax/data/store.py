@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import bisect
 import collections
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -77,7 +78,7 @@ class Tokens(Sequence):
     pieces: list[list[np.ndarray]] = [[] for _ in slices]
     for i in sorted(wanted):
       numbers, parts = zip(*wanted[i])
-      for n, piece in zip(numbers, _read_slices(self._shards[i], parts)):
+      for n, piece in zip(numbers, read_slices(self._shards[i], parts)):
         pieces[n].append(piece)
     return [
       found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, self.dtype)])
@@ -120,8 +121,10 @@ class _Ranges(Sequence):
     return np.asarray(self._whole, dtype)
 
 
-def _read_slices(array: np.ndarray | _Ranges, slices: Sequence[slice]) -> list[np.ndarray]:
-  return array.read(slices) if isinstance(array, _Ranges) else [array[s] for s in slices]
+def read_slices(array: Any, slices: Sequence[slice]) -> list[np.ndarray]:
+  """Several slices of step 1, at the same time where `array` can."""
+  together = isinstance(array, Tokens | _Ranges)
+  return array.read(slices) if together else [array[s] for s in slices]
 
 
 class Documents:
@@ -207,12 +210,13 @@ def open_store(path: str | os.PathLike, verify: bool | None = None) -> TokenStor
     size = sum(s["tokens"] for split in SPLITS for s in manifest["shards"][split]) * dtype.itemsize
     if verify is None:
       verify = size <= VERIFIED_BYTES and not storage.is_bucket(path)
+    sizes = storage.sizes(path)
     tokens, documents = {}, {}
     for split in SPLITS:
       shards, starts, first = [], [], 0
       for shard in manifest["shards"][split]:
-        shards.append(_read(path, shard, dtype, shard["tokens"], verify))
-        places = _read(path, shard["starts"], _START, shard["documents"], verify)
+        shards.append(_read(path, sizes, shard, dtype, shard["tokens"], verify))
+        places = _read(path, sizes, shard["starts"], _START, shard["documents"], verify)
         starts.append((first, places[:]))  # of a bucket, all of them: they are searched
         first += shard["tokens"]
       tokens[split], documents[split] = Tokens(shards, dtype), Documents(starts)
@@ -224,11 +228,18 @@ def open_store(path: str | os.PathLike, verify: bool | None = None) -> TokenStor
 
 
 def _read(
-  path: storage.Path, entry: dict[str, Any], dtype: np.dtype, length: int, verify: bool
+  path: storage.Path,
+  sizes: Mapping[storage.Path, int],
+  entry: dict[str, Any],
+  dtype: np.dtype,
+  length: int,
+  verify: bool,
 ) -> Any:
   """A file of the store as an array [length]; its size is checked, its content if `verify`."""
   file = path / entry["file"]
-  size = storage.size(file)
+  if file not in sizes:
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(file))
+  size = sizes[file]
   if size != length * dtype.itemsize:
     raise UserError(
       f"token store file {file} has {size} bytes, its manifest says "

@@ -54,9 +54,7 @@ class JsonLines:
     found = {row["step"]: row for row in read_jsonl(path) if "step" in row}
     rows = {s: row for s, row in found.items() if s <= step}
     self.dropped = [row for s, row in found.items() if s > step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(rows[s]) + "\n" for s in sorted(rows)))
-    temporary.rename(path)
+    storage.replace_file(path, "".join(json.dumps(rows[s]) + "\n" for s in sorted(rows)).encode())
     self._file = open(path, "a", buffering=1)
 
   def write(self, row: Mapping[str, Any]) -> None:
