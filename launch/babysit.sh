@@ -2,7 +2,7 @@
 # Runs a training command until it is done, through preemptions and lost machines.
 #
 #   launch/babysit.sh [--max-restarts=20] [--backoff=10] [--dry-run] -- COMMAND...
-#   launch/babysit.sh --tpu=NAME [--queued] [--slices=N [--elastic]] ... -- --config=configs/matlm.py:850M --workdir=/mnt/runs/{run_id}
+#   launch/babysit.sh --tpu=NAME [--queued] [--slices=N [--elastic]] ... -- --config=configs/matlm.py:850M --workdir=gs://BUCKET/{run_id}
 #
 # Restarts the command when it exits with 42 (a lost peer, a hang) or 143 (preempted), after a
 # pause that doubles up to 10 minutes and is reset by a run of 10 minutes. Any other exit code

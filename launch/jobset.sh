@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Trains on GKE as a JobSet (jobset.yaml). Needs kubectl and the JobSet controller.
 #
-#   launch/jobset.sh [--dry-run] apply|logs|status|delete -- --config=configs/matlm.py:850M --workdir=/mnt/runs/first
+#   launch/jobset.sh [--dry-run] apply|logs|status|delete -- --config=configs/matlm.py:850M --workdir=gs://BUCKET/first
 #
 # Settings, by environment: NAME (matformer), IMAGE, TPU_ACCELERATOR (tpu-v5-lite-podslice),
-# TPU_TOPOLOGY (4x4), HOSTS (4, of a slice), CHIPS_PER_HOST (4), SLICES (1), CLAIM
-# (matformer-runs, a shared volume that is mounted at /mnt/runs), MAX_RESTARTS (20).
+# TPU_TOPOLOGY (4x4), HOSTS (4, of a slice), CHIPS_PER_HOST (4), SLICES (1), SERVICE_ACCOUNT (a
+# Kubernetes one that may write to the bucket; unset, the namespace's default), CLAIM (unset; a
+# shared volume to mount at /mnt/runs, for a workdir there), MAX_RESTARTS (20).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
@@ -24,6 +25,11 @@ manifest() {
   done
   local text
   text=$(cat launch/jobset.yaml)
+  local optional
+  for optional in SERVICE_ACCOUNT CLAIM; do
+    [ -n "${!optional:-}" ] || text=$(grep -v " # $optional\$" <<< "$text")
+    text=${text//@$optional@/${!optional:-}}
+  done
   text=${text//@NAME@/$NAME}
   text=${text//@IMAGE@/$IMAGE}
   text=${text//@TPU_ACCELERATOR@/${TPU_ACCELERATOR:-tpu-v5-lite-podslice}}
@@ -31,7 +37,6 @@ manifest() {
   text=${text//@SLICES@/${SLICES:-1}}
   text=${text//@HOSTS@/${HOSTS:-4}}
   text=${text//@CHIPS_PER_HOST@/${CHIPS_PER_HOST:-4}}
-  text=${text//@CLAIM@/${CLAIM:-matformer-runs}}
   text=${text//@MAX_RESTARTS@/${MAX_RESTARTS:-20}}
   printf '%s\n' "${text//@ARGS@/${args%, }}"
 }

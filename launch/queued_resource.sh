@@ -2,7 +2,7 @@
 # A TPU slice by queued resource: waits in line for capacity, and queues again when preempted.
 #
 #   launch/queued_resource.sh [--dry-run] create|ensure|status|delete
-#   launch/queued_resource.sh run -- --config=configs/matlm.py:850M --workdir=/mnt/runs/first
+#   launch/queued_resource.sh run -- --config=configs/matlm.py:850M --workdir=gs://BUCKET/first
 #
 # Settings as for tpu_vm.sh, and QUEUE_FOR (24h): how long to stay in the queue.
 #

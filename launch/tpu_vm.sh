@@ -2,7 +2,7 @@
 # A TPU VM slice, from creation to deletion. Needs gcloud, signed in.
 #
 #   launch/tpu_vm.sh [--dry-run] create|ensure|copy|install|run|logs|status|delete
-#   launch/tpu_vm.sh run -- --config=configs/matlm.py:850M --workdir=/mnt/runs/first
+#   launch/tpu_vm.sh run -- --config=configs/matlm.py:850M --workdir=gs://BUCKET/first
 #   launch/tpu_vm.sh all -- ...          ensure, run, delete
 #
 # Settings, by environment: TPU_NAME, ZONE, PROJECT, ACCELERATOR_TYPE (v5litepod-16), RUNTIME

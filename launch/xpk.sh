@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on GKE through xpk, which makes the JobSet itself.
 #
-#   launch/xpk.sh [--dry-run] create|list|delete -- --config=configs/matlm.py:850M --workdir=/mnt/runs/first
+#   launch/xpk.sh [--dry-run] create|list|delete -- --config=configs/matlm.py:850M --workdir=gs://BUCKET/first
 #
 # Settings, by environment: CLUSTER, ZONE, PROJECT, IMAGE, NAME (matformer), TPU_TYPE
 # (v5litepod-16), SLICES (1), MAX_RESTARTS (20), PRIORITY (medium).

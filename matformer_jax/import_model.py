@@ -118,7 +118,7 @@ def _card(
     "identity": {"tokenizer": tokenizer.sha256},
     "config": json.loads(training.to_json_best_effort()),
     "imported": {
-      "from": str(source.path.resolve()),
+      "from": str(storage.absolute(source.path)),
       "architecture": families.architecture(source),
       "calibration": calibration,
     },

@@ -60,10 +60,10 @@ def path(text: str | os.PathLike) -> Path:
 
 
 def local(text: str | os.PathLike, name: str) -> pathlib.Path:
-  """A path of this machine, with ~ expanded. Raises UserError for one of a bucket."""
+  """A path of this machine, with ~ expanded. Raises UserError for any other."""
   if is_bucket(text):
     raise UserError(f"{name}={os.fspath(text)} must be of this machine, and not in a bucket")
-  return pathlib.Path(text).expanduser()
+  return pathlib.Path(path(text))
 
 
 def is_bucket(path: str | os.PathLike) -> bool:

@@ -393,6 +393,19 @@ def test_the_jobset_follows_the_schema(cloud):
   assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x8"
   # Retryable codes are left to the restart policy; a mistake ends the job.
   assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1]
+  assert "volumes" not in pod and "serviceAccountName" not in pod
+
+
+def test_a_jobset_with_a_volume_and_an_account(cloud):
+  result = cloud.run("jobset.sh", "apply", *TRAIN, CLAIM="shared", SERVICE_ACCOUNT="trainer")
+  assert result.returncode == 0, result.stderr
+  manifest = yaml.safe_load((cloud.root / "applied").read_text())
+  check_fields(manifest)
+  pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  assert pod["serviceAccountName"] == "trainer"
+  (volume,), (mount,) = pod["volumes"], pod["containers"][0]["volumeMounts"]
+  assert volume["persistentVolumeClaim"] == {"claimName": "shared"}
+  assert mount == {"name": volume["name"], "mountPath": "/mnt/runs"}
 
 
 def test_a_wrong_field_would_be_seen():

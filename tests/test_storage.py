@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -19,9 +20,10 @@ from tfds_files import write_tfds
 
 import matformer_jax
 from matformer_jax import storage
-from matformer_jax.checkpoints import checkpoint
+from matformer_jax.checkpoints import card, checkpoint
 from matformer_jax.data import store, text_sources
 from matformer_jax.errors import UserError
+from matformer_jax.formats import sources
 from matformer_jax.hosts import lock
 
 
@@ -33,6 +35,9 @@ def test_what_is_no_path():
   ):
     with pytest.raises(UserError, match=why):
       storage.path(text)
+  for text, why in (("gs://b/x", "--out=gs://b/x must be of this machine"), ("az://b/x", "s3://")):
+    with pytest.raises(UserError, match=why):
+      storage.local(text, "--out")
   assert storage.path("~/x") == pathlib.Path.home() / "x"
   assert isinstance(storage.path("a://b/c".partition(":")[0]), pathlib.Path)
 
@@ -315,6 +320,16 @@ def test_it_is_read_where_it_is(gcs, bucket, straight, faulty_run, tmp_path):
   assert len(storage.files(bucket / "search")) == 3
   run("export", f"--workdir={small}", "--format=hf", f"--out={bucket}/hf", "--check=False")
   assert (bucket / "hf" / "model.safetensors").exists()
+  run("import_model", f"--from={bucket}/hf", f"--out={bucket}/imported", "--order=none")
+  assert card.read(bucket / "imported")["imported"]["from"] == f"{bucket}/hf"
+
+
+def test_a_bad_model_in_a_bucket_is_named_as_given(bucket):
+  with pytest.raises(UserError, match=re.escape(f"--from={bucket}/none does not exist")):
+    sources.open_source(bucket / "none")
+  storage.replace_file(bucket / "model" / "config.json", b"{")
+  with pytest.raises(UserError, match=re.escape(f"--from={bucket}/model: config.json cannot be")):
+    sources.open_source(bucket / "model")
 
 
 @pytest.mark.slow

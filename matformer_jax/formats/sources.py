@@ -30,14 +30,14 @@ class Source:
   """A dense model on disk.
 
   Attributes:
-    path: where it is.
+    path: where it is, as the user named it.
     config: as `config.json` of `transformers`.
     names: of its arrays.
     read: name -> float32 array of its own.
     tokenizer: opens its tokenizer.
   """
 
-  path: pathlib.Path
+  path: storage.Path
   config: dict[str, Any]
   names: frozenset[str]
   read: Callable[[str], np.ndarray]
@@ -52,13 +52,21 @@ def open_source(path: str | os.PathLike) -> Source:
   Raises:
     UserError: for anything else, or what is damaged or incomplete.
   """
-  path = storage.local_copy(storage.path(path))
+  named = storage.path(path)
+  if not named.exists():
+    raise UserError(f"--from={named} does not exist; give {WHAT_TO_GIVE} (nothing is downloaded)")
+  here = storage.local_copy(named)
+  try:
+    return dataclasses.replace(_open(here), path=named)
+  except UserError as e:
+    raise UserError(str(e).replace(os.fspath(here), os.fspath(named))) from e
+
+
+def _open(path: pathlib.Path) -> Source:
   if path.is_dir():
     return _open_directory(path)
   if path.is_file() and path.suffix == ".gguf":
     return _open_gguf(path)
-  if not path.exists():
-    raise UserError(f"--from={path} does not exist; give {WHAT_TO_GIVE} (nothing is downloaded)")
   raise UserError(f"--from={path} is neither a directory nor a .gguf file")
 
 
