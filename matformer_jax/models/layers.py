@@ -266,6 +266,8 @@ class Stack(nn.Module):
   def __call__(self, x_BxTxD, granularity: gran.Granularity, seeds_B=None, origin_BxT=None):
     cfg, exe = self.config, self.execution
     stored = {str(i): self.param(str(i), self._init_span, span) for i, span in enumerate(cfg.spans)}
+    if self.is_initializing():  # tracing every layer would add nothing
+      return x_BxTxD
     first = 0
     for part, params in slicing.slice_blocks(stored, cfg, granularity):
       block = Block(cfg, exe, part.span, parent=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -73,6 +75,7 @@ def embed(embedding_VxD, tokens, config: MatLMConfig) -> jax.Array:
   return jnp.take(embedding_VxD, tokens, axis=0) * scale
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: MatLMConfig, rng: jax.Array):
   """The universal parameter tree, float32. Independent of mesh and platform."""
   model = MatLM(config)

@@ -8,6 +8,7 @@ P patches of an image, C classes, F features.
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 
 import flax.linen as nn
 import jax
@@ -130,6 +131,7 @@ def patchify(images_BxYxXxC, size: int) -> jax.Array:
   return grid.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: MatViTConfig, rng: jax.Array):
   """The universal parameter tree, float32. Independent of mesh and platform."""
   shape = (1, config.image_size, config.image_size, config.channels)
