@@ -27,6 +27,7 @@ os.environ.setdefault("EPATH_USE_TF", "0")
 from etils import epath
 from etils.epath import backend
 import fsspec.config
+import jax
 
 from matformer_jax.errors import UserError, first_line, import_extra
 
@@ -331,8 +332,17 @@ def is_refusal(e: BaseException) -> bool:
 
 
 def is_outage(e: BaseException | None) -> bool:
-  """Whether what has failed may work later: a bucket that is down or busy, or the way there."""
+  """Whether what has failed may work later: a bucket that is down or busy, or the way there.
+
+  JAX's own errors have the same words for what is no bucket's: a lost peer, say.
+  """
+  causes = []
   while e is not None:
+    causes.append(e)
+    e = e.__cause__
+  if any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in causes):
+    return False
+  for e in causes:
     if any(words in str(e) for words in ("UNAVAILABLE", "DEADLINE_EXCEEDED")):
       return True
     if is_refusal(e):
@@ -341,7 +351,6 @@ def is_outage(e: BaseException | None) -> bool:
         return code in (408, 429) or code >= 500
       transport = type(e).__module__.partition(".")[0] in _TRANSPORTS
       return transport or isinstance(e, TimeoutError | ConnectionError)
-    e = e.__cause__
   return False
 
 

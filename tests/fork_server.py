@@ -1,15 +1,20 @@
-"""Runs programs of the package in forks of itself: what they import has been imported once.
+"""Runs programs in forks of itself: what they import has been imported once.
 
-Reads a request a line, {"module", "args", "env", "timeout", "streams"}, and answers with the exit
-code, or null after the timeout. It never uses JAX itself, so that a fork finds it as a new
-process would: no devices, no threads, flags not yet parsed.
+Reads a request a line from the socket whose number it is given:
+
+  {"target", "args", "env"}, with two file descriptors, for stdout and stderr: answers with the
+    process's number. The target is a module or a path.
+  {"ended": number}: answers with the exit code, or null while it runs.
+
+It never uses JAX itself, so that a fork finds it as a new process would: no devices, no threads,
+flags not yet parsed.
 """
 
 import importlib
 import json
 import os
 import runpy
-import signal
+import socket
 import sys
 import traceback
 
@@ -32,23 +37,30 @@ LIBRARIES = (
 )
 
 
-def child(request) -> None:
+def child(request, streams) -> None:
   """Becomes the program; does not return."""
   code = 1
   try:
-    for fd, path in zip((1, 2), request["streams"]):
-      file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-      os.dup2(file, fd)
-      os.close(file)
+    os.setsid()
+    for number, stream in zip((1, 2), streams):
+      os.dup2(stream, number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for stream in streams:
+      os.close(stream)
     os.environ.update(request["env"])
-    sys.argv = [request["module"], *request["args"]]
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    target = request["target"]
+    sys.argv = [target, *request["args"]]
+    if target.endswith(".py"):
+      runpy.run_path(target, run_name="__main__")
+    else:
+      runpy.run_module(target, run_name="__main__", alter_sys=True)
     code = 0
   except SystemExit as e:
     if isinstance(e.code, str):
       print(e.code, file=sys.stderr)
     code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+  except KeyboardInterrupt:
+    code = 130
   except BaseException:
     traceback.print_exc()
   finally:
@@ -67,22 +79,41 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def main() -> None:
+def preload() -> None:
+  """Imports what programs import."""
   for name in LIBRARIES:
     importlib.import_module(name)
-  for line in sys.stdin:
-    request = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-      os.setsid()
-      child(request)
-    answer = None
-    signal.signal(signal.SIGALRM, lambda *_: os.killpg(pid, signal.SIGKILL))
-    signal.alarm(int(request["timeout"]))
-    _, status = os.waitpid(pid, 0)
-    if signal.alarm(0) > 0:
-      answer = os.waitstatus_to_exitcode(status)
-    print(json.dumps(answer), flush=True)
+
+
+def start(request, streams, requests: socket.socket) -> int:
+  pid = os.fork()
+  if pid == 0:
+    requests.close()
+    child(request, streams)
+  for stream in streams:
+    os.close(stream)
+  return pid
+
+
+def ended(pid: int) -> int | None:
+  found, status = os.waitpid(pid, os.WNOHANG)
+  return os.waitstatus_to_exitcode(status) if found else None
+
+
+def main() -> None:
+  preload()
+  requests = socket.socket(fileno=int(sys.argv[1]))
+  while True:
+    text, streams = b"", []
+    while not text.endswith(b"\n"):
+      part, received, _, _ = socket.recv_fds(requests, 2**16, 2)
+      if not part:
+        return
+      text, streams = text + part, streams + received
+    request = json.loads(text)
+    pid = request.get("ended")
+    answer = ended(pid) if pid else start(request, streams, requests)
+    requests.sendall(json.dumps(answer).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,13 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "test-cache"  # token stores and compiled programs, kept between runs
@@ -68,31 +72,129 @@ OPTIMISED = {"XLA_FLAGS": ""}  # for programs, as users run them
 os.environ["XLA_FLAGS"] = xla_flags(8)
 
 
+class Program:
+  """A program in a process of its own, as `subprocess.Popen` would start it.
+
+  It is forked off a process that has imported the package: importing takes longer than most of the
+  programs that tests run. See fork_server.py.
+
+  Attributes:
+    stdout: to read what it prints, if that goes nowhere else.
+  """
+
+  _server: socket.socket | None = None
+
+  def __init__(self, target, *args, env=None, stdout=None, stderr=None):
+    """Starts it.
+
+    Args:
+      target: a path, or a module of the package, such as train.
+      env: changes of PROGRAM_ENV.
+      stdout, stderr: open files; stderr goes where stdout goes by default.
+    """
+    self.args = [str(target), *map(str, args)]
+    self.returncode: int | None = None
+    self.stdout, theirs = None, stdout
+    if stdout is None:
+      reading, writing = os.pipe()
+      self.stdout, theirs = open(reading, errors="replace"), open(writing, "w")
+    target = str(target) if str(target).endswith(".py") else f"matformer_jax.{target}"
+    request = {"target": target, "args": self.args[1:], "env": env or {}}
+    self.pid = self._ask(request, theirs.fileno(), (stderr or theirs).fileno())
+    if stdout is None:
+      theirs.close()
+
+  @classmethod
+  def _ask(cls, request, *streams: int) -> Any:
+    if cls._server is None:
+      cls._server, theirs = socket.socketpair()
+      server = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "tests" / "fork_server.py", str(theirs.fileno())],
+        cwd=ROOT,
+        env=PROGRAM_ENV,
+        pass_fds=[theirs.fileno()],
+      )
+      theirs.close()
+      atexit.register(server.kill)
+    socket.send_fds(cls._server, [json.dumps(request).encode() + b"\n"], streams)
+    answer = b""
+    while not answer.endswith(b"\n"):
+      part = cls._server.recv(2**16)
+      assert part, "fork_server.py ended"
+      answer += part
+    return json.loads(answer)
+
+  def poll(self) -> int | None:
+    """The exit code, or None while it runs."""
+    if self.returncode is None:
+      self.returncode = self._ask({"ended": self.pid})
+    return self.returncode
+
+  def wait(self, timeout: float = BACKSTOP_S) -> int:
+    """The exit code; after `timeout` seconds it is killed, with what it has started."""
+    deadline = time.monotonic() + timeout
+    while self.poll() is None:
+      if time.monotonic() > deadline:
+        os.killpg(self.pid, signal.SIGKILL)
+        raise subprocess.TimeoutExpired(self.args, timeout)
+      time.sleep(0.02)
+    return self.returncode  # pyright: ignore[reportReturnType]
+
+  def communicate(self, timeout: float = BACKSTOP_S) -> tuple[str, None]:
+    """(what else it prints, None), at its end."""
+    assert self.stdout
+    with self.stdout:
+      output = self.stdout.read()
+    self.wait(timeout)
+    return output, None
+
+  def send_signal(self, number: int) -> None:
+    """Sends a signal, if it runs."""
+    if self.poll() is None:
+      os.kill(self.pid, number)
+
+  def kill(self) -> None:
+    self.send_signal(signal.SIGKILL)
+
+  def terminate(self) -> None:
+    self.send_signal(signal.SIGTERM)
+
+
 def command(module: str, *args) -> list[str]:
-  """The command line of a program, for tests that send it signals."""
+  """The command line of a program, for a process that is not forked."""
   return [sys.executable, "-u", "-m", f"matformer_jax.{module}", *map(str, args)]
 
 
 def run_program(
-  module: str, *args, timeout: int = BACKSTOP_S, env=None
+  module: str | pathlib.Path, *args, timeout: float = BACKSTOP_S, env=None
 ) -> subprocess.CompletedProcess:
-  """Runs a command-line program from the repository root, in a process of its own."""
+  """Runs a program to its end."""
   env = env or {}
   if any(name.startswith("JAX_") for name in env):  # read when JAX is imported
-    return _run(command(module, *args), timeout, env)
-  return _LAUNCHER.run(f"matformer_jax.{module}", list(map(str, args)), env, timeout)
+    return subprocess.run(
+      command(str(module), *args),
+      cwd=ROOT,
+      env={**PROGRAM_ENV, **env},
+      capture_output=True,
+      text=True,
+      timeout=timeout,
+    )
+  with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    program = Program(module, *args, env=env, stdout=out, stderr=err)
+    code = program.wait(timeout)
+    for file in (out, err):
+      file.seek(0)
+    return subprocess.CompletedProcess(program.args, code, out.read(), err.read())
 
 
 def train_until_signal(moment: int | str, signum: int, *args) -> subprocess.CompletedProcess:
   """Runs the train program, which gets a signal at a step or a moment of signalled_train.py."""
-  program = [sys.executable, "-u", *signalled(0, moment, signum)]
-  return _run([*program, *map(str, args)], BACKSTOP_S, {})
+  return run_program(*signalled(0, moment, signum), *args)
 
 
 def signalled(process: int, moment: int | str, signum: int) -> list[str]:
-  """Arguments of Python: the train program, one process of which gets a signal at a moment."""
-  path = ROOT / "tests" / "signalled_train.py"
-  return [str(path), f"{process}:{moment}:{int(signum)}"]
+  """The train program, one process of which gets a signal at a moment; train's flags follow."""
+  return [str(ROOT / "tests" / "signalled_train.py"), f"{process}:{moment}:{int(signum)}"]
 
 
 def get_config(row: str, file: str = "matlm"):
@@ -100,51 +202,6 @@ def get_config(row: str, file: str = "matlm"):
   import matformer_jax
 
   return matformer_jax.get_config(ROOT / "configs" / f"{file}.py:{row}")
-
-
-def _run(command: list[str], timeout: int, env) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    command,
-    cwd=ROOT,
-    env={**PROGRAM_ENV, **env},
-    capture_output=True,
-    text=True,
-    timeout=timeout,
-  )
-
-
-class _Launcher:
-  """Forks programs off a process that has imported the package already.
-
-  Importing takes longer than most of the programs that tests run. See fork_server.py.
-  """
-
-  def __init__(self):
-    self._server = None
-
-  def run(self, module, args, env, timeout) -> subprocess.CompletedProcess:
-    if self._server is None:
-      self._server = subprocess.Popen(
-        [sys.executable, "-u", ROOT / "tests" / "fork_server.py"],
-        cwd=ROOT,
-        env=PROGRAM_ENV,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-      )
-      atexit.register(self._server.kill)
-    with tempfile.TemporaryDirectory() as directory:
-      streams = [os.path.join(directory, name) for name in ("stdout", "stderr")]
-      request = {"module": module, "args": args, "env": env, "timeout": timeout, "streams": streams}
-      print(json.dumps(request), file=self._server.stdin, flush=True)
-      code = json.loads(self._server.stdout.readline())
-      out, err = (pathlib.Path(s).read_text(errors="replace") for s in streams)
-    if code is None:
-      raise subprocess.TimeoutExpired([module, *args], timeout, out, err)
-    return subprocess.CompletedProcess([module, *args], code, out, err)
-
-
-_LAUNCHER = _Launcher()
 
 
 def train_args(workdir, **overrides) -> list[str]:

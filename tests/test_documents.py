@@ -54,6 +54,9 @@ PARSER = """
 import json, os, pathlib, runpy, sys
 from absl import app, flags
 from matformer_jax import cli
+import fork_server
+
+fork_server.preload()
 
 def parse(main, **_):
   flags.FLAGS(sys.argv)
@@ -171,7 +174,7 @@ def mistakes() -> dict[tuple[str, ...], str]:
     [sys.executable, "-c", PARSER],
     input=json.dumps(list(targets.values())),
     cwd=ROOT,
-    env=helpers.PROGRAM_ENV,
+    env=helpers.PROGRAM_ENV | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     capture_output=True,
     text=True,
     timeout=helpers.BACKSTOP_S,

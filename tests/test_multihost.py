@@ -5,12 +5,10 @@ import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import helpers
-from helpers import ONE_WIDTH, ROOT, TWO_WIDTHS, digits_args, run_program, train_args
+from helpers import ONE_WIDTH, TWO_WIDTHS, digits_args, run_program, train_args
 import numpy as np
 import pytest
 
@@ -29,7 +27,7 @@ def free_port() -> int:
 
 
 def environment(count: int) -> dict[str, str]:
-  return {**helpers.PROGRAM_ENV, "XLA_FLAGS": helpers.xla_flags(DEVICES // count)}
+  return {"XLA_FLAGS": helpers.xla_flags(DEVICES // count)}
 
 
 class Job:
@@ -39,7 +37,7 @@ class Job:
     self,
     workdir,
     count: int,
-    program=None,
+    program=("train",),
     per_process=None,
     make_args=train_args,
     logs=None,
@@ -59,19 +57,9 @@ class Job:
     for i in range(count):
       args = make_args(workdir, **{**overrides, **(per_process or {}).get(i, {})})
       args += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
-      command = helpers.command("train", *args)
-      if program:
-        command = [sys.executable, "-u", *map(str, program), *args]
+      env = environment(count) | (env or {})
       with open(self._logs / str(i), "w") as log:
-        self.processes.append(
-          subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(count) | (env or {}),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-          )
-        )
+        self.processes.append(helpers.Program(*program, *args, env=env, stdout=log))
 
   def log(self, index: int) -> str:
     return (self._logs / str(index)).read_text()

@@ -29,15 +29,8 @@ def trajectory(workdir) -> list[tuple]:
   return [(r["step"], r["granularity"], r["loss"], r["grad_norm"]) for r in metrics(workdir)]
 
 
-def start(*args) -> subprocess.Popen:
-  return subprocess.Popen(
-    helpers.command("train", *args),
-    cwd=helpers.ROOT,
-    env=helpers.PROGRAM_ENV,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+def start(*args) -> helpers.Program:
+  return helpers.Program("train", *args)
 
 
 def wait_for_line(process, words: str, timeout: float = helpers.BACKSTOP_S) -> str:

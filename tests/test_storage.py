@@ -5,7 +5,6 @@ import pathlib
 import random
 import re
 import shutil
-import subprocess
 import sysconfig
 import time
 
@@ -13,6 +12,7 @@ from buckets import BUCKET
 import gcsfs.retry
 import helpers
 from helpers import TWO_WIDTHS, run_program, train_args
+import jax
 import moto.server
 import numpy as np
 import pytest
@@ -192,6 +192,9 @@ def test_what_may_work_later():
   wrapped = UserError("cannot write")
   wrapped.__cause__ = ValueError("UNAVAILABLE: bucket")
   assert storage.is_outage(wrapped)
+  lost = ValueError("UNAVAILABLE: a save failed")
+  lost.__cause__ = jax.errors.JaxRuntimeError("UNAVAILABLE: recvmsg: Connection reset by peer")
+  assert not storage.is_outage(lost)
 
 
 def test_tokens_are_read_by_range(bucket, gcs):
@@ -362,15 +365,8 @@ def test_a_corpus_in_a_bucket(gcs, bucket, tmp_path):
   assert runs[0] == runs[1]
 
 
-def start(gcs, *args) -> subprocess.Popen:
-  return subprocess.Popen(
-    helpers.command("train", *args),
-    cwd=helpers.ROOT,
-    env=helpers.PROGRAM_ENV | gcs.env,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+def start(gcs, *args) -> helpers.Program:
+  return helpers.Program("train", *args, env=gcs.env)
 
 
 @pytest.mark.slow
