@@ -11,7 +11,6 @@ import pathlib
 from typing import Any
 
 import jax
-import tensorboardX
 
 from matformer_jax import storage
 from matformer_jax.evals import Result
@@ -128,6 +127,8 @@ class RunLog:
   ):
     self._recording, self.lost_s = staging is not None, 0.0
     if staging is not None:
+      import tensorboardX  # slow where PyTorch is installed, which it imports; for no other process
+
       self._steps = JsonLines(staging.fetch("metrics.jsonl"), step)
       self._evals = JsonLines(staging.fetch("eval.jsonl"), step)
       board = staging.local / "tensorboard"
