@@ -11,7 +11,7 @@ import time
 from buckets import BUCKET
 import gcsfs.retry
 import helpers
-from helpers import TWO_WIDTHS, run_program, train_args
+from helpers import ONE_WIDTH, TWO_WIDTHS, run_program, train_args
 import jax
 import moto.server
 import numpy as np
@@ -370,13 +370,12 @@ def start(gcs, *args) -> helpers.Program:
 
 
 @pytest.mark.slow
-def test_kills_at_any_moment(gcs, bucket, straight):
+def test_kills_at_any_moment(gcs, bucket, tmp_path):
   """Ten, at random moments after the program has begun to train; saves are every second step."""
-  changes = SHORT | dict(checkpoint__every=2, steps=40, checkpoint__keep_last=20)
+  changes = SHORT | ONE_WIDTH | dict(checkpoint__every=2, steps=40, checkpoint__keep_last=20)
   rng, kills, reached = random.Random(0), 0, 0
-  whole = bucket / "straight"
-  assert run_program("train", *train_args(whole, **changes), env=gcs.env).returncode == 0
-  workdir = bucket / "killed"
+  whole, workdir = tmp_path / "run", bucket / "killed"
+  assert run_program("train", *train_args(whole, **changes)).returncode == 0
   while kills < 10:
     process = start(gcs, *train_args(workdir, **changes))
     until = f"step {min(reached + 2 + rng.randrange(2), 39)}/40"
