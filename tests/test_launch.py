@@ -441,7 +441,8 @@ def test_mistakes(script, args, words, cloud):
 
 @pytest.mark.slow
 def test_two_local_processes(tmp_path, cloud):
-  args = helpers.train_args(tmp_path / "run", steps=4, eval__every=0, eval__batches=1)
+  changes = dict(steps=4, eval__every=0, eval__batches=1, **helpers.ONE_WIDTH)
+  args = helpers.train_args(tmp_path / "run", **changes)
   result = subprocess.run(
     [LAUNCH / "local_multiprocess.sh", "2", *args],
     env=cloud.env,
