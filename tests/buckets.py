@@ -53,7 +53,7 @@ class Gcs:
   def start(self) -> None:
     """Begins to answer, with the objects that it had."""
     handler = functools.partial(_Handler, self)
-    self._server = http.server.ThreadingHTTPServer(("127.0.0.1", self._port), handler)
+    self._server = _Server(("127.0.0.1", self._port), handler)
     threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
   def stop(self) -> None:
@@ -75,6 +75,10 @@ class Gcs:
     """The objects, for one request at a time."""
     with self._lock:
       yield self._objects
+
+
+class _Server(http.server.ThreadingHTTPServer):
+  request_queue_size = 128  # of 5, a batch's requests wait a second to connect again
 
 
 class _Handler(gcp_storage_emulator.server.RequestHandler):
