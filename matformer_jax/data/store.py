@@ -16,6 +16,7 @@ from __future__ import annotations
 import bisect
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -66,7 +67,7 @@ class Tokens(Sequence):
     return self.read([slice(start, stop)])[0][::step]
 
   def read(self, slices: Sequence[slice]) -> list[np.ndarray]:
-    """Several slices, of step 1; those of a bucket's shard are fetched at the same time."""
+    """Several slices, of step 1; those of a bucket are fetched at the same time."""
     wanted = collections.defaultdict(list)
     for n, s in enumerate(slices):
       start, stop, _ = s.indices(len(self))
@@ -76,9 +77,15 @@ class Tokens(Sequence):
           break
         wanted[i].append((n, slice(max(start - offset, 0), stop - offset)))
     pieces: list[list[np.ndarray]] = [[] for _ in slices]
-    for i in sorted(wanted):
-      numbers, parts = zip(*wanted[i])
-      for n, piece in zip(numbers, read_slices(self._shards[i], parts)):
+    shards = sorted(wanted)
+    fetch = lambda i: read_slices(self._shards[i], [part for _, part in wanted[i]])
+    if any(isinstance(self._shards[i], _Ranges) for i in shards):
+      with concurrent.futures.ThreadPoolExecutor(len(shards)) as pool:
+        fetched = list(pool.map(fetch, shards))
+    else:
+      fetched = map(fetch, shards)
+    for i, found in zip(shards, fetched):
+      for (n, _), piece in zip(wanted[i], found):
         pieces[n].append(piece)
     return [
       found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, self.dtype)])
