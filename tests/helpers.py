@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -141,10 +142,13 @@ class Program:
     return self.returncode  # pyright: ignore[reportReturnType]
 
   def communicate(self, timeout: float = BACKSTOP_S) -> tuple[str, None]:
-    """(what else it prints, None), at its end."""
+    """(what else it prints, None), at its end; after `timeout` seconds it is killed."""
     assert self.stdout
+    late = threading.Timer(timeout, os.killpg, (self.pid, signal.SIGKILL))
+    late.start()
     with self.stdout:
       output = self.stdout.read()
+    late.cancel()
     self.wait(timeout)
     return output, None
 
@@ -155,9 +159,6 @@ class Program:
 
   def kill(self) -> None:
     self.send_signal(signal.SIGKILL)
-
-  def terminate(self) -> None:
-    self.send_signal(signal.SIGTERM)
 
 
 def command(module: str, *args) -> list[str]:

@@ -238,13 +238,13 @@ def test_embeddings_are_not_taken_for_another_tokenizer_s(tiny_run, tmp_path):
 
 @pytest.mark.slow
 def test_sigkill_at_any_moment_loses_at_most_the_unsaved_steps(tmp_path):
-  """Kills at 6 random moments of a run that saves every second step, so mostly mid-save."""
+  """Kills at 10 random moments of a run that saves every second step, so mostly mid-save."""
   changes = dict(steps=60, checkpoint__every=2, log_every=1, eval__every=0, **TWO_WIDTHS)
   rng = random.Random(0)
   straight = tmp_path / "straight"
   assert run_program("train", *train_args(straight, **changes)).returncode == 0
   workdir, kills, reached = tmp_path / "killed", 0, 0
-  while kills < 6:
+  while kills < 10:
     process = start(*train_args(workdir, **changes))
     wait_for_line(process, f"step {min(reached + 2 + rng.randrange(3), 58)}/60")
     time.sleep(rng.random() * 0.15)
@@ -258,7 +258,7 @@ def test_sigkill_at_any_moment_loses_at_most_the_unsaved_steps(tmp_path):
     reached = max([s for s in checkpoint.steps(workdir)], default=0)
     # A save of step t has ended when the one of step t + 2 begins: at most 4 steps are lost.
     assert seen[-1] - reached <= 5
-  assert kills >= 5
+  assert kills >= 8
   final = run_program("train", *train_args(workdir, **changes))
   assert final.returncode == 0, final.stderr
   assert trajectory(workdir) == trajectory(straight)
