@@ -113,13 +113,13 @@ def read_range(path: Path, start: int, stop: int) -> bytes:
     return f.read(stop - start)
 
 
-def read_ranges(path: Path, ranges: list[tuple[int, int]]) -> list[bytes]:
-  """Several ranges of bytes of a file, of a bucket all at a time."""
-  if not isinstance(path, epath.Path):
-    return [read_range(path, start, stop) for start, stop in ranges]
-  starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
-  name = os.fspath(path)
-  return _filesystem(path).cat_ranges([name] * len(ranges), starts, stops, on_error="raise")
+def read_ranges(ranges: list[tuple[Path, int, int]]) -> list[bytes]:
+  """Ranges of bytes (file, start, stop) of one place, of a bucket all at a time."""
+  if not any(isinstance(path, epath.Path) for path, _, _ in ranges):
+    return [read_range(*one) for one in ranges]
+  paths, starts, stops = map(list, zip(*ranges))
+  names = list(map(os.fspath, paths))
+  return _filesystem(paths[0]).cat_ranges(names, starts, stops, on_error="raise")
 
 
 def size(path: Path) -> int:
@@ -336,21 +336,21 @@ def is_outage(e: BaseException | None) -> bool:
 
   JAX's own errors have the same words for what is no bucket's: a lost peer, say.
   """
-  causes = []
+  causes: list[BaseException] = []
   while e is not None:
     causes.append(e)
     e = e.__cause__
   if any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in causes):
     return False
-  for e in causes:
-    if any(words in str(e) for words in ("UNAVAILABLE", "DEADLINE_EXCEEDED")):
+  for cause in causes:
+    if any(words in str(cause) for words in ("UNAVAILABLE", "DEADLINE_EXCEEDED")):
       return True
-    if is_refusal(e):
-      code = getattr(e, "code", None)
+    if is_refusal(cause):
+      code = getattr(cause, "code", None)
       if isinstance(code, int):
         return code in (408, 429) or code >= 500
-      transport = type(e).__module__.partition(".")[0] in _TRANSPORTS
-      return transport or isinstance(e, TimeoutError | ConnectionError)
+      transport = type(cause).__module__.partition(".")[0] in _TRANSPORTS
+      return transport or isinstance(cause, TimeoutError | ConnectionError)
   return False
 
 

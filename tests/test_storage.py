@@ -85,7 +85,7 @@ def test_files(directory):
   assert not storage.create_file(file, b"other")
   assert file.read_bytes() == b"0123456789" and storage.size(file) == 10
   assert storage.read_range(file, 2, 5) == b"234"
-  assert storage.read_ranges(file, [(0, 2), (7, 10)]) == [b"01", b"789"]
+  assert storage.read_ranges([(file, 0, 2), (file, 7, 10)]) == [b"01", b"789"]
   assert b"".join(storage.blocks(file)) == b"0123456789"
   before = storage.version(file)
   storage.replace_file(file, b"x" * 10)
@@ -365,10 +365,6 @@ def test_a_corpus_in_a_bucket(gcs, bucket, tmp_path):
   assert runs[0] == runs[1]
 
 
-def start(gcs, *args) -> helpers.Program:
-  return helpers.Program("train", *args, env=gcs.env)
-
-
 @pytest.mark.slow
 def test_kills_at_any_moment(gcs, bucket, tmp_path):
   """Ten, at random moments after the program has begun to train; saves are every second step."""
@@ -377,7 +373,7 @@ def test_kills_at_any_moment(gcs, bucket, tmp_path):
   whole, workdir = tmp_path / "run", bucket / "killed"
   assert run_program("train", *train_args(whole, **changes)).returncode == 0
   while kills < 10:
-    process = start(gcs, *train_args(workdir, **changes))
+    process = helpers.Program("train", *train_args(workdir, **changes), env=gcs.env)
     until = f"step {min(reached + 2 + rng.randrange(2), 39)}/40"
     lines = iter(process.stdout.readline, "")
     assert any(until in line for line in lines), process.wait()

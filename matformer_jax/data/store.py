@@ -14,9 +14,7 @@ any process; `finish` joins them.
 from __future__ import annotations
 
 import bisect
-import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -68,25 +66,18 @@ class Tokens(Sequence):
 
   def read(self, slices: Sequence[slice]) -> list[np.ndarray]:
     """Several slices, of step 1; those of a bucket are fetched at the same time."""
-    wanted = collections.defaultdict(list)
+    parts, owners = [], []
     for n, s in enumerate(slices):
       start, stop, _ = s.indices(len(self))
       for i in range(bisect.bisect_right(self._ends, start), len(self._shards)):
         offset = self._ends[i] - len(self._shards[i])
         if offset >= stop:
           break
-        wanted[i].append((n, slice(max(start - offset, 0), stop - offset)))
+        parts.append((self._shards[i], slice(max(start - offset, 0), stop - offset)))
+        owners.append(n)
     pieces: list[list[np.ndarray]] = [[] for _ in slices]
-    shards = sorted(wanted)
-    fetch = lambda i: read_slices(self._shards[i], [part for _, part in wanted[i]])
-    if any(isinstance(self._shards[i], _Ranges) for i in shards):
-      with concurrent.futures.ThreadPoolExecutor(len(shards)) as pool:
-        fetched = list(pool.map(fetch, shards))
-    else:
-      fetched = map(fetch, shards)
-    for i, found in zip(shards, fetched):
-      for (n, _), piece in zip(wanted[i], found):
-        pieces[n].append(piece)
+    for n, piece in zip(owners, _read_parts(parts)):
+      pieces[n].append(piece)
     return [
       found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, self.dtype)])
       for found in pieces
@@ -97,29 +88,32 @@ class Tokens(Sequence):
 
 
 class _Ranges(Sequence):
-  """A file of a bucket as a read-only array [length]: of its bytes only what is asked for."""
+  """A file of a bucket as a read-only array [length]: of its bytes only what is asked for.
+
+  Attributes:
+    dtype: of the array.
+  """
 
   def __init__(self, path: storage.Path, dtype: np.dtype, length: int):
-    self._path, self._dtype, self._length = path, dtype, length
-    self._whole = np.zeros(0, dtype) if not length else None
+    self.dtype = dtype
+    self._path, self._length = path, length
+    self._whole: np.ndarray | None = None
 
   def __len__(self) -> int:
     return self._length
 
-  def __getitem__(self, index: Any) -> np.ndarray:
-    return self.read([index])[0]
+  def range(self, part: slice) -> tuple[storage.Path, int, int] | None:
+    """The bytes to fetch for a slice of step 1; None for none."""
+    start, stop, _ = part.indices(self._length)
+    if self._whole is not None or start >= stop:
+      return None
+    return self._path, start * self.dtype.itemsize, stop * self.dtype.itemsize
 
-  def read(self, slices: Sequence[slice]) -> list[np.ndarray]:
-    """Several slices, fetched at the same time."""
-    if self._whole is not None:
-      return [self._whole[s] for s in slices]
-    size = self._dtype.itemsize
-    places = [s.indices(self._length)[:2] for s in slices]
-    ranges = [(start * size, max(stop, start) * size) for start, stop in places]
-    contents = iter(storage.read_ranges(self._path, [r for r in ranges if r[0] < r[1]]))
-    return [
-      np.frombuffer(next(contents) if start < stop else b"", self._dtype) for start, stop in ranges
-    ]
+  def __getitem__(self, index: Any) -> np.ndarray:
+    wanted = self.range(index)
+    if wanted:
+      return np.frombuffer(storage.read_range(*wanted), self.dtype)
+    return np.zeros(0, self.dtype) if self._whole is None else self._whole[index]
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     """All of it, kept from then on: NumPy asks for it, to search."""
@@ -129,9 +123,18 @@ class _Ranges(Sequence):
 
 
 def read_slices(array: Any, slices: Sequence[slice]) -> list[np.ndarray]:
-  """Several slices of step 1, at the same time where `array` can."""
-  together = isinstance(array, Tokens | _Ranges)
-  return array.read(slices) if together else [array[s] for s in slices]
+  """Several slices of step 1, those of a bucket at the same time."""
+  return array.read(slices) if isinstance(array, Tokens) else [array[s] for s in slices]
+
+
+def _read_parts(parts: Sequence[tuple[Any, slice]]) -> list[np.ndarray]:
+  """A slice of each array, those of a bucket's files at the same time."""
+  ranges = [array.range(s) if isinstance(array, _Ranges) else None for array, s in parts]
+  contents = iter(storage.read_ranges([r for r in ranges if r]))
+  return [
+    np.frombuffer(next(contents), array.dtype) if wanted else array[s]
+    for (array, s), wanted in zip(parts, ranges)
+  ]
 
 
 class Documents:
